@@ -1,0 +1,1 @@
+# A first model: children's stories of our own grammar.

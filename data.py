@@ -1,0 +1,487 @@
+"""Text and tokens: tokenizers, the writer and the readers of token shards, and the order of batches.
+
+A dataset is a folder of 1-D token arrays, one or more files a split, read as memory maps:
+
+    ours            {name}_{train|val}_{000000}.npy, uint16 (uint32 past 65,535 ids), and meta.json
+    nanoGPT         train.bin, val.bin, bare uint16, and for characters meta.pkl
+    build-nanogpt   {name}_{train|val}_{000000}.npy
+    llm.c, modded-nanogpt   {name}_{train|val}_{000000}.bin, behind a header of 256 int32
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+EOT = "<|endoftext|>"
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+CHUNK = 100_000_000  # tokens shuffled at a time: a longer file is read as several, so that memory stays flat
+
+# -----------------------------------------------------------------------------
+# Tokenizers: encode(text, special) -> list of ids, decode(ids) -> text, token_bytes(id), n_vocab, eot, to_dict()
+
+
+class CharTokenizer:
+    """One id a character of the given alphabet, in its order; with eot=True an end-of-text id behind them."""
+
+    def __init__(self, chars: str, eot: bool = False):
+        self.chars = chars
+        self.ids = {c: i for i, c in enumerate(chars)}
+        self.eot = len(chars) if eot else None
+        self.n_vocab = len(chars) + eot
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Raises ValueError for a character that is not in the alphabet. special: EOT in the text is the eot id."""
+        if special and self.eot is not None and EOT in text:
+            parts = [self.encode(part) for part in text.split(EOT)]
+            return [i for n, part in enumerate(parts) for i in ([self.eot] if n else []) + part]
+        try:
+            return [self.ids[c] for c in text]
+        except KeyError as e:
+            raise ValueError(
+                f"character {e.args[0]!r} is not among the {len(self.chars)} this tokenizer knows: {self.chars!r}"
+            ) from None
+
+    def token_bytes(self, i: int) -> bytes:
+        return (EOT if i == self.eot else self.chars[i]).encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(EOT if i == self.eot else self.chars[i] for i in ids)
+
+    def to_dict(self) -> dict:
+        return {"kind": "char", "chars": self.chars, "eot": self.eot is not None}
+
+
+class BPETokenizer:
+    """A byte-level vocabulary, run by tiktoken: tokens[i] are the bytes of id i, the lower id merged first; eot is last.
+
+    A piece of the pattern that is itself a token is taken whole; merges build the others, from single bytes.
+    """
+
+    def __init__(self, kind: str, pattern: str, tokens: list[bytes]):
+        import tiktoken
+
+        if missing := 256 - sum(len(t) == 1 for t in tokens):
+            raise ValueError(f"a byte-level vocabulary holds all 256 bytes; {missing} are missing")
+        self.kind, self.pattern, self.tokens = kind, pattern, tokens
+        self.eot = len(tokens)
+        self.n_vocab = len(tokens) + 1
+        ranks = {t: i for i, t in enumerate(tokens)}
+        self.encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: self.eot})
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """special: EOT in the text is the eot id; otherwise it is ordinary text."""
+        return self.encoding.encode(text, allowed_special={EOT}) if special else self.encoding.encode_ordinary(text)
+
+    def token_bytes(self, i: int) -> bytes:
+        return EOT.encode() if i == self.eot else self.tokens[i]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "pattern": self.pattern, "tokens": [t.decode("latin-1") for t in self.tokens]}
+
+
+Tokenizer = CharTokenizer | BPETokenizer
+
+
+def gpt2_tokenizer() -> BPETokenizer:
+    """GPT-2's vocabulary, 50,257 ids, downloaded once by tiktoken. Raises ValueError if it cannot be had."""
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as e:
+        raise ValueError(
+            f"the GPT-2 vocabulary could not be downloaded ({type(e).__name__}): go online once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it, or choose --tokenizer=char"
+        ) from None
+    return BPETokenizer("gpt2", encoding._pat_str, [encoding.decode_single_token_bytes(i) for i in range(50256)])
+
+
+def word_tokenizer(text: str, vocab_size: int) -> BPETokenizer:
+    """A vocabulary of the commonest pieces of a text, each whole, over the 256 bytes that spell everything else."""
+    import regex
+
+    count = Counter(regex.findall(GPT2_PATTERN, text))
+    pieces = [p.encode() for p, _ in sorted(count.items(), key=lambda item: (-item[1], item[0])) if len(p.encode()) > 1]
+    return BPETokenizer("bpe", GPT2_PATTERN, [bytes([b]) for b in range(256)] + pieces[: vocab_size - 257])
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Byte-pair encoding (https://arxiv.org/abs/1508.07909) of vocab_size ids, end-of-text among them, from texts.
+
+    Raises ValueError for no text, a vocabulary under 257, or a text too small for the vocabulary asked.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"--vocab_size={vocab_size}: the 256 bytes and the end-of-text token need 257")
+    try:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    except ImportError:
+        raise ImportError("training a tokenizer needs the tokenizers package: pip install -e '.[bpe]'") from None
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    empty = True
+
+    def counted():
+        nonlocal empty
+        for text in texts:
+            empty = empty and not text.strip()
+            yield text
+
+    bpe.train_from_iterator(counted(), trainer)
+    if empty:
+        raise ValueError("there is no text to train a tokenizer on")
+    if bpe.get_vocab_size() < vocab_size - 1:
+        most = bpe.get_vocab_size() + 1
+        raise ValueError(f"--vocab_size={vocab_size} is more than this text supports: at most {most}")
+    to_byte = byte_of_symbol()
+    vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    return BPETokenizer("bpe", GPT2_PATTERN, [bytes(to_byte[c] for c in symbols) for symbols, _ in vocab])
+
+
+def byte_of_symbol() -> dict[str, int]:
+    """GPT-2's printable symbol for each byte, inverted: 188 bytes are their own character, the rest follow from 256."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = {chr(b): b for b in own}
+    return symbols | {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(own)))}
+
+
+def tokenizer_from_dict(d: dict) -> Tokenizer:
+    """The tokenizer that to_dict described. Raises ValueError for a kind that is none of ours."""
+    if d.get("kind") == "char":
+        return CharTokenizer(d["chars"], d["eot"])
+    if d.get("kind") == "gpt2" and "tokens" not in d:  # foreign files name it at most
+        return gpt2_tokenizer()
+    if d.get("kind") in ("gpt2", "bpe"):
+        return BPETokenizer(d["kind"], d["pattern"], [t.encode("latin-1") for t in d["tokens"]])
+    raise ValueError(f"unknown tokenizer kind {d.get('kind')!r}")
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def atomic_write(path: Path, data: str | bytes) -> None:
+    """The whole file or the old one: written beside it under another name, synced, then renamed."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def write_shards(
+    folder: Path, name: str, split: str, documents: Iterable, vocab_size: int, shard_tokens: int = CHUNK
+) -> list[dict]:
+    """Write token arrays as {name}_{split}_{000000}.npy of shard_tokens each, the last one shorter.
+
+    documents: arrays or lists of ids, taken one at a time. A shard appears under its name when it is whole.
+    Returns {file, tokens, sha256} of each. Raises ValueError for an id outside the vocabulary.
+    """
+    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+    buffer, filled, shards = np.empty(min(shard_tokens, 1 << 20), dtype), 0, []
+
+    def flush():
+        nonlocal filled
+        path = folder / f"{name}_{split}_{len(shards):06d}.npy"
+        part = path.with_name(path.name + ".part")
+        with open(part, "wb") as f:
+            np.save(f, buffer[:filled])
+            f.flush()
+            os.fsync(f.fileno())
+        shards.append({"file": path.name, "tokens": filled, "sha256": file_sha256(part)})
+        os.replace(part, path)
+        filled = 0
+
+    for document in documents:
+        ids = np.asarray(document)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise ValueError(f"token id {ids.max()} is outside the vocabulary of {vocab_size:,}")
+        while len(ids):
+            take = min(len(ids), shard_tokens - filled)
+            if filled + take > len(buffer):
+                buffer = np.concatenate((buffer[:filled], np.empty(min(shard_tokens, 2 * (filled + take)) - filled, dtype)))
+            buffer[filled : filled + take] = ids[:take]
+            filled, ids = filled + take, ids[take:]
+            if filled == shard_tokens:
+                flush()
+    if filled:
+        flush()
+    return shards
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def start_dataset(folder: Path, overwrite: bool = False) -> None:
+    """An empty folder to write shards to. Raises ValueError if a finished dataset is there; unfinished ones are cleared."""
+    if (folder / "meta.json").exists() and not overwrite:
+        raise ValueError(f"{folder} holds a dataset already: choose another --dataset, or --overwrite=True")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+    for old in folder.glob("*_[0-9][0-9][0-9][0-9][0-9][0-9].npy*"):
+        old.unlink()
+
+
+def finish_dataset(folder: Path, tokenizer: Tokenizer, shards: dict[str, list[dict]], source: str, arguments: dict) -> None:
+    """Write meta.json, which makes the folder a dataset. shards: what write_shards returned, by split."""
+    meta = {
+        "source": source,
+        "tokenizer": tokenizer.to_dict(),
+        "vocab_size": tokenizer.n_vocab,
+        "dtype": "uint16" if tokenizer.n_vocab <= 2**16 else "uint32",
+        "tokens": {split: sum(s["tokens"] for s in found) for split, found in shards.items()},
+        "shards": shards,
+        "arguments": arguments,
+    }
+    atomic_write(folder / "meta.json", json.dumps(meta, indent=1))
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`tokens` tokens of a file, from byte `offset`."""
+
+    path: Path
+    dtype: str
+    offset: int
+    tokens: int
+
+    def map(self) -> np.ndarray:
+        """The tokens, read-only. Pages that a map touched stay resident as long as it lives: keep it short."""
+        return np.memmap(self.path, self.dtype, "r", self.offset, (self.tokens,))
+
+
+HEADERS = {20240520: "uint16", 20240801: "uint32"}  # llm.c's magic numbers: GPT-2 and Llama 3 ids
+
+
+def open_shard(path: Path) -> Shard:
+    """Describe a token file of any of the four formats. Raises ValueError if it is truncated or not one."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        if path.suffix == ".npy":
+            try:
+                version = np.lib.format.read_magic(f)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(f)
+            except (ValueError, EOFError):
+                raise ValueError(f"{path} is damaged: it has no .npy header; make the dataset again") from None
+            if len(shape) != 1 or dtype.kind not in "ui":
+                raise ValueError(f"{path} holds {dtype} {shape}, not a row of token ids")
+            shard = Shard(path, dtype.str, f.tell(), shape[0])
+        else:
+            header = np.frombuffer(f.read(12), "<i4")
+            if len(header) == 3 and int(header[0]) in HEADERS:
+                shard = Shard(path, HEADERS[int(header[0])], 1024, int(header[2]))
+            else:
+                shard = Shard(path, "uint16", 0, size // 2)
+    expected = shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize
+    if size != expected:
+        raise ValueError(f"{path} is truncated: {size:,} bytes of {expected:,}; make the dataset again")
+    if shard.tokens == 0:
+        raise ValueError(f"{path} holds no tokens; make the dataset again")
+    return shard
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Dicts, lists, strings and numbers need no class, so none is admitted, and nothing in the file can run."""
+
+    def find_class(self, module, name):
+        raise ValueError(f"meta.pkl asks for {module}.{name}: only plain dicts, lists, strings and numbers are read")
+
+
+@dataclass
+class Dataset:
+    name: str
+    train: list[Shard]
+    val: list[Shard]
+    tokenizer: dict | None  # as to_dict gives it; {"kind": "gpt2"} alone where the files do not say
+    vocab_size: int
+
+
+def load_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
+    """Find the shards of data_dir/name. Raises ValueError where they are missing or damaged, with the command that helps."""
+    folder = Path(data_dir) / name
+    if not folder.is_dir():
+        raise ValueError(f"there is no dataset {folder}: {how_to_make(name)}")
+    meta = {}
+    if (folder / "meta.json").exists():
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    listed = {s["file"]: s["tokens"] for found in meta.get("shards", {}).values() for s in found}
+    splits = {}
+    for split in ("train", "val"):
+        pattern = re.compile(rf"(.*_)?{split}(_.*)?\.(npy|bin)")
+        files = sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name) and (not listed or p.name in listed))
+        splits[split] = [open_shard(p) for p in files]
+        for shard in splits[split]:
+            if listed.get(shard.path.name, shard.tokens) != shard.tokens:
+                raise ValueError(f"{shard.path} holds {shard.tokens:,} tokens, meta.json says {listed[shard.path.name]:,}")
+    gone = set(listed) - {s.path.name for found in splits.values() for s in found}
+    if gone:
+        raise ValueError(f"{folder} lacks {sorted(gone)[0]}, which meta.json lists; make the dataset again")
+    if not splits["train"]:
+        raise ValueError(f"{folder} has no training tokens: {how_to_make(name)}")
+    if meta:
+        tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
+    elif (folder / "meta.pkl").exists():
+        with open(folder / "meta.pkl", "rb") as f:
+            pickled = PlainUnpickler(f).load()
+        chars = "".join(pickled["itos"][i] for i in range(pickled["vocab_size"]))
+        tokenizer, vocab_size = CharTokenizer(chars).to_dict(), pickled["vocab_size"]
+    else:
+        tokenizer, vocab_size = {"kind": "gpt2"}, 50257
+    return Dataset(name, splits["train"], splits["val"], tokenizer, vocab_size)
+
+
+def how_to_make(name: str) -> str:
+    """The command that makes a dataset of this name."""
+    if name in ("tinystories", "tinystories_synthetic"):
+        option = " --synthetic=True" if name.endswith("synthetic") else ""
+        return f"make it with python prepare_tinystories.py{option}"
+    if name.startswith(("edu_fineweb", "fineweb")):
+        return "make it with python build_fineweb_shards.py (nanoGPT's default was --dataset=openwebtext)"
+    tokenizer = " --tokenizer=char" if name.endswith("_char") else ""
+    return f"make it with python prepare_text.py --input=FILE --dataset={name}{tokenizer}"
+
+
+def cut(shards: list[Shard], fraction: float = 1.0, chunk: int = CHUNK) -> list[Shard]:
+    """The first `fraction` of the tokens, in pieces of at most `chunk`."""
+    left = round(sum(s.tokens for s in shards) * fraction)
+    pieces = []
+    for shard in shards:
+        for start in range(0, min(shard.tokens, left), chunk):
+            offset = shard.offset + start * np.dtype(shard.dtype).itemsize
+            pieces.append(replace(shard, offset=offset, tokens=min(chunk, min(shard.tokens, left) - start)))
+        left = max(0, left - shard.tokens)
+    return pieces
+
+
+# -----------------------------------------------------------------------------
+# Batch order: a pure function of (seed, step)
+
+
+class TrainingWindows:
+    """The endless sequence of training windows of block_size + 1 tokens, each addressed by its number.
+
+    An epoch visits every shard in a fresh order and in it every window of a grid, in a fresh order; the grid starts at
+    a fresh offset each epoch, so that boundaries fall on other tokens. Window number i depends on the seed alone.
+    Shards too short for a window are passed over; ValueError if all are.
+    """
+
+    def __init__(self, shards: list[Shard], block_size: int, vocab_size: int, seed: int = 1337, fraction: float = 1.0):
+        if not 0 < fraction <= 1:
+            raise ValueError(f"--data_fraction={fraction}: must be above 0 and at most 1")
+        self.shards = [s for s in cut(shards, fraction) if s.tokens > block_size]
+        if not self.shards:
+            most = max((s.tokens for s in cut(shards, fraction)), default=0)
+            raise ValueError(
+                f"the training text of {most:,} tokens cannot fill a window of {block_size + 1:,}: "
+                "lower --block_size or add text"
+            )
+        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
+        # One window less than would fit leaves the grid room to move; it loses another place each epoch.
+        self.counts = np.array([max(1, (s.tokens - 1) // block_size - 1) for s in self.shards])
+        self.per_epoch = int(self.counts.sum())
+        self._epochs: dict[int, tuple] = {}
+        self._grids: dict[tuple, np.ndarray] = {}
+
+    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of an epoch in order, and the number of windows up to the end of each."""
+        if epoch not in self._epochs:
+            shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
+            self._epochs = {epoch: (shards, self.counts[shards].cumsum())}
+        return self._epochs[epoch]
+
+    def starts(self, epoch: int, shard: int) -> np.ndarray:
+        """Start offsets of the windows of one shard in this epoch's order, int64 (counts[shard],)."""
+        if (epoch, shard) not in self._grids:
+            rng = np.random.default_rng((self.seed, epoch, shard))
+            n, T = self.counts[shard], self.block_size
+            offset = rng.integers(self.shards[shard].tokens - n * T)
+            self._grids = {(epoch, shard): rng.permutation(n) * T + offset}
+        return self._grids[epoch, shard]
+
+    def locate(self, first: int, count: int) -> Iterator[tuple[Shard, np.ndarray]]:
+        """Windows first .. first + count - 1 as (shard, start offsets), in order."""
+        while count:
+            epoch, i = divmod(first, self.per_epoch)
+            shards, ends = self.order(epoch)
+            place = int(np.searchsorted(ends, i, side="right"))
+            shard = int(shards[place])
+            local = i - int(ends[place] - self.counts[shard])
+            take = min(count, int(self.counts[shard]) - local)
+            yield self.shards[shard], self.starts(epoch, shard)[local : local + take]
+            first, count = first + take, count - take
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, int64 (count, block_size) each. Raises ValueError for an id outside the vocabulary."""
+        parts = [gather(shard, starts, self.block_size, self.vocab_size) for shard, starts in self.locate(first, count)]
+        windows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
+
+
+def gather(shard: Shard, starts: np.ndarray, block_size: int, vocab_size: int) -> np.ndarray:
+    """The windows of a shard that begin at `starts`, (len(starts), block_size + 1)."""
+    windows = np.lib.stride_tricks.sliding_window_view(shard.map(), block_size + 1)[starts]
+    if windows.max() >= vocab_size:
+        raise ValueError(f"{shard.path} holds token id {windows.max()}, past the vocabulary of {vocab_size:,}")
+    return windows
+
+
+def validation_windows(shards: list[Shard], block_size: int, limit: int = 0) -> list[tuple[Shard, int]]:
+    """The fixed validation windows, as (shard, start offset): non-overlapping, in order, and with a limit that many of
+    them, evenly spaced. They depend on the split and block_size alone. Raises ValueError if none fits.
+    """
+    grid = [(s, np.arange(0, s.tokens - block_size, block_size)) for s in cut(shards)]
+    ends = np.cumsum([len(starts) for _, starts in grid])
+    total = int(ends[-1]) if len(ends) else 0
+    if not total:
+        most = max((s.tokens for s in shards), default=0)
+        raise ValueError(
+            f"the validation text of {most:,} tokens cannot fill a window of {block_size + 1:,}: "
+            "lower --block_size, or prepare the dataset with more text or a larger --val_fraction"
+        )
+    wanted = np.arange(total) if not limit or limit >= total else np.arange(limit) * total // limit
+    places = np.searchsorted(ends, wanted, side="right")
+    return [(grid[p][0], int(grid[p][1][w - ends[p]])) for p, w in zip(places, wanted)]
+
+
+def validation_batches(
+    windows: list[tuple[Shard, int]], block_size: int, vocab_size: int, batch_size: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """This rank's share of the windows as inputs and targets, int64 (batch_size, block_size) each.
+
+    Every batch has the same shape: what the last one lacks is filled with rows whose targets are -1.
+    """
+    for first in range(rank * batch_size, len(windows), world * batch_size):
+        x = np.zeros((batch_size, block_size), np.int64)
+        y = np.full((batch_size, block_size), -1, np.int64)
+        row = 0
+        for shard, group in itertools.groupby(windows[first : first + batch_size], key=lambda window: window[0]):
+            found = gather(shard, np.array([start for _, start in group]), block_size, vocab_size)
+            x[row : row + len(found)], y[row : row + len(found)] = found[:, :-1], found[:, 1:]
+            row += len(found)
+        yield x, y

@@ -1,0 +1,439 @@
+"""A GPT: the network, its KV cache and sampling, its parameter and FLOP counts. Needs torch alone.
+
+The defaults are GPT-2's (https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)
+and the module names are those of GPT-2 and nanoGPT, so their state dicts load. Every other choice is a field of GPTConfig.
+
+Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D = C / H, V vocabulary (padded inside to 64).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257  # ids that exist; the matrices are padded to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorms, as GPT-2
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    norm_eps: float = 1e-5
+    mlp: str = "gelu"  # gelu (tanh, as GPT-2) | gelu_erf (exact, as nanoGPT) | swiglu | relu2
+    mlp_hidden: int = 0  # 0: 4 n_embd; for swiglu two thirds of it, which has as many parameters
+    pos: str = "learned"  # learned | rope | none
+    rope_base: float = 10000.0
+    n_kv_head: int = 0  # key/value heads shared by groups of query heads; 0: n_head
+    qk_norm: bool = False  # RMS-normalise queries and keys
+    tie_weights: bool = True  # one matrix for the embedding and the head
+    logit_softcap: float = 0.0  # c tanh(logits / c), as Gemma 2; 0: off
+    init: str = "gpt2"  # gpt2 | zero_proj (residual projections start at zero)
+    attn: str = "sdpa"  # sdpa | manual (the formula written out)
+    activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if not self.mlp_hidden:  # 8/3 n_embd, in a multiple of 8 that the matrix units like
+            self.mlp_hidden = round(self.n_embd / 3) * 8 if self.mlp == "swiglu" else 4 * self.n_embd
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"--{key}={getattr(self, key)}: choose one of {', '.join(allowed)}")
+        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "mlp_hidden"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"--{key}={getattr(self, key)}: must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"--n_head={self.n_head} is not divisible by --n_kv_head={self.n_kv_head}")
+        if self.pos == "rope" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"--pos=rope needs an even head size, not n_embd/n_head = {self.n_embd // self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout={self.dropout}: must be at least 0 and less than 1")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // 64) * 64
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+
+CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "mlp": ("gelu", "gelu_erf", "swiglu", "relu2"),
+    "pos": ("learned", "rope", "none"),
+    "init": ("gpt2", "zero_proj"),
+    "attn": ("sdpa", "manual"),
+}
+
+
+class Norm(nn.Module):
+    """LayerNorm (bias optional) or RMSNorm over the last dimension, by config.norm."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.rms, self.eps = config.norm == "rmsnorm", config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias and not self.rms else None
+
+    def forward(self, x):
+        if self.rms:
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class KVCache:
+    """Keys and values of every layer, (B, K, length, D) each, allocated once; the first `filled` positions are valid."""
+
+    def __init__(self, config: GPTConfig, batch: int, length: int, device, dtype):
+        shape = (batch, config.n_kv_head, length, config.head_size)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length, self.filled = length, 0
+
+    def add(self, layer: int, k, v):
+        """Store k, v (B, K, T, D) behind what is there; return all keys and values so far."""
+        end = self.filled + k.size(2)
+        self.keys[layer][:, :, self.filled : end] = k
+        self.values[layer][:, :, self.filled : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        kv_width = config.n_kv_head * config.head_size
+        self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * kv_width, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary, cache: KVCache | None = None):
+        c, (B, T, C) = self.config, x.shape
+        H, K, D = c.n_head, c.n_kv_head, c.head_size
+        q, k, v = self.c_attn(x).split((C, K * D, K * D), dim=2)
+        q = q.view(B, T, H, D).transpose(1, 2)
+        k = k.view(B, T, K, D).transpose(1, 2)
+        v = v.view(B, T, K, D).transpose(1, 2)
+        if c.qk_norm:
+            q, k = F.rms_norm(q, (D,), eps=c.norm_eps), F.rms_norm(k, (D,), eps=c.norm_eps)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        past = 0
+        if cache is not None:
+            past = cache.filled
+            k, v = cache.add(self.layer, k.to(cache.keys[0].dtype), v.to(cache.keys[0].dtype))
+            q = q.to(k.dtype)
+        y = self.attend(q, k, v, past)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+    def attend(self, q, k, v, past: int):
+        """Causal attention of T queries, the last of past + T positions. q (B, H, T, D), k and v (B, K, past + T, D)."""
+        T, S = q.size(2), k.size(2)
+        dropout = self.config.dropout if self.training else 0.0
+        grouped = q.size(1) != k.size(1)
+        mask = None
+        if T > 1 and (past or self.config.attn == "manual"):
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(past)
+        if self.config.attn == "sdpa":
+            causal = T > 1 and mask is None
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
+        if grouped:
+            k, v = (z.repeat_interleave(q.size(1) // k.size(1), dim=1) for z in (k, v))
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout) @ v
+
+
+def rotary_table(length: int, head_size: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 (length, D/2) each, of RoPE's angles (https://arxiv.org/abs/2104.09864, eq. 15)."""
+    frequency = base ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (i, i + D/2) of x (B, H, T, D) by position: Llama's order of the dimensions."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.kind = config.mlp
+        width = 2 * config.mlp_hidden if self.kind == "swiglu" else config.mlp_hidden  # swiglu: gate and value in one
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        if self.kind == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        elif self.kind == "relu2":
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate="tanh" if self.kind == "gelu" else "none")
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = Norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotary, cache: KVCache | None = None):
+        x = x + self.attn(self.ln_1(x), rotary, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        V, C = config.padded_vocab_size, config.n_embd
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(V, C),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                ln_f=Norm(config),
+            )
+        )
+        if config.pos == "learned":
+            self.transformer["wpe"] = nn.Embedding(config.block_size, C)
+        elif config.pos == "rope":
+            cos, sin = rotary_table(config.block_size, config.head_size, config.rope_base)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.lm_head = nn.Linear(C, V, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, (CausalSelfAttention, MLP)):  # applied after its children: the last word on c_proj
+            if self.config.init == "zero_proj":
+                nn.init.zeros_(module.c_proj.weight)
+            else:  # the residual stream sums 2 n_layer projections (GPT-2 paper, section 2.3)
+                nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def forward(self, idx, targets=None, cache: KVCache | None = None, return_logits=True, label_smoothing=0.0):
+        """Next-token logits and, with targets, their mean cross-entropy.
+
+        idx, targets: integer (B, T), targets[:, t] being the id after idx[:, t]; -1 counts for nothing.
+        Returns (logits (B, T, vocab_size), loss in nats or None). Training passes return_logits=False and gets
+        (None, loss): the logits are its largest tensor, and compiled it need not be kept.
+        With a cache, idx continues what the cache holds, and the logits are those of the last position, (B, 1, V).
+        """
+        config, (B, T) = self.config, idx.shape
+        past = cache.filled if cache is not None else 0
+        if past + T > config.block_size:
+            raise ValueError(f"{past + T} tokens are more than the context: block_size is {config.block_size}")
+        x = self.transformer.wte(idx)
+        rotary = None
+        if config.pos == "learned":
+            x = x + self.transformer.wpe(torch.arange(past, past + T, device=idx.device))
+        elif config.pos == "rope":
+            rotary = self.cos[past : past + T], self.sin[past : past + T]
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            if config.activation_checkpointing and self.training:
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary, cache)
+        if cache is not None:
+            cache.filled += T
+            x = x[:, -1:]
+        logits = self.lm_head(self.transformer.ln_f(x))[..., : config.vocab_size]
+        if config.logit_softcap:
+            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(
+            logits.reshape(-1, config.vocab_size).float(), targets.reshape(-1), ignore_index=-1,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+        return (logits if return_logits else None), loss
+
+    @torch.no_grad()
+    def generate(
+        self, idx, max_new_tokens: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_tokens=(), generator=None
+    ) -> Iterator[torch.Tensor]:
+        """Continue idx, integer (B, T): yields the next id of every row, (B,), max_new_tokens times or until all stopped.
+
+        temperature 0 is greedy; top_k keeps the k likeliest ids (0: all), top_p the likeliest that sum to p
+        (https://arxiv.org/abs/1904.09751), min_p those at least p times as likely as the likeliest
+        (https://arxiv.org/abs/2407.01082). A row that met a stop token repeats it.
+        Keys and values are cached. When block_size is full, the last half of the context is read in again and the
+        text goes on, so a token sees between block_size / 2 and block_size tokens before it.
+        Raises ValueError for an empty prompt or a setting outside its range.
+        """
+        config = self.config
+        if idx.size(1) == 0:
+            raise ValueError("the prompt is empty: give at least one token")
+        if not 0 <= top_k <= config.vocab_size:
+            raise ValueError(f"--top_k={top_k}: must be between 0 (all) and the vocabulary, {config.vocab_size}")
+        for name, value, low, high in (
+            ("temperature", temperature, 0, math.inf), ("top_p", top_p, 0, 1), ("min_p", min_p, 0, 1)
+        ):  # fmt: skip
+            if not low <= value <= high:
+                raise ValueError(f"--{name}={value}: must be between {low} and {high}")
+        was_training = self.training
+        self.eval()
+        try:
+            limit = config.block_size
+            length = min(limit, idx.size(1) + max_new_tokens)
+            text = idx[:, -limit:]  # what the model may still look at
+            cache = KVCache(config, len(idx), length, idx.device, self._cache_dtype())
+            fresh, stopped = text, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+            stops = torch.tensor(sorted(stop_tokens), device=idx.device, dtype=idx.dtype)
+            for _ in range(max_new_tokens):
+                if cache.filled + fresh.size(1) > limit:
+                    fresh, cache.filled = text[:, -(limit // 2 or 1) :], 0
+                logits, _ = self(fresh, cache=cache)
+                new = choose(logits[:, -1].float(), temperature, top_k, top_p, min_p, generator).to(idx.dtype)
+                if len(stops):
+                    new = torch.where(stopped, text[:, -1], new)
+                    stopped |= torch.isin(new, stops)
+                yield new
+                if len(stops) and stopped.all():
+                    return
+                fresh = new[:, None]
+                text = torch.cat((text[:, -limit + 1 :] if limit > 1 else text[:, :0], fresh), dim=1)
+        finally:
+            self.train(was_training)
+
+    def _cache_dtype(self) -> torch.dtype:
+        device = self.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.lm_head.weight.dtype
+
+    def load_weights(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Take the weights of a state dict of ours, nanoGPT's or transformers' GPT-2. Raises ValueError if they do not fit."""
+        own = self.state_dict()
+        weights = {}
+        for name, tensor in clean_state_dict(state_dict).items():
+            if name in own and name.endswith(("wte.weight", "lm_head.weight")) and len(tensor) < len(own[name]):
+                tensor = F.pad(tensor, (0, 0, 0, len(own[name]) - len(tensor)))  # rows of ids that do not exist
+            weights[name] = tensor
+        if self.config.tie_weights:
+            weights.setdefault("lm_head.weight", weights.get("transformer.wte.weight"))
+        missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        if missing or extra:
+            raise ValueError(f"the weights do not fit this model: missing {missing[:3]}, unexpected {extra[:3]}")
+        wrong = [n for n in own if own[n].shape != weights[n].shape]
+        if wrong:
+            shapes = ", ".join(f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in wrong[:3])
+            raise ValueError(f"the weights do not fit this model: {shapes}")
+        self.load_state_dict(weights)
+
+    def num_params(self, positions=True) -> int:
+        """Parameters that exist in the source sizes: without the rows that pad the vocabulary."""
+        count = sum(p.numel() for p in self.parameters())
+        if not positions and self.config.pos == "learned":
+            count -= self.transformer.wpe.weight.numel()
+        copies = 1 if self.config.tie_weights else 2
+        return count - copies * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+
+    def flops_per_token(self, T: int | None = None, convention="palm") -> float:
+        """Floating-point operations to train on one token at context T (forward and backward, a multiply-add is two).
+
+        palm: 6 N + 12 L H Q T, N all parameters but positions (https://arxiv.org/abs/2204.02311, appendix B), as nanoGPT
+        reports. causal: the matrix products alone, attention over the (T + 1) / 2 keys that a causal query sees on average.
+        """
+        c, T = self.config, T or self.config.block_size
+        padding = (c.padded_vocab_size - c.vocab_size) * c.n_embd
+        if convention == "palm":
+            return 6 * (self.num_params(positions=False) + padding) + 12 * c.n_layer * c.n_embd * T
+        if convention == "causal":
+            matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and ".h." in n)
+            return 6 * (matrices + c.padded_vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * (T + 1) / 2
+        raise ValueError(f"FLOP convention {convention!r}: choose palm or causal")
+
+
+def choose(logits, temperature, top_k, top_p, min_p, generator=None):
+    """Sample ids (B,) from logits (B, V); see GPT.generate."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probs = logits.softmax(-1)
+    if min_p:
+        probs = probs.where(probs >= min_p * probs.amax(-1, keepdim=True), 0)
+    if top_p < 1:
+        ordered, order = probs.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # the likeliest id always stays
+        ordered = ordered.where(before <= top_p * ordered.sum(-1, keepdim=True), 0)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+def clean_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names and layout of ours: wrapper prefixes and mask buffers dropped, GPT-2's Conv1D matrices transposed."""
+    clean = {}
+    for name, tensor in state_dict.items():
+        for prefix in ("_orig_mod.", "module."):
+            name = name.removeprefix(prefix)
+        name = name.replace("._orig_mod", "")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            clean[name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name] = tensor
+    first = clean.get("transformer.h.0.attn.c_attn.weight")
+    if first is not None and first.shape[1] == 3 * first.shape[0]:  # Conv1D keeps (in, out)
+        conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+        clean = {n: t.t() if n.endswith(conv1d) else t for n, t in clean.items()}
+    return clean
+
+
+def llama_to_gpt(state_dict: dict[str, torch.Tensor], n_layer: int) -> dict[str, torch.Tensor]:
+    """A transformers Llama state dict under our names: q, k, v in one matrix, gate and up in one."""
+    out = {"transformer.wte.weight": state_dict["model.embed_tokens.weight"]}
+    out["transformer.ln_f.weight"] = state_dict["model.norm.weight"]
+    out["lm_head.weight"] = state_dict.get("lm_head.weight", out["transformer.wte.weight"])
+    for i in range(n_layer):
+        theirs, ours = f"model.layers.{i}.", f"transformer.h.{i}."
+        qkv = [state_dict[f"{theirs}self_attn.{n}_proj.weight"] for n in "qkv"]
+        out[ours + "attn.c_attn.weight"] = torch.cat(qkv)
+        out[ours + "attn.c_proj.weight"] = state_dict[theirs + "self_attn.o_proj.weight"]
+        out[ours + "mlp.c_fc.weight"] = torch.cat([state_dict[f"{theirs}mlp.{n}_proj.weight"] for n in ("gate", "up")])
+        out[ours + "mlp.c_proj.weight"] = state_dict[theirs + "mlp.down_proj.weight"]
+        out[ours + "ln_1.weight"] = state_dict[theirs + "input_layernorm.weight"]
+        out[ours + "ln_2.weight"] = state_dict[theirs + "post_attention_layernorm.weight"]
+    return out
+
+
+# Dense bf16 (fp16 where bf16 is missing) matrix peak in TFLOP/s, from the vendors' datasheets, without sparsity.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 150, "A10G": 70, "L40S": 362, "L4": 121,
+    "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s of a GPU by its name, or None where it is not in the table."""
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
