@@ -49,9 +49,15 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
 
 def newest_run(root: Path = Path()) -> Path:
     """The folder with the newest checkpoint among out*/ and out*/*/. Raises ValueError if there is none."""
-    found = [p for pattern in ("out*/ckpt.pt", "out*/*/ckpt.pt", "out*/best.pt", "out*/*/best.pt") for p in root.glob(pattern)]
+    found = [
+        p
+        for pattern in ("out*/ckpt.pt", "out*/*/ckpt.pt", "out*/best.pt", "out*/*/best.pt")
+        for p in root.glob(pattern)
+    ]
     if not found:
-        raise ValueError("there is no trained model under out/: run python train.py config/quickstart.py, or set --out_dir")
+        raise ValueError(
+            "there is no trained model under out/: run python train.py config/quickstart.py, or set --out_dir"
+        )
     return max(found, key=lambda p: p.stat().st_mtime).parent
 
 

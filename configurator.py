@@ -158,7 +158,9 @@ def run_file(path: str, current: dict) -> dict:
     try:
         exec(compile(file.read_text(encoding="utf-8"), path, "exec"), scope)
     except Exception as e:
-        seen = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path] + [getattr(e, "lineno", None)]
+        seen = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path] + [
+            getattr(e, "lineno", None)
+        ]
         raise ValueError(f"{path}, line {seen[-1] or seen[0]}: {type(e).__name__}: {e}") from None
     found = {}
     for key, value in scope.items():

@@ -215,7 +215,9 @@ def write_shards(
         while len(ids):
             take = min(len(ids), shard_tokens - filled)
             if filled + take > len(buffer):
-                buffer = np.concatenate((buffer[:filled], np.empty(min(shard_tokens, 2 * (filled + take)) - filled, dtype)))
+                buffer = np.concatenate(
+                    (buffer[:filled], np.empty(min(shard_tokens, 2 * (filled + take)) - filled, dtype))
+                )
             buffer[filled : filled + take] = ids[:take]
             filled, ids = filled + take, ids[take:]
             if filled == shard_tokens:
@@ -243,7 +245,9 @@ def start_dataset(folder: Path, overwrite: bool = False) -> None:
         old.unlink()
 
 
-def finish_dataset(folder: Path, tokenizer: Tokenizer, shards: dict[str, list[dict]], source: str, arguments: dict) -> None:
+def finish_dataset(
+    folder: Path, tokenizer: Tokenizer, shards: dict[str, list[dict]], source: str, arguments: dict
+) -> None:
     """Write meta.json, which makes the folder a dataset. shards: what write_shards returned, by split."""
     meta = {
         "source": source,
@@ -338,7 +342,9 @@ def load_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
         splits[split] = [open_shard(p) for p in files]
         for shard in splits[split]:
             if listed.get(shard.path.name, shard.tokens) != shard.tokens:
-                raise ValueError(f"{shard.path} holds {shard.tokens:,} tokens, meta.json says {listed[shard.path.name]:,}")
+                raise ValueError(
+                    f"{shard.path} holds {shard.tokens:,} tokens, meta.json says {listed[shard.path.name]:,}"
+                )
     gone = set(listed) - {s.path.name for found in splits.values() for s in found}
     if gone:
         raise ValueError(f"{folder} lacks {sorted(gone)[0]}, which meta.json lists; make the dataset again")

@@ -149,10 +149,10 @@ class CausalSelfAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
         if grouped:
             k, v = (z.repeat_interleave(q.size(1) // k.size(1), dim=1) for z in (k, v))
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+        scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout) @ v
+            scores += torch.zeros(T, S, dtype=scores.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+        return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
 
 
 def rotary_table(length: int, head_size: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,7 +250,7 @@ class GPT(nn.Module):
         (None, loss): the logits are its largest tensor, and compiled it need not be kept.
         With a cache, idx continues what the cache holds, and the logits are those of the last position, (B, 1, V).
         """
-        config, (B, T) = self.config, idx.shape
+        config, T = self.config, idx.size(1)
         past = cache.filled if cache is not None else 0
         if past + T > config.block_size:
             raise ValueError(f"{past + T} tokens are more than the context: block_size is {config.block_size}")

@@ -240,7 +240,9 @@ def story(rng: random.Random) -> str:
     return "\n".join(paragraph.format(**words) for paragraph in paragraphs)
 
 
-def make_synthetic(folder: Path, stories=12_000, val_fraction=0.05, vocab_size=2048, seed=1337, overwrite=False) -> None:
+def make_synthetic(
+    folder: Path, stories=12_000, val_fraction=0.05, vocab_size=2048, seed=1337, overwrite=False
+) -> None:
     """Write the embedded stories as a dataset. Raises ValueError if the folder holds one already."""
     begin = time.perf_counter()
     rng = random.Random(seed)
@@ -272,7 +274,9 @@ def main() -> None:
     if not synthetic:
         raise ValueError("only the embedded stories can be made so far: --synthetic=True")
     if max_docs < 2 or not 0 < val_fraction < 1:
-        raise ValueError(f"--max_docs={max_docs}, --val_fraction={val_fraction}: at least 2 stories, a fraction in (0, 1)")
+        raise ValueError(
+            f"--max_docs={max_docs}, --val_fraction={val_fraction}: at least 2 stories, a fraction in (0, 1)"
+        )
     folder = Path(data_dir) / (dataset or "tinystories_synthetic")
     make_synthetic(folder, max_docs, val_fraction, vocab_size, seed, overwrite)
 

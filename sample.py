@@ -1,8 +1,8 @@
 """Write with a trained model. A run's folder is all it takes.
 
-    python sample.py                                          the newest run under out/
-    python sample.py --out_dir=out/quickstart --start="Once upon a time" --num_samples=3
-    python sample.py --start=FILE:prompt.txt --temperature=0
+python sample.py                                          the newest run under out/
+python sample.py --out_dir=out/quickstart --start="Once upon a time" --num_samples=3
+python sample.py --start=FILE:prompt.txt --temperature=0
 """
 
 import codecs
@@ -76,7 +76,9 @@ def until(pieces, stop: str):
         if stop and stop in held:
             yield held[: held.index(stop)]
             return
-        keep = max((n for n in range(min(len(stop), len(held)) + 1) if held.endswith(stop[:n])), default=0) if stop else 0
+        keep = (
+            max((n for n in range(min(len(stop), len(held)) + 1) if held.endswith(stop[:n])), default=0) if stop else 0
+        )
         yield held[: len(held) - keep]
         held = held[len(held) - keep :]
     yield held
@@ -101,7 +103,9 @@ def main() -> None:
     else:
         ids = [eot]
     if len(ids) > model.config.block_size:
-        raise ValueError(f"--start has {len(ids):,} tokens, the model's context is {model.config.block_size:,}: shorten it")
+        raise ValueError(
+            f"--start has {len(ids):,} tokens, the model's context is {model.config.block_size:,}: shorten it"
+        )
 
     on, kind = resolve_device()
     model.to(on)

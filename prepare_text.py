@@ -1,0 +1,174 @@
+"""Your own text as token shards, ready for train.py.
+
+    python prepare_text.py --input=book.txt --dataset=mine --tokenizer=char
+    python prepare_text.py --input=notes/,chats.jsonl --dataset=mine --tokenizer=bpe --vocab_size=4096
+
+A .txt file is one document, a .jsonl file one document a line. A single document is cut, its end is validation;
+of several, whole documents are. The tokenizer is learned from the training part alone.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from configurator import configure, short_errors
+from data import CharTokenizer, Tokenizer, finish_dataset, gpt2_tokenizer, start_dataset, train_bpe, write_shards
+
+input = ""  # files or folders of .txt and .jsonl, separated by commas; empty: $LOCAL_TEXT_DATA_PATH
+dataset = ""  # name of the dataset, a folder under data_dir; empty: the name of the input
+data_dir = "data"  # where datasets are
+tokenizer = "gpt2"  # gpt2 | char | bpe (trained on the text)
+vocab_size = 4096  # ids of a bpe tokenizer
+val_fraction = 0.1  # for validation: of the text if it is one document, else of the documents
+text_field = ""  # the text's key in .jsonl; empty: $LOCAL_TEXT_FIELD or text
+shard_tokens = 100_000_000  # tokens in a shard file
+seed = 1337  # which documents are for validation
+overwrite = False  # replace a dataset that is there
+
+SAMPLE_CHARACTERS = 50_000_000  # what a bpe tokenizer is trained on at most
+
+
+def input_files(paths: str) -> list[Path]:
+    """The text files of a comma-separated list of files and folders. Raises ValueError for what is not there."""
+    files = []
+    for path in map(Path, paths.split(",")):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
+            if not inside:
+                raise ValueError(f"--input={path}: there is no .txt or .jsonl file in this folder")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"--input={path}: there is no such file or folder")
+    return files
+
+
+def documents(files: list[Path], field: str) -> Iterator[str]:
+    """The documents of the files in order, empty ones left out. Raises ValueError naming the file and line at fault."""
+    for path in files:
+        lines = os.environ.get("LOCAL_TEXT_DATA_FORMAT", "").lower() == "jsonl" or path.suffix == ".jsonl"
+        try:
+            with open(path, encoding="utf-8", newline="") as f:
+                if not lines:
+                    text = f.read()
+                    if text.strip():
+                        yield text
+                    continue
+                for number, line in enumerate(f, 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        text = json.loads(line)[field]
+                    except (json.JSONDecodeError, KeyError, TypeError) as e:
+                        raise ValueError(
+                            f"{path}, line {number}: not a JSON object with the key {field!r} ({e}); set --text_field"
+                        ) from None
+                    if not isinstance(text, str):
+                        raise ValueError(f"{path}, line {number}: {field!r} is {type(text).__name__}, not text")
+                    if text.strip():
+                        yield text
+        except UnicodeDecodeError as e:
+            raise ValueError(
+                f"{path} is not UTF-8 text: byte {e.start} is {e.object[e.start]:#04x}; convert it"
+            ) from None
+
+
+def is_validation(text: str, fraction: float, seed: int) -> bool:
+    """Whether a document is held out, by a hash of its text: equal documents are always on the same side."""
+    digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def split_documents(files: list[Path], field: str, fraction: float, seed: int):
+    """Two functions that read the training and the validation documents, and whether the text is a single document.
+
+    Raises ValueError if there is no text, or if a split stays empty.
+    """
+    counted = [0, 0]
+    first = None
+    for text in documents(files, field):
+        first = text if first is None else first
+        counted[is_validation(text, fraction, seed)] += 1
+    if not sum(counted):
+        raise ValueError(f"there is no text in {', '.join(map(str, files[:3]))}")
+    if sum(counted) == 1:
+        cut = int(len(first) * (1 - fraction) + 1e-6)
+        if not 0 < cut < len(first):
+            raise ValueError(f"a text of {len(first)} characters cannot be split by --val_fraction={fraction}")
+        return lambda: [first[:cut]], lambda: [first[cut:]], True
+    if 0 in counted:
+        held = "validation" if not counted[1] else "training"
+        raise ValueError(
+            f"none of the {sum(counted)} documents is for {held}: change --val_fraction={fraction} or --seed={seed}"
+        )
+
+    def part(held_out: bool):
+        return (t for t in documents(files, field) if is_validation(t, fraction, seed) == held_out)
+
+    return lambda: part(False), lambda: part(True), False
+
+
+def learn_tokenizer(kind: str, train: Iterable[str], val: Iterable[str], single: bool) -> Tokenizer:
+    """The tokenizer of a name. A char alphabet has every character of both splits, so that validation can be encoded."""
+    if kind == "gpt2":
+        return gpt2_tokenizer()
+    if kind == "char":
+        chars = set()
+        for texts in (train, val):
+            for text in texts:
+                chars.update(text)
+        return CharTokenizer("".join(sorted(chars)), eot=not single)
+    if kind == "bpe":
+        return train_bpe(sample(train), vocab_size)
+    raise ValueError(f"--tokenizer={kind}: choose gpt2, char or bpe")
+
+
+def sample(texts: Iterable[str]) -> Iterator[str]:
+    left = SAMPLE_CHARACTERS
+    for text in texts:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def main() -> None:
+    paths = input or os.environ.get("LOCAL_TEXT_DATA_PATH", "")
+    if not paths:
+        raise ValueError("which text? --input=FILE (or set LOCAL_TEXT_DATA_PATH)")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val_fraction={val_fraction}: must be between 0 and 1")
+    files = input_files(paths)
+    name = dataset or Path(paths.split(",")[0]).stem
+    folder = Path(data_dir) / name
+    field = text_field or os.environ.get("LOCAL_TEXT_FIELD", "text")
+    train, val, single = split_documents(files, field, val_fraction, seed)
+    made = learn_tokenizer(tokenizer, train(), val(), single)
+    start_dataset(folder, overwrite)
+
+    def encoded(texts: Iterable[str]) -> Iterator[np.ndarray]:
+        begin = [] if single else [made.eot]  # the end-of-text token separates documents; one text needs none
+        for text in texts:
+            yield np.array(begin + made.encode(text), dtype=np.uint32)
+
+    shards = {}
+    for split, texts in (("train", train()), ("val", val())):
+        shards[split] = write_shards(folder, name, split, encoded(texts), made.n_vocab, shard_tokens)
+    arguments = {"tokenizer": tokenizer, "val_fraction": val_fraction, "seed": seed}
+    finish_dataset(folder, made, shards, ", ".join(p.name for p in files), arguments)
+    counts = " and ".join(f"{sum(s['tokens'] for s in found):,} {split}" for split, found in shards.items())
+    print(f"{folder}: {counts} tokens, {tokenizer} vocabulary of {made.n_vocab:,}")
+    print(
+        f"Train on it: python train.py config/quickstart.py --dataset={name} --data_dir={data_dir} --out_dir=out/{name}"
+    )
+
+
+if __name__ == "__main__":
+    with short_errors():
+        configure(globals())
+        main()

@@ -1,0 +1,235 @@
+"""What a training run tells: the console, metrics.jsonl, log.txt, samples/, wandb, and in the end results.json, loss.png."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import atomic_write, tokenizer_from_dict
+from model import peak_flops
+
+
+class Log:
+    """What rank 0 writes of a run. `run` is train.py's Run, `config` its keys as resolved."""
+
+    def __init__(self, run, config: dict, tokenizer: dict, tokens_a_step: int, first_step: int, wandb_id: str | None):
+        self.run, self.config, self.steps, self.tokens_a_step = run, config, config["max_iters"], tokens_a_step
+        self.folder, self.wandb, self.wandb_id, self.rate = Path(config["out_dir"]), None, wandb_id, 0.0
+        try:
+            self.tokenizer = tokenizer_from_dict(tokenizer)
+        except (ValueError, ImportError) as e:
+            self.tokenizer = None
+            print(f"no samples will be written: {e}")
+        self.prompt()  # one that the tokenizer cannot encode is refused now, not at the end
+        name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
+        self.peak = config["peak_tflops"] * 1e12 or peak_flops(name)
+        self.flops = run.model.flops_per_token(config["block_size"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.folder / "config.json", json.dumps(config, indent=1))
+        self.metrics = self.rewind("metrics.jsonl", lambda line: json.loads(line)["step"], first_step)
+        self.text = self.rewind("log.txt", lambda line: int(line.split()[0]), first_step)
+        if config["wandb_log"]:
+            try:
+                import wandb
+            except ImportError:
+                raise ImportError("--wandb_log needs the wandb package: pip install wandb") from None
+            name, again = config["wandb_run_name"], dict(id=wandb_id, resume="allow") if wandb_id else {}
+            self.wandb = wandb.init(project=config["wandb_project"], name=name, config=config, dir=self.folder, **again)
+            self.wandb_id = self.wandb.id
+
+    def rewind(self, name: str, step_of, first_step: int):
+        """Open a log for appending, with what it says of steps after first_step taken off."""
+        path = self.folder / name
+        lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and first_step else []
+        atomic_write(path, "".join(line for line in lines if line.endswith("\n") and step_of(line) <= first_step))
+        return open(path, "a", encoding="utf-8", buffering=1)
+
+    def record(self, step: int, **values) -> None:
+        entry = {"step": step, "tokens": step * self.tokens_a_step, **values}
+        self.metrics.write(json.dumps(entry) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def step(self, step: int, loss: float, norm: float, lr: float, seconds: float, elapsed: float) -> None:
+        """seconds: of one step, on average since the last line. elapsed: spent training."""
+        per_second = self.tokens_a_step / seconds
+        self.rate = per_second if not self.rate else 0.9 * self.rate + 0.1 * per_second
+        mfu = per_second * self.flops / self.run.world / self.peak if self.peak else None
+        left = (self.steps - step) * self.tokens_a_step / self.rate
+        self.record(
+            step, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_sec=round(per_second, 1), mfu=mfu, elapsed=elapsed
+        )
+        self.text.write(f"{step} train {loss:.6f}\n")
+        print(
+            f"{step:>6,}/{self.steps:,}  loss {loss:.4f}  lr {lr:.1e}  norm {norm:.2f}  {seconds * 1e3:.1f} ms  "
+            f"{per_second:,.0f} tok/s  mfu {f'{mfu:.1%}' if mfu else 'n/a'}  eta {int(left) // 60}:{int(left) % 60:02d}",
+            flush=True,
+        )
+
+    def validation(self, step: int, loss: float, accuracy: float, best: float) -> None:
+        self.record(step, val_loss=loss, val_accuracy=accuracy)
+        self.text.write(f"{step} val {loss:.6f}\n")
+        note = "  (best)" if loss <= best else f"  (best {best:.4f})"
+        print(
+            f"{step:>6,}/{self.steps:,}  val loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}  "
+            f"accuracy {accuracy:.1%}{note}",
+            flush=True,
+        )
+        if step:
+            plot_losses(self.folder)
+
+    def prompt(self) -> list[int]:
+        if self.tokenizer is None:
+            return []
+        text = self.config["sample_prompt"]
+        if text or self.tokenizer.eot is None:
+            return self.tokenizer.encode(text or self.tokenizer.decode([0]), special=True)
+        return [self.tokenizer.eot]
+
+    def sample(self, step: int) -> str:
+        """Complete the prompt with dropout off, on random numbers of its own, into samples/step_N.txt."""
+        if self.tokenizer is None:
+            return ""
+        ids, eot = self.prompt(), self.tokenizer.eot
+        start = torch.tensor([ids], device=self.run.device)
+        dice = torch.Generator(self.run.device).manual_seed(self.config["seed"])
+        stop = () if eot is None else (eot,)
+        top_k = min(200, self.run.model.config.vocab_size)
+        with self.run.autocast():
+            new = self.run.model.generate(start, 200, 0.7, top_k, stop_tokens=stop, generator=dice)
+            ids = [i for i in ids + [t.item() for t in new] if i != eot and i < self.tokenizer.n_vocab]
+        text = self.tokenizer.decode(ids)
+        (self.folder / "samples").mkdir(exist_ok=True)
+        atomic_write(self.folder / "samples" / f"step_{step}.txt", text + "\n")
+        return text
+
+    def finish(self, val_loss: float, accuracy: float, best: float, trained: float, total: float) -> None:
+        run, tokens = self.run, self.steps * self.tokens_a_step
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
+        history = [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="utf-8")]
+        speeds = sorted(h["tokens_per_sec"] for h in history if "tokens_per_sec" in h)
+        speed = speeds[len(speeds) // 2] if speeds else None
+        results = {
+            "final_val_loss": val_loss,
+            "final_val_perplexity": math.exp(min(val_loss, 700)),
+            "final_val_accuracy": accuracy,
+            "best_val_loss": best,
+            "total_steps": self.steps,
+            "model_parameters": run.model.num_params(),
+            "tokens": tokens,
+            "tokens_per_sec": speed,
+            "mfu": speed * self.flops / run.world / self.peak if self.peak and speed else None,
+            "train_flops": tokens * self.flops,
+            "train_seconds": trained,
+            "total_seconds": total,
+            "peak_memory_mib": peak_memory(run.device),
+            "seed": self.config["seed"],
+            "world_size": run.world,
+            "device": str(run.device),
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+            "git_commit": commit.stdout.strip() or None,
+        }
+        atomic_write(self.folder / "results.json", json.dumps(results, indent=1))
+        text = self.sample(self.steps)
+        if text:
+            print(f"\n{text}\n")
+        if self.wandb:
+            self.wandb.summary.update(results)
+            self.wandb.finish()
+        files = "results.json, loss.png, metrics.jsonl, best.pt, ckpt.pt" + (", samples/" if text else "")
+        print(f"val loss {val_loss:.4f} after {tokens:,} tokens in {total:.0f} s. {self.folder}/ has {files}")
+        start = " ".join(text.split()[:4])
+        print("Try next:")
+        print(f'  python sample.py --out_dir={self.folder} --start="{start}"')
+        print(f"  python sample.py --out_dir={self.folder} --num_samples=5 --temperature=1.0")
+        print("  python prepare_text.py --input=my.txt --dataset=mine --tokenizer=char      (train on your own text)")
+
+
+def peak_memory(on: torch.device) -> float | None:
+    """MiB: of the GPU's allocator, or resident on a CPU; None where the system does not say."""
+    if on.type == "cuda":
+        return torch.cuda.max_memory_allocated(on) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / 2**20 if sys.platform == "darwin" else size / 2**10
+
+
+FONT = {  # five columns a glyph, the lowest bit on top
+    "0": "3e5149453e", "1": "00427f4000", "2": "4261514946", "3": "2141454b31", "4": "1814127f10", "5": "2745454539",
+    "6": "3c4a494930", "7": "0171090503", "8": "3649494936", "9": "064949291e", ".": "0060600000", "a": "2054545478",
+    "e": "3854545418", "i": "00447d4000", "k": "7f10284400", "l": "00417f4000", "n": "7c08040478", "o": "3844444438",
+    "p": "7c14141408", "r": "7c08040408", "s": "4854545420", "t": "043f444020", "v": "1c2040201c", "M": "7f020c027f",
+}  # fmt: skip
+
+
+def plot_losses(folder: Path) -> None:
+    """Draw loss.png from metrics.jsonl: training and validation loss by step, in numpy, so that it needs no package."""
+    history = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
+    series = [
+        (name, rgb, np.array([(h["step"], h[key]) for h in history if key in h and math.isfinite(h[key])]))
+        for name, key, rgb in (("train loss", "train_loss", (150, 180, 220)), ("val loss", "val_loss", (200, 60, 20)))
+    ]
+    series = [s for s in series if len(s[2])]
+    if not series:
+        return
+    points = np.concatenate([s[2] for s in series])
+    x1, low, high = points[:, 0].max() or 1, points[:, 1].min(), points[:, 1].max()
+    low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+    W, H, left, top, right, bottom = 1600, 1000, 150, 50, 40, 110
+    image = np.full((H, W, 3), 255, np.uint8)
+
+    def text(x: float, y: float, words: str, rgb=(60, 60, 60), scale=4) -> None:
+        for n, char in enumerate(words):
+            columns = np.frombuffer(bytes.fromhex(FONT.get(char, "0000000000")), np.uint8)
+            bits = (columns[None] >> np.arange(7)[:, None] & 1).astype(bool).repeat(scale, 0).repeat(scale, 1)
+            spot = image[int(y) : int(y) + 7 * scale, int(x) + 6 * scale * n :][:, : 5 * scale]
+            spot[bits[: spot.shape[0], : spot.shape[1]]] = rgb
+
+    def place(steps, losses):
+        x = left + steps / x1 * (W - left - right)
+        return x, top + (high - losses) / (high - low) * (H - top - bottom)
+
+    def ticks(a: float, b: float) -> np.ndarray:
+        size = 10 ** math.floor(math.log10((b - a) / 4))
+        size *= next(m for m in (1, 2, 2.5, 5, 10) if (b - a) / (m * size) <= 7)
+        return np.arange(math.ceil(a / size) * size, b + size / 1e3, size)
+
+    for loss in ticks(low, high):
+        y = int(place(0, loss)[1])
+        image[y : y + 2, left : W - right] = 225
+        text(left - 24 * len(f"{loss:.4g}") - 16, y - 13, f"{loss:.4g}")
+    for step in ticks(0, x1):
+        label = f"{step / 1e6:g}M" if x1 >= 1e6 else f"{step / 1e3:g}k" if x1 >= 1e4 else f"{step:g}"
+        x = int(place(step, 0)[0])
+        image[H - bottom : H - bottom + 12, x : x + 2] = 120
+        text(x - 12 * len(label), H - bottom + 20, label)
+    image[top : H - bottom, left : left + 2] = image[H - bottom : H - bottom + 2, left : W - right] = 120
+    text((W + left) / 2 - 48, H - 44, "step")
+    for n, (name, rgb, data) in enumerate(series):
+        x, y = place(data[:, 0], data[:, 1])
+        for i in range(max(1, len(x) - 1)):
+            j = min(i + 1, len(x) - 1)
+            dense = np.linspace(0, 1, int(max(abs(x[j] - x[i]), abs(y[j] - y[i]))) + 1)
+            px, py = (x[i] + dense * (x[j] - x[i])).astype(int), (y[i] + dense * (y[j] - y[i])).astype(int)
+            for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1), (-1, 0), (0, -1)):
+                image[np.clip(py + dy, 0, H - 1), np.clip(px + dx, 0, W - 1)] = rgb
+        text(W - right - 260, top + 10 + 50 * n, name, rgb)
+    half = image.reshape(H // 2, 2, W // 2, 2, 3).mean((1, 3)).round().astype(np.uint8)  # smooth by averaging
+    rows = b"".join(b"\0" + row.tobytes() for row in half)
+    png = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">2I5B", W // 2, H // 2, 8, 2, 0, 0, 0)
+    for tag, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 6)), (b"IEND", b"")):
+        png += struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body))
+    atomic_write(folder / "loss.png", png)

