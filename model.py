@@ -208,20 +208,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         V, C = config.padded_vocab_size, config.n_embd
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(V, C),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                ln_f=Norm(config),
-            )
-        )
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(V, C)})
         if config.pos == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, C)
         elif config.pos == "rope":
             cos, sin = rotary_table(config.block_size, config.head_size, config.rope_base)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
+        self.transformer["drop"] = nn.Dropout(config.dropout)
+        self.transformer["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer["ln_f"] = Norm(config)
         self.lm_head = nn.Linear(C, V, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
@@ -425,6 +421,37 @@ def llama_to_gpt(state_dict: dict[str, torch.Tensor], n_layer: int) -> dict[str,
         out[ours + "ln_1.weight"] = state_dict[theirs + "input_layernorm.weight"]
         out[ours + "ln_2.weight"] = state_dict[theirs + "post_attention_layernorm.weight"]
     return out
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a --device key; auto is cuda, then mps, then cpu. Raises ValueError if this machine lacks it."""
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if counts[kind])
+    kind, _, index = name.partition(":")
+    if kind not in counts or (index and not index.isdigit()):
+        raise ValueError(f"--device={name}: choose auto, cpu, cuda, cuda:1 or mps")
+    if int(index or 0) >= counts[kind]:
+        raise ValueError(f"--device={name}: this machine has {counts[kind]} {kind} devices (torch {torch.__version__})")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a --dtype key; auto is bfloat16 where the device has it, float16 on older GPUs, else float32.
+
+    Raises ValueError for another name.
+    """
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ValueError(f"--dtype={name}: choose auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if native else torch.float32
 
 
 # Dense bf16 (fp16 where bf16 is missing) matrix peak in TFLOP/s, from the vendors' datasheets, without sparsity.

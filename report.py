@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -32,8 +34,10 @@ class Log:
         self.flops = run.model.flops_per_token(config["block_size"])
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(self.folder / "config.json", json.dumps(config, indent=1))
-        self.metrics = self.rewind("metrics.jsonl", lambda line: json.loads(line)["step"], first_step)
-        self.text = self.rewind("log.txt", lambda line: int(line.split()[0]), first_step)
+        self.metrics = self.rewind(
+            "metrics.jsonl", lambda line: (json.loads(line)["step"], "train_loss" in line), first_step
+        )
+        self.text = self.rewind("log.txt", lambda line: (int(line.split()[0]), " train " in line), first_step)
         if config["wandb_log"]:
             try:
                 import wandb
@@ -43,11 +47,16 @@ class Log:
             self.wandb = wandb.init(project=config["wandb_project"], name=name, config=config, dir=self.folder, **again)
             self.wandb_id = self.wandb.id
 
-    def rewind(self, name: str, step_of, first_step: int):
-        """Open a log for appending, with what it says of steps after first_step taken off."""
-        path = self.folder / name
-        lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and first_step else []
-        atomic_write(path, "".join(line for line in lines if line.endswith("\n") and step_of(line) <= first_step))
+    def rewind(self, name: str, read, first_step: int):
+        """Open a log for appending, without what it says of steps that come again; read(line) -> (step, of training?)."""
+        path, kept = self.folder / name, []
+        if first_step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(True):
+                if line.endswith("\n"):  # else it was being written when the run died
+                    step, of_training = read(line)
+                    if step < first_step or (step == first_step and of_training):
+                        kept.append(line)
+        atomic_write(path, "".join(kept))
         return open(path, "a", encoding="utf-8", buffering=1)
 
     def record(self, step: int, **values) -> None:
@@ -111,9 +120,6 @@ class Log:
 
     def finish(self, val_loss: float, accuracy: float, best: float, trained: float, total: float) -> None:
         run, tokens = self.run, self.steps * self.tokens_a_step
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-        )
         history = [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="utf-8")]
         speeds = sorted(h["tokens_per_sec"] for h in history if "tokens_per_sec" in h)
         speed = speeds[len(speeds) // 2] if speeds else None
@@ -136,7 +142,7 @@ class Log:
             "device": str(run.device),
             "dtype": str(run.dtype).removeprefix("torch."),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-            "git_commit": commit.stdout.strip() or None,
+            "git_commit": git_commit(),
         }
         atomic_write(self.folder / "results.json", json.dumps(results, indent=1))
         text = self.sample(self.steps)
@@ -147,11 +153,19 @@ class Log:
             self.wandb.finish()
         files = "results.json, loss.png, metrics.jsonl, best.pt, ckpt.pt" + (", samples/" if text else "")
         print(f"val loss {val_loss:.4f} after {tokens:,} tokens in {total:.0f} s. {self.folder}/ has {files}")
-        start = " ".join(text.split()[:4])
+        start = shlex.quote(self.config["sample_prompt"] or " ".join(text.split()[:3])[:40])
         print("Try next:")
-        print(f'  python sample.py --out_dir={self.folder} --start="{start}"')
+        print(f"  python sample.py --out_dir={self.folder} --start={start}")
         print(f"  python sample.py --out_dir={self.folder} --num_samples=5 --temperature=1.0")
         print("  python prepare_text.py --input=my.txt --dataset=mine --tokenizer=char      (train on your own text)")
+
+
+def git_commit() -> str | None:
+    if not shutil.which("git"):
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return done.stdout.strip() or None
 
 
 def peak_memory(on: torch.device) -> float | None:

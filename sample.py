@@ -16,6 +16,7 @@ import torch
 from checkpoint import load_model
 from configurator import configure, short_errors
 from data import load_dataset, tokenizer_from_dict
+from model import pick_device, pick_dtype
 
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir; or a checkpoint file
@@ -30,7 +31,7 @@ stop = ""  # stop where this text appears; the end of a document always stops
 seed = 1337  # the same seed, prompt and settings give the same text
 data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their dataset
 device = "auto"  # auto | cpu | cuda | mps
-dtype = "auto"  # auto | float32 | bfloat16 | float16
+dtype = "auto"  # auto (on a GPU what it does best, else float32) | float32 | bfloat16 | float16
 compile = False  # torch.compile the model
 
 
@@ -44,20 +45,6 @@ def find_tokenizer(payload: dict):
     if payload["model_args"]["vocab_size"] < 50257:
         raise ValueError(f"the checkpoint has no tokenizer and there is no {data_dir}/{name}/meta.pkl: set --data_dir")
     return tokenizer_from_dict({"kind": "gpt2"})
-
-
-def resolve_device() -> tuple[torch.device, torch.dtype]:
-    name = device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(name.split(":")[0]):
-        raise ValueError(f"--device={device}: this machine has no such device; try --device=cpu")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype != "auto" and dtype not in dtypes:
-        raise ValueError(f"--dtype={dtype}: choose auto, {', '.join(dtypes)}")
-    native = name.startswith("cuda") and torch.cuda.get_device_capability(torch.device(name))[0] >= 8
-    return torch.device(name), dtypes.get(dtype, torch.bfloat16 if native else torch.float32)
 
 
 def text_pieces(tokenizer, ids):
@@ -107,7 +94,8 @@ def main() -> None:
             f"--start has {len(ids):,} tokens, the model's context is {model.config.block_size:,}: shorten it"
         )
 
-    on, kind = resolve_device()
+    on = pick_device(device)
+    kind = torch.float32 if dtype == "auto" and on.type != "cuda" else pick_dtype(dtype, on)
     model.to(on)
     amp = contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind)
     if compile:

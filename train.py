@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import build_model, find_checkpoint, load_checkpoint, save_checkpoint
 from configurator import configure, short_errors
 from data import Dataset, TrainingWindows, load_dataset, validation_batches, validation_windows
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, pick_device, pick_dtype
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
 from report import Log
 
@@ -188,40 +188,14 @@ def evaluate(run: Run, shards: list, limit: int) -> tuple[float, float]:
 
 def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
     """Resolve device, then dtype; join the other ranks. Returns (device, dtype, rank, world size)."""
-    name = device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device={device}: choose auto, cpu, cuda or mps")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there[kind]:
-        raise ValueError(
-            f"--device={device}: this machine has no {kind} device (torch {torch.__version__}); try --device=cpu"
-        )
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if kind == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0)) if ":" not in name else int(name.split(":")[1])
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"--device={name}, local rank {local}: this machine has {torch.cuda.device_count()} GPUs")
-        name = f"cuda:{local}"
-        torch.cuda.set_device(name)
+    on = pick_device(device)
+    if on.type == "cuda":
+        on = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else f"cuda:{on.index or 0}")
+        torch.cuda.set_device(on)
         torch.set_float32_matmul_precision("high")  # tf32 for what stays float32
     if "RANK" in os.environ:
-        dist.init_process_group(backend if kind == "cuda" else "gloo")
-    return torch.device(name), resolve_dtype(torch.device(name)), rank, world
-
-
-def resolve_dtype(on: torch.device) -> torch.dtype:
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype in names:
-        return names[dtype]
-    if dtype != "auto":
-        raise ValueError(f"--dtype={dtype}: choose auto, {', '.join(names)}")
-    if on.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(on)[0] >= 8 else torch.float16
-    native = on.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if native else torch.float32
+        dist.init_process_group(backend if on.type == "cuda" else "gloo")
+    return on, pick_dtype(dtype, on), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def find_dataset(rank: int) -> Dataset:
@@ -386,10 +360,14 @@ def main(config: dict) -> None:
     run = Run(model, model, optimizers, scaler, windows, on, kind, micro_batches // world, rank, world)
     first_step, best_val_loss = 0, math.inf
     if init_from == "resume":
+        if "optimizers" not in payload:
+            raise ValueError(
+                f"{out_dir}/ckpt.pt has no state to go on from: begin a run with --init_from={out_dir}/ckpt.pt"
+            )
         for each, state in zip(optimizers, payload["optimizers"]):
             each.load_state_dict(state)
         scaler.load_state_dict(payload["scaler"])
-        first_step, best_val_loss = payload["step"], payload["best_val_loss"]
+        first_step, best_val_loss = payload["step"], float(payload["best_val_loss"])
     run.step_model = compile_model(run)
     if world > 1:
         gpus = [on.index] if on.type == "cuda" else None
@@ -409,6 +387,7 @@ def main(config: dict) -> None:
             "step": step,
             "tokens": step * tokens_a_step,
             "best_val_loss": best_val_loss,
+            "elapsed": trained_seconds,
             "config": config,
             "tokenizer": found.tokenizer,
             "wandb_id": log.wandb_id,
@@ -417,11 +396,12 @@ def main(config: dict) -> None:
             state |= {"optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}
         save_checkpoint(Path(out_dir) / name, state | extra)
 
+    trained_seconds = payload.get("elapsed", 0.0) if first_step else 0.0
     payload = None  # its tensors are in the model and the optimizers now
     gc.collect()
     gc.freeze()  # what lives for the whole run is not searched for garbage again
     step, pending, bad = first_step, None, torch.zeros((), device=on)
-    clock, paused, trained_seconds, last_logged = time.perf_counter(), 0.0, 0.0, first_step
+    clock, paused, last_logged = time.perf_counter(), 0.0, first_step
 
     def stop_if_bad() -> None:
         """Raises RuntimeError on every rank if a loss was not finite on any."""

@@ -1,5 +1,6 @@
-# A small model of children's stories, from nothing to a printed story in about two minutes.
-# 4 layers, 2 heads, width 128: vocabulary 849, 896,256 parameters. The stories are made by prepare_tinystories.py --synthetic=True.
+# A small model of children's stories, from nothing to a printed story in two to three minutes on two CPU cores.
+# 4 layers, 4 heads, width 128, vocabulary 849: 896,256 parameters.
+# The stories are those of prepare_tinystories.py --synthetic=True, made when they are missing.
 #
 #     python train.py config/quickstart.py
 out_dir = "out/quickstart"
@@ -7,25 +8,26 @@ dataset = "tinystories_synthetic"
 sample_prompt = "Once upon a time"
 
 n_layer = 4
-n_head = 2
+n_head = 4
 n_embd = 128
 block_size = 256
 norm = "rmsnorm"
 mlp = "relu2"
 pos = "rope"
+qk_norm = True
+init = "zero_proj"
 attn = "manual"  # at this size faster on a CPU than the fused kernel
 
-batch_size = 16
+batch_size = 8
 gradient_accumulation_steps = 1
-max_iters = 900
+max_iters = 1500
 optimizer = "muon"
-learning_rate = 3e-3
+learning_rate = 1e-2
 min_lr = 0.0
 schedule = "linear"
 warmup_iters = 20
-beta2 = 0.95
 
-eval_interval = 150
-eval_iters = 4
+eval_interval = 250
+eval_iters = 8
 log_interval = 25
-compile = False
+compile = False  # compiling takes longer than it saves here

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+torch.set_num_threads(1)  # the models here are too small to share out
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * 7 % 13} lazy dogs.\n" for n in range(400))
 SMALL = (
@@ -21,7 +23,7 @@ SMALL = (
 def call(*argv, cwd, env=None, timeout=240):
     """Run `python script ...` with the repository's scripts, in a folder of the test's own."""
     command = [sys.executable, str(ROOT / argv[0]), *map(str, argv[1:])]
-    full = {**os.environ, "WANDB_MODE": "offline", "PYTHONUTF8": "1", **(env or {})}
+    full = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUTF8": "1", **(env or {})}
     return subprocess.run(
         command, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout, encoding="utf-8", check=False
     )

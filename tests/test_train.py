@@ -279,10 +279,8 @@ def test_nanogpts_config_files_run_unmodified(run, chars):
     )
     run("train.py", "config/theirs.py", "--eval_iters=1")
     assert (chars / "out-chars" / "best.pt").exists()
-    assert (
-        run("sample.py", "--out_dir=out-chars", "--start=a", "--num_samples=2", "--max_new_tokens=5").count("-----")
-        == 2
-    )
+    texts = run("sample.py", "--out_dir=out-chars", "--start=a", "--num_samples=2", "--max_new_tokens=5")
+    assert texts.count("---------------\n") == 2
 
 
 def test_wandb_offline_gets_the_run(run, chars):
@@ -302,9 +300,9 @@ def test_memory_is_flat_on_a_file_larger_than_memory(tmp_path):
         "def resident():\n"
         "    return int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1]) / 1024\n"
         "sizes = []\n"
-        "for i in range(400):\n"
+        "for i in range(120):\n"
         "    windows.batch(i * 97 * 1000, 64)\n"
-        "    if i % 100 == 99: sizes.append(resident())\n"
+        "    if i % 30 == 29: sizes.append(resident())\n"
         "print(*sizes)\n"
     )
     with open(tmp_path / "train.bin", "wb") as f:
@@ -321,7 +319,7 @@ BAD = [
     (["--dataset=nothere"], "there is no dataset data/nothere: make it with python prepare_text.py"),
     (["--block_size=30000"], "lower --block_size"),
     (["--batch_size=0"], "--batch_size=0: must be at least 1"),
-    (["--device=cuda:7"], "--device=cuda:7"),
+    (["--device=cuda:77"], "--device=cuda:77: this machine has"),
     (["--device=tpu"], "--device=tpu: choose auto"),
     (["--dtype=int8"], "--dtype=int8: choose auto"),
     (["--optimizer=adamax"], "--optimizer=adamax: choose one of"),
@@ -340,8 +338,6 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(a) for a, _ in BAD])
 def test_bad_input_is_told_in_one_line(refused, chars, arguments, words):
-    if torch.cuda.is_available() and "cuda" in arguments[0]:
-        pytest.skip("this machine has a GPU")
     assert words in refused("train.py", *SMALL, "--dataset=chars", *arguments)
 
 
