@@ -109,9 +109,9 @@ class Log:
         start = torch.tensor([ids], device=self.run.device)
         dice = torch.Generator(self.run.device).manual_seed(self.config["seed"])
         stop = () if eot is None else (eot,)
-        top_k = min(200, self.run.model.config.vocab_size)
+        temperature, top_k = self.config["sample_temperature"], min(200, self.run.model.config.vocab_size)
         with self.run.autocast():
-            new = self.run.model.generate(start, 200, 0.7, top_k, stop_tokens=stop, generator=dice)
+            new = self.run.model.generate(start, 200, temperature, top_k, stop_tokens=stop, generator=dice)
             ids = [i for i in ids + [t.item() for t in new] if i != eot and i < self.tokenizer.n_vocab]
         text = self.tokenizer.decode(ids)
         (self.folder / "samples").mkdir(exist_ok=True)

@@ -90,6 +90,7 @@ checkpoint_interval = 0  # more checkpoints: every so many steps; 0: at evaluati
 keep_checkpoints = 0  # keep so many of them as step_N.pt
 sample_interval = 0  # steps between texts written to samples/; 0: only at the end
 sample_prompt = ""  # how they begin; empty: the start of a document
+sample_temperature = 0.7  # how freely they are written; 0: always the likeliest
 wandb_log = False  # log to Weights & Biases
 wandb_project = "gpt"  # its project
 wandb_run_name = "gpt2"  # and the run's name in it

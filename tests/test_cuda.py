@@ -1,0 +1,59 @@
+"""What only a GPU can show: pytest -m cuda."""
+
+import json
+
+import pytest
+import torch
+from conftest import SMALL
+
+import train
+from data import TrainingWindows, load_dataset
+from model import GPT, GPTConfig
+from optim import make_optimizers
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: no NVIDIA GPU here")]
+
+
+def losses(folder):
+    entries = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    return [e["train_loss"] for e in entries if "train_loss" in e]
+
+
+def test_every_precision_compiled_or_not_trains_the_run_of_the_cpu(run, chars):
+    common = [*SMALL, "--dataset=chars", "--max_iters=20", "--eval_interval=10"]
+    run("train.py", *common, "--out_dir=cpu")
+    want = losses(chars / "cpu")
+    for kind, compiled, close in (("float32", False, 5e-3), ("bfloat16", True, 0.05), ("float16", True, 0.05)):
+        options = ["--device=cuda", f"--dtype={kind}", f"--compile={compiled}", f"--out_dir={kind}"]
+        run("train.py", *common, *options, timeout=600)
+        got = losses(chars / kind)
+        assert len(got) == 20 and max(abs(a - b) for a, b in zip(got, want)) < close, (kind, got, want)
+
+
+def test_greedy_text_is_the_cpus():
+    torch.manual_seed(0)
+    model = GPT(
+        GPTConfig(block_size=64, vocab_size=101, n_layer=2, n_head=4, n_embd=64, pos="rope", n_kv_head=2)
+    ).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    idx = torch.randint(101, (3, 7))
+    want = torch.stack(list(model.generate(idx, 100, temperature=0)), 1)
+    got = torch.stack(list(model.cuda().generate(idx.cuda(), 100, temperature=0)), 1)
+    assert (got.cpu() == want).float().mean() > 0.95  # a near tie may fall the other way
+
+
+def test_a_step_waits_for_nothing(chars, monkeypatch):
+    found = load_dataset("chars", chars / "data")
+    for key, value in (("batch_size", 4), ("block_size", 32), ("dropout", 0.0), ("grad_clip", 1.0)):
+        monkeypatch.setattr(train, key, value)
+    model = GPT(GPTConfig(block_size=32, vocab_size=found.vocab_size, n_layer=2, n_head=2, n_embd=32)).cuda()
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    windows = TrainingWindows(found.train, 32, found.vocab_size)
+    run = train.Run(model, model, make_optimizers(model), scaler, windows, torch.device("cuda"), torch.bfloat16, 2)
+    train.train_step(run, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train.train_step(run, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
