@@ -113,6 +113,8 @@ def word_tokenizer(text: str, vocab_size: int) -> BPETokenizer:
     import regex
 
     count = Counter(regex.findall(GPT2_PATTERN, text))
+    if vocab_size < 257:
+        raise ValueError(f"--vocab_size={vocab_size}: the 256 bytes and the end-of-text token need 257")
     pieces = [p.encode() for p, _ in sorted(count.items(), key=lambda item: (-item[1], item[0])) if len(p.encode()) > 1]
     return BPETokenizer("bpe", GPT2_PATTERN, [bytes([b]) for b in range(256)] + pieces[: vocab_size - 257])
 
@@ -236,13 +238,25 @@ def file_sha256(path: Path) -> str:
 
 
 def start_dataset(folder: Path, overwrite: bool = False) -> None:
-    """An empty folder to write shards to. Raises ValueError if a finished dataset is there; unfinished ones are cleared."""
-    if (folder / "meta.json").exists() and not overwrite:
-        raise ValueError(f"{folder} holds a dataset already: choose another --dataset, or --overwrite=True")
+    """A folder to write shards to, cleared of what an interrupted attempt left. Raises ValueError if a dataset is there."""
+    check_free(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
-    for old in folder.glob("*_[0-9][0-9][0-9][0-9][0-9][0-9].npy*"):
+    for old in own_shards(folder):
         old.unlink()
+
+
+def own_shards(folder: Path) -> set[Path]:
+    return {p for p in folder.glob(f"{folder.name}_*.npy*") if re.search(r"_(train|val)_\d{6}\.npy(\.part)?$", p.name)}
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises ValueError if the folder holds a dataset that may not be replaced: ours without overwrite, or a foreign one."""
+    foreign = {*folder.glob("*.npy"), *folder.glob("*.bin")} - own_shards(folder)
+    if foreign:
+        raise ValueError(f"{folder} holds {min(foreign).name}, which is not ours to replace: choose another --dataset")
+    if (folder / "meta.json").exists() and not overwrite:
+        raise ValueError(f"{folder} holds a dataset already: choose another --dataset, or --overwrite=True")
 
 
 def finish_dataset(
@@ -331,46 +345,46 @@ def load_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
     folder = Path(data_dir) / name
     if not folder.is_dir():
         raise ValueError(f"there is no dataset {folder}: {how_to_make(name)}")
-    meta = {}
+    meta, splits = {}, {"train": [], "val": []}
     if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    listed = {s["file"]: s["tokens"] for found in meta.get("shards", {}).values() for s in found}
-    splits = {}
-    for split in ("train", "val"):
-        pattern = re.compile(rf"(.*_)?{split}(_.*)?\.(npy|bin)")
-        files = sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name) and (not listed or p.name in listed))
-        splits[split] = [open_shard(p) for p in files]
-        for shard in splits[split]:
-            if listed.get(shard.path.name, shard.tokens) != shard.tokens:
-                raise ValueError(
-                    f"{shard.path} holds {shard.tokens:,} tokens, meta.json says {listed[shard.path.name]:,}"
-                )
-    gone = set(listed) - {s.path.name for found in splits.values() for s in found}
-    if gone:
-        raise ValueError(f"{folder} lacks {sorted(gone)[0]}, which meta.json lists; make the dataset again")
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            listed = [(split, s["file"], s["tokens"]) for split in splits for s in meta["shards"].get(split, [])]
+            tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{folder / 'meta.json'} is damaged; make the dataset again") from None
+        for split, file, tokens in listed:
+            if not (folder / file).exists():
+                raise ValueError(f"{folder} lacks {file}, which meta.json lists; make the dataset again")
+            shard = open_shard(folder / file)
+            if shard.tokens != tokens:
+                raise ValueError(f"{shard.path} holds {shard.tokens:,} tokens, meta.json says {tokens:,}")
+            splits[split].append(shard)
+    else:
+        for path in sorted(folder.iterdir()):
+            if match := re.fullmatch(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:npy|bin)", path.name):
+                splits[match[1]].append(open_shard(path))
     if not splits["train"]:
         raise ValueError(f"{folder} has no training tokens: {how_to_make(name)}")
-    if meta:
-        tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
-    elif (folder / "meta.pkl").exists():
-        with open(folder / "meta.pkl", "rb") as f:
-            pickled = PlainUnpickler(f).load()
-        chars = "".join(pickled["itos"][i] for i in range(pickled["vocab_size"]))
+    if not meta and (folder / "meta.pkl").exists():
+        try:
+            with open(folder / "meta.pkl", "rb") as f:
+                pickled = PlainUnpickler(f).load()
+            chars = "".join(pickled["itos"][i] for i in range(pickled["vocab_size"]))
+        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, IndexError):
+            raise ValueError(f"{folder / 'meta.pkl'} is not nanoGPT's: it lacks vocab_size and itos") from None
         tokenizer, vocab_size = CharTokenizer(chars).to_dict(), pickled["vocab_size"]
-    else:
+    elif not meta:
         tokenizer, vocab_size = {"kind": "gpt2"}, 50257
     return Dataset(name, splits["train"], splits["val"], tokenizer, vocab_size)
 
 
 def how_to_make(name: str) -> str:
     """The command that makes a dataset of this name."""
-    if name in ("tinystories", "tinystories_synthetic"):
-        option = " --synthetic=True" if name.endswith("synthetic") else ""
-        return f"make it with python prepare_tinystories.py{option}"
-    if name.startswith(("edu_fineweb", "fineweb")):
-        return "make it with python build_fineweb_shards.py (nanoGPT's default was --dataset=openwebtext)"
+    if name == "tinystories_synthetic":
+        return "make it with python prepare_tinystories.py --synthetic=True"
     tokenizer = " --tokenizer=char" if name.endswith("_char") else ""
-    return f"make it with python prepare_text.py --input=FILE --dataset={name}{tokenizer}"
+    return f"make it with python prepare_text.py --input=FILE --dataset={name}{tokenizer}, or choose another --dataset"
 
 
 def cut(shards: list[Shard], fraction: float = 1.0, chunk: int = CHUNK) -> list[Shard]:
@@ -452,8 +466,9 @@ class TrainingWindows:
 def gather(shard: Shard, starts: np.ndarray, block_size: int, vocab_size: int) -> np.ndarray:
     """The windows of a shard that begin at `starts`, (len(starts), block_size + 1)."""
     windows = np.lib.stride_tricks.sliding_window_view(shard.map(), block_size + 1)[starts]
-    if windows.max() >= vocab_size:
-        raise ValueError(f"{shard.path} holds token id {windows.max()}, past the vocabulary of {vocab_size:,}")
+    if windows.max() >= vocab_size or windows.min() < 0:
+        wrong = windows.max() if windows.max() >= vocab_size else windows.min()
+        raise ValueError(f"{shard.path} holds token id {wrong}, past the vocabulary of {vocab_size:,}")
     return windows
 
 

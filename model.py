@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D = C /
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -141,10 +142,12 @@ class CausalSelfAttention(nn.Module):
         T, S = q.size(2), k.size(2)
         dropout = self.config.dropout if self.training else 0.0
         grouped = q.size(1) != k.size(1)
-        mask = None
-        if T > 1 and (past or self.config.attn == "manual"):
+        # On a CPU in bfloat16 the fused kernel's backward pass is slower than the formula (BENCHMARKS.md).
+        slow = self.training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512
+        fused, mask = self.config.attn == "sdpa" and not slow, None
+        if T > 1 and (past or not fused):
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(past)
-        if self.config.attn == "sdpa":
+        if fused:
             causal = T > 1 and mask is None
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
         if grouped:
@@ -347,11 +350,9 @@ class GPT(nn.Module):
             raise ValueError(f"the weights do not fit this model: {shapes}")
         self.load_state_dict(weights)
 
-    def num_params(self, positions=True) -> int:
-        """Parameters that exist in the source sizes: without the rows that pad the vocabulary."""
+    def num_params(self) -> int:
+        """How many parameters there are, without the rows that pad the vocabulary."""
         count = sum(p.numel() for p in self.parameters())
-        if not positions and self.config.pos == "learned":
-            count -= self.transformer.wpe.weight.numel()
         copies = 1 if self.config.tie_weights else 2
         return count - copies * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
 
@@ -362,9 +363,9 @@ class GPT(nn.Module):
         reports. causal: the matrix products alone, attention over the (T + 1) / 2 keys that a causal query sees on average.
         """
         c, T = self.config, T or self.config.block_size
-        padding = (c.padded_vocab_size - c.vocab_size) * c.n_embd
         if convention == "palm":
-            return 6 * (self.num_params(positions=False) + padding) + 12 * c.n_layer * c.n_embd * T
+            positions = self.transformer.wpe.weight.numel() if c.pos == "learned" else 0
+            return 6 * (sum(p.numel() for p in self.parameters()) - positions) + 12 * c.n_layer * c.n_embd * T
         if convention == "causal":
             matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and ".h." in n)
             return 6 * (matrices + c.padded_vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * (T + 1) / 2
@@ -463,4 +464,4 @@ PEAK_TFLOPS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Peak FLOP/s of a GPU by its name, or None where it is not in the table."""
-    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)

@@ -4,7 +4,8 @@
     python prepare_text.py --input=notes/,chats.jsonl --dataset=mine --tokenizer=bpe --vocab_size=4096
 
 A .txt file is one document, a .jsonl file one document a line. A single document is cut, its end is validation;
-of several, whole documents are. The tokenizer is learned from the training part alone.
+of several, whole documents are. <|endoftext|> in a .txt file separates documents.
+A bpe tokenizer is trained on the training part alone.
 """
 
 import hashlib
@@ -16,7 +17,17 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure, short_errors
-from data import CharTokenizer, Tokenizer, finish_dataset, gpt2_tokenizer, start_dataset, train_bpe, write_shards
+from data import (
+    EOT,
+    CharTokenizer,
+    Tokenizer,
+    check_free,
+    finish_dataset,
+    gpt2_tokenizer,
+    start_dataset,
+    train_bpe,
+    write_shards,
+)
 
 input = ""  # files or folders of .txt and .jsonl, separated by commas; empty: $LOCAL_TEXT_DATA_PATH
 dataset = ""  # name of the dataset, a folder under data_dir; empty: the name of the input
@@ -35,7 +46,7 @@ SAMPLE_CHARACTERS = 50_000_000  # what a bpe tokenizer is trained on at most
 def input_files(paths: str) -> list[Path]:
     """The text files of a comma-separated list of files and folders. Raises ValueError for what is not there."""
     files = []
-    for path in map(Path, paths.split(",")):
+    for path in map(Path, filter(None, paths.split(","))):
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
             if not inside:
@@ -55,9 +66,7 @@ def documents(files: list[Path], field: str) -> Iterator[str]:
         try:
             with open(path, encoding="utf-8", newline="") as f:
                 if not lines:
-                    text = f.read()
-                    if text.strip():
-                        yield text
+                    yield from (text for text in f.read().split(EOT) if text.strip())
                     continue
                 for number, line in enumerate(f, 1):
                     if not line.strip():
@@ -71,44 +80,39 @@ def documents(files: list[Path], field: str) -> Iterator[str]:
                     if not isinstance(text, str):
                         raise ValueError(f"{path}, line {number}: {field!r} is {type(text).__name__}, not text")
                     if text.strip():
-                        yield text
+                        yield text.encode("utf-8", errors="replace").decode("utf-8")  # JSON may hold half a character
         except UnicodeDecodeError as e:
             raise ValueError(
                 f"{path} is not UTF-8 text: byte {e.start} is {e.object[e.start]:#04x}; convert it"
             ) from None
 
 
-def is_validation(text: str, fraction: float, seed: int) -> bool:
-    """Whether a document is held out, by a hash of its text: equal documents are always on the same side."""
-    digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+def place(text: str, seed: int) -> float:
+    """A number in [0, 1) by the hash of a document: those below --val_fraction are held out, equal ones together."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{text}".encode()).digest()[:6], "big") / 2**48
 
 
 def split_documents(files: list[Path], field: str, fraction: float, seed: int):
     """Two functions that read the training and the validation documents, and whether the text is a single document.
 
-    Raises ValueError if there is no text, or if a split stays empty.
+    Raises ValueError if there is no text, or a single one too short to cut.
     """
-    counted = [0, 0]
-    first = None
+    first, places = None, set()
     for text in documents(files, field):
         first = text if first is None else first
-        counted[is_validation(text, fraction, seed)] += 1
-    if not sum(counted):
+        places.add(place(text, seed))
+    if not places:
         raise ValueError(f"there is no text in {', '.join(map(str, files[:3]))}")
-    if sum(counted) == 1:
+    if len(places) == 1:
         cut = int(len(first) * (1 - fraction) + 1e-6)
         if not 0 < cut < len(first):
             raise ValueError(f"a text of {len(first)} characters cannot be split by --val_fraction={fraction}")
         return lambda: [first[:cut]], lambda: [first[cut:]], True
-    if 0 in counted:
-        held = "validation" if not counted[1] else "training"
-        raise ValueError(
-            f"none of the {sum(counted)} documents is for {held}: change --val_fraction={fraction} or --seed={seed}"
-        )
+    ordered = sorted(places)  # of few documents at least one is held out, and one is not
+    limit = min(max(fraction, ordered[1]), ordered[-1])
 
     def part(held_out: bool):
-        return (t for t in documents(files, field) if is_validation(t, fraction, seed) == held_out)
+        return (t for t in documents(files, field) if (place(t, seed) < limit) == held_out)
 
     return lambda: part(False), lambda: part(True), False
 
@@ -147,6 +151,7 @@ def main() -> None:
     name = dataset or Path(paths.split(",")[0]).stem
     folder = Path(data_dir) / name
     field = text_field or os.environ.get("LOCAL_TEXT_FIELD", "text")
+    check_free(folder, overwrite)
     train, val, single = split_documents(files, field, val_fraction, seed)
     made = learn_tokenizer(tokenizer, train(), val(), single)
     start_dataset(folder, overwrite)

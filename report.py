@@ -33,11 +33,12 @@ class Log:
         self.peak = config["peak_tflops"] * 1e12 or peak_flops(name)
         self.flops = run.model.flops_per_token(config["block_size"])
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not first_step:
+            put_aside(self.folder)
         atomic_write(self.folder / "config.json", json.dumps(config, indent=1))
-        self.metrics = self.rewind(
-            "metrics.jsonl", lambda line: (json.loads(line)["step"], "train_loss" in line), first_step
-        )
-        self.text = self.rewind("log.txt", lambda line: (int(line.split()[0]), " train " in line), first_step)
+        self.metrics = self.rewind("metrics.jsonl", lambda line: json.loads(line)["step"], first_step)
+        self.text = self.rewind("log.txt", lambda line: int(line.split()[0]), first_step)
+        self.evaluated = {h["step"] for h in read_metrics(self.folder) if "val_loss" in h}
         if config["wandb_log"]:
             try:
                 import wandb
@@ -47,16 +48,12 @@ class Log:
             self.wandb = wandb.init(project=config["wandb_project"], name=name, config=config, dir=self.folder, **again)
             self.wandb_id = self.wandb.id
 
-    def rewind(self, name: str, read, first_step: int):
-        """Open a log for appending, without what it says of steps that come again; read(line) -> (step, of training?)."""
-        path, kept = self.folder / name, []
-        if first_step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(True):
-                if line.endswith("\n"):  # else it was being written when the run died
-                    step, of_training = read(line)
-                    if step < first_step or (step == first_step and of_training):
-                        kept.append(line)
-        atomic_write(path, "".join(kept))
+    def rewind(self, name: str, step_of, first_step: int):
+        """Open a log for appending, without what it says of steps after first_step, which come again."""
+        path = self.folder / name
+        lines = path.read_text(encoding="utf-8").splitlines(True) if first_step and path.exists() else []
+        whole = (line for line in lines if line.endswith("\n"))  # the last may be half: the run died writing it
+        atomic_write(path, "".join(line for line in whole if step_of(line) <= first_step))
         return open(path, "a", encoding="utf-8", buffering=1)
 
     def record(self, step: int, **values) -> None:
@@ -82,8 +79,9 @@ class Log:
         )
 
     def validation(self, step: int, loss: float, accuracy: float, best: float) -> None:
-        self.record(step, val_loss=loss, val_accuracy=accuracy)
-        self.text.write(f"{step} val {loss:.6f}\n")
+        if step not in self.evaluated:  # else a resumed run repeats what its log has
+            self.record(step, val_loss=loss, val_accuracy=accuracy)
+            self.text.write(f"{step} val {loss:.6f}\n")
         note = "  (best)" if loss <= best else f"  (best {best:.4f})"
         print(
             f"{step:>6,}/{self.steps:,}  val loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}  "
@@ -120,7 +118,7 @@ class Log:
 
     def finish(self, val_loss: float, accuracy: float, best: float, trained: float, total: float) -> None:
         run, tokens = self.run, self.steps * self.tokens_a_step
-        history = [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="utf-8")]
+        history = read_metrics(self.folder)
         speeds = sorted(h["tokens_per_sec"] for h in history if "tokens_per_sec" in h)
         speed = speeds[len(speeds) // 2] if speeds else None
         results = {
@@ -160,6 +158,24 @@ class Log:
         print("  python prepare_text.py --input=my.txt --dataset=mine --tokenizer=char      (train on your own text)")
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    with open(folder / "metrics.jsonl", encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def put_aside(folder: Path) -> None:
+    """Move the files of an earlier run in this folder to previous-1/, or -2 and so on, so that none is lost."""
+    names = ("ckpt.pt", "best.pt", "config.json", "metrics.jsonl", "log.txt", "results.json", "loss.png", "samples")
+    found = [p for p in (*map(folder.joinpath, names), *folder.glob("step_*.pt")) if p.exists()]
+    if any(p.suffix == ".pt" for p in found):
+        number = next(n for n in range(1, 10**6) if not (folder / f"previous-{n}").exists())
+        aside = folder / f"previous-{number}"
+        aside.mkdir()
+        for path in found:
+            path.rename(aside / path.name)
+        print(f"{folder} held a run already: its files are in {aside} now (--resume goes on with a run instead)")
+
+
 def git_commit() -> str | None:
     if not shutil.which("git"):
         return None
@@ -189,18 +205,20 @@ FONT = {  # five columns a glyph, the lowest bit on top
 
 
 def plot_losses(folder: Path) -> None:
-    """Draw loss.png from metrics.jsonl: training and validation loss by step, in numpy, so that it needs no package."""
-    history = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
+    """Draw loss.png from metrics.jsonl: training and validation loss (on a logarithmic axis) by step.
+
+    In numpy alone, so that every run leaves its picture; research/ draws with matplotlib.
+    """
+    history = read_metrics(folder)
     series = [
-        (name, rgb, np.array([(h["step"], h[key]) for h in history if key in h and math.isfinite(h[key])]))
+        (name, rgb, np.array([(h["step"], h[key]) for h in history if h["step"] and 0 < h.get(key, 0) < math.inf]))
         for name, key, rgb in (("train loss", "train_loss", (150, 180, 220)), ("val loss", "val_loss", (200, 60, 20)))
     ]
     series = [s for s in series if len(s[2])]
     if not series:
         return
     points = np.concatenate([s[2] for s in series])
-    x1, low, high = points[:, 0].max() or 1, points[:, 1].min(), points[:, 1].max()
-    low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+    x1, low, high = points[:, 0].max(), 0.97 * points[:, 1].min(), 1.03 * points[:, 1].max()
     W, H, left, top, right, bottom = 1600, 1000, 150, 50, 40, 110
     image = np.full((H, W, 3), 255, np.uint8)
 
@@ -213,20 +231,21 @@ def plot_losses(folder: Path) -> None:
 
     def place(steps, losses):
         x = left + steps / x1 * (W - left - right)
-        return x, top + (high - losses) / (high - low) * (H - top - bottom)
+        return x, top + np.log(high / losses) / math.log(high / low) * (H - top - bottom)
 
     def ticks(a: float, b: float) -> np.ndarray:
         size = 10 ** math.floor(math.log10((b - a) / 4))
         size *= next(m for m in (1, 2, 2.5, 5, 10) if (b - a) / (m * size) <= 7)
         return np.arange(math.ceil(a / size) * size, b + size / 1e3, size)
 
-    for loss in ticks(low, high):
+    powers = [m * 10.0**e for e in range(-4, 3) for m in (1, 1.5, 2, 3, 4, 5, 7)]
+    for loss in [p for p in powers if low < p < high] if high > 2 * low else ticks(low, high):
         y = int(place(0, loss)[1])
         image[y : y + 2, left : W - right] = 225
         text(left - 24 * len(f"{loss:.4g}") - 16, y - 13, f"{loss:.4g}")
     for step in ticks(0, x1):
         label = f"{step / 1e6:g}M" if x1 >= 1e6 else f"{step / 1e3:g}k" if x1 >= 1e4 else f"{step:g}"
-        x = int(place(step, 0)[0])
+        x = int(place(step, 1)[0])
         image[H - bottom : H - bottom + 12, x : x + 2] = 120
         text(x - 12 * len(label), H - bottom + 20, label)
     image[top : H - bottom, left : left + 2] = image[H - bottom : H - bottom + 2, left : W - right] = 120

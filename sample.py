@@ -81,7 +81,10 @@ def main() -> None:
         top_k = min(200, known)
     prompt = start
     if start.startswith("FILE:"):
-        prompt = Path(start[5:]).read_text(encoding="utf-8")
+        try:
+            prompt = Path(start[5:]).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"--start={start}: the file is not UTF-8 text") from None
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError(f"--num_samples={num_samples}, --max_new_tokens={max_new_tokens}: must be at least 1")
     eot = tokenizer.eot

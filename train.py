@@ -104,7 +104,7 @@ peak_tflops = 0.0  # the device's peak for MFU; 0: from a table
 
 @dataclass
 class Run:
-    """Everything a step needs: made by set_up, used by train_step and evaluate."""
+    """Everything that train_step and evaluate need."""
 
     model: GPT  # plain: saved, sampled from
     step_model: torch.nn.Module  # the same weights, compiled and wrapped as the device asks
@@ -116,6 +116,7 @@ class Run:
     accumulation: int  # micro-batches of a step on this rank
     rank: int = 0
     world: int = 1
+    ahead: tuple = (None, None, None)  # a step and its first micro-batch, fetched before it is needed
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -141,7 +142,9 @@ def train_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One update of the weights. Returns this rank's mean loss and the gradient's norm, on the device, not waited for."""
     if dropout:  # masks are a function of (seed, step, rank), as the batches are: a resumed run draws the same
         torch.manual_seed(int(np.random.SeedSequence((seed, step, run.rank)).generate_state(1, np.uint64)[0]) >> 1)
-    x, y = run.batch(step, 0)
+    fetched, x, y = run.ahead
+    if fetched != step:
+        x, y = run.batch(step, 0)
     total = torch.zeros((), device=run.device)
     for micro in range(run.accumulation):
         if run.world > 1:  # read in the forward pass: reduce gradients once, with the last micro-batch
@@ -156,11 +159,13 @@ def train_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     for each in run.optimizers:
         run.scaler.unscale_(each)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip or math.inf)
-    for each in run.optimizers:
-        run.scaler.step(each)
+    if not run.scaler.is_enabled() or norm.isfinite():  # in float16 an overflow skips the step, of every optimizer
+        for each in run.optimizers:
+            run.scaler.step(each)
     run.scaler.update()
     for each in run.optimizers:
         each.zero_grad(set_to_none=True)
+    run.ahead = (step + 1, *run.batch(step + 1, 0))  # while the device works
     return total, norm
 
 
@@ -179,7 +184,7 @@ def evaluate(run: Run, shards: list, limit: int) -> tuple[float, float]:
         known = (y >= 0).sum()
         sums.append(torch.stack((loss.float() * known, ((logits.argmax(-1) == y) & (y >= 0)).sum(), known)))
     model.train()
-    total = torch.stack(sums).double().sum(0).cpu() if sums else torch.zeros(3, dtype=torch.float64)
+    total = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(3, dtype=torch.float64)
     if run.world > 1:
         total = total.to(run.device)
         dist.all_reduce(total)
@@ -202,13 +207,11 @@ def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
 def find_dataset(rank: int) -> Dataset:
     """The dataset; the quickstart's own stories are made where they are missing."""
     folder = Path(data_dir) / dataset
-    if dataset == "tinystories_synthetic" and not (folder / "meta.json").exists():
-        if rank == 0:
+    if dataset == "tinystories_synthetic":
+        if rank == 0 and not (folder / "meta.json").exists():
             from prepare_tinystories import make_synthetic
 
-            print(
-                f"{folder} is not there yet: writing the stories it takes (python prepare_tinystories.py --synthetic=True)"
-            )
+            print(f"{folder} is not there yet: writing its stories (python prepare_tinystories.py --synthetic=True)")
             make_synthetic(folder)
         if dist.is_initialized():
             dist.barrier()
@@ -226,7 +229,13 @@ def new_model(found: Dataset) -> tuple[GPT, dict]:
         return GPT(GPTConfig(vocab_size=found.vocab_size, **{k: globals()[k] for k in keys})), {}
     payload = load_checkpoint(Path(out_dir) / "ckpt.pt" if init_from == "resume" else find_checkpoint(init_from))
     arguments, trained_on = payload["model_args"], payload.get("tokenizer")
-    if trained_on != found.tokenizer if trained_on else arguments["vocab_size"] < found.vocab_size:
+    if found.tokenizer is None:  # a dry run without its dataset
+        fits = True
+    elif trained_on is None:  # nanoGPT's checkpoints do not say
+        fits = arguments["vocab_size"] >= found.vocab_size
+    else:
+        fits = trained_on == found.tokenizer or trained_on["kind"] == found.tokenizer["kind"] == "gpt2"
+    if not fits:
         raise ValueError(
             f"--init_from={init_from}: trained with a vocabulary of {arguments['vocab_size']:,} ids, "
             f"the dataset {dataset} has another, of {found.vocab_size:,}: choose the --dataset it was trained on"
@@ -239,7 +248,7 @@ def new_model(found: Dataset) -> tuple[GPT, dict]:
         arguments["block_size"] = block_size
         positions = "transformer.wpe.weight"
         payload["model"] = {n: t[:block_size] if n.endswith(positions) else t for n, t in payload["model"].items()}
-    arguments["dropout"] = dropout
+    arguments |= dict(dropout=dropout, attn=attn, activation_checkpointing=activation_checkpointing)
     return build_model(payload), payload
 
 
@@ -250,8 +259,8 @@ def compile_model(run: Run) -> torch.nn.Module:
     if compile not in (True, "auto"):
         raise ValueError(f"--compile={compile}: choose auto, True or False")
     compiled = torch.compile(run.model, dynamic=False)
+    x, y = run.batch(0, 0)
     try:  # a graph is built at the first call: make it here, where a failure can be told from training's
-        x, y = run.batch(0, 0)
         with run.autocast():
             _, loss = compiled(x, y, return_logits=False, label_smoothing=label_smoothing)
         run.scaler.scale(loss).backward()
@@ -271,6 +280,21 @@ def check_keys() -> None:
     for key in ("batch_size", "block_size", "gradient_accumulation_steps", "max_iters", "log_interval", "eval_iters"):
         if globals()[key] < 1:
             raise ValueError(f"--{key}={globals()[key]}: must be at least 1")
+    for key in (
+        "seed",
+        "learning_rate",
+        "min_lr",
+        "weight_decay",
+        "momentum",
+        "warmup_iters",
+        "eval_interval",
+        "grad_clip",
+    ):
+        if globals()[key] < 0:
+            raise ValueError(f"--{key}={globals()[key]}: must be at least 0")
+    for key in ("beta1", "beta2", "label_smoothing"):
+        if not 0 <= globals()[key] < 1:
+            raise ValueError(f"--{key}={globals()[key]}: must be at least 0 and less than 1")
     for key, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         if globals()[key] not in choices:
             raise ValueError(f"--{key}={globals()[key]}: choose one of {', '.join(choices)}")
@@ -327,6 +351,44 @@ def describe(model: GPT, found: Dataset, on: torch.device, kind: torch.dtype, st
         print(f"shapes: idx and targets ({B}, {T}) int64, logits ({B}, {T}, {c.vocab_size})")
 
 
+def restore(optimizers: list, scaler: torch.amp.GradScaler, payload: dict) -> None:
+    """Put a checkpoint's state back; say which keys are not what they were. Raises ValueError where that cannot go on."""
+    before = payload["config"]
+    for key in ("optimizer", "block_size"):
+        if before[key] != globals()[key]:
+            raise ValueError(
+                f"--{key}={globals()[key]}: the run to resume had {before[key]}; keep it, or begin a run with "
+                f"--init_from={out_dir}"
+            )
+    told = ("resume", "init_from", "out_dir", "max_iters", "eval_only", "gradient_accumulation_steps")
+    changed = [f"{k} {v} -> {globals()[k]}" for k, v in before.items() if k not in told and globals().get(k, v) != v]
+    if changed and int(os.environ.get("RANK", 0)) == 0:
+        print(f"resumed with other keys than before: {', '.join(changed)}")
+    for each, state in zip(optimizers, payload["optimizers"]):
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in each.param_groups]
+        each.load_state_dict(state)
+        for group, settings in zip(each.param_groups, fresh):  # the keys of this run, not the checkpoint's
+            group.update(settings)
+    if scaler.is_enabled() and payload["scaler"]:
+        scaler.load_state_dict(payload["scaler"])
+
+
+def read_later(numbers: torch.Tensor):
+    """A function that returns the numbers as a list, and waits for no more than the device has to do until now."""
+    if numbers.device.type != "cuda":
+        found = numbers.tolist()
+        return lambda: found
+    host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        return host.tolist()
+
+    return read
+
+
 def keep_step(step: int) -> None:
     """Keep ckpt.pt as step_N.pt too, and of those the last keep_checkpoints."""
     folder = Path(out_dir)
@@ -365,14 +427,16 @@ def main(config: dict) -> None:
             raise ValueError(
                 f"{out_dir}/ckpt.pt has no state to go on from: begin a run with --init_from={out_dir}/ckpt.pt"
             )
-        for each, state in zip(optimizers, payload["optimizers"]):
-            each.load_state_dict(state)
-        scaler.load_state_dict(payload["scaler"])
+        restore(optimizers, scaler, payload)
         first_step, best_val_loss = payload["step"], float(payload["best_val_loss"])
+        if (Path(out_dir) / "best.pt").exists():  # it may be of an evaluation just after the checkpoint
+            best = load_checkpoint(Path(out_dir) / "best.pt")
+            if best["step"] <= first_step:
+                best_val_loss = min(best_val_loss, best.get("val_loss", math.inf))
     run.step_model = compile_model(run)
     if world > 1:
         gpus = [on.index] if on.type == "cuda" else None
-        run.step_model = DistributedDataParallel(run.step_model, gpus, gradient_as_bucket_view=True, static_graph=False)
+        run.step_model = DistributedDataParallel(run.step_model, gpus, gradient_as_bucket_view=True)
     log = None
     if master and not eval_only:
         config = config | {"max_iters": steps, "gradient_accumulation_steps": micro_batches}
@@ -390,7 +454,7 @@ def main(config: dict) -> None:
             "best_val_loss": best_val_loss,
             "elapsed": trained_seconds,
             "config": config,
-            "tokenizer": found.tokenizer,
+            "tokenizer": log.tokenizer.to_dict() if log.tokenizer else found.tokenizer,
             "wandb_id": log.wandb_id,
         }
         if whole:
@@ -404,44 +468,36 @@ def main(config: dict) -> None:
     step, pending, bad = first_step, None, torch.zeros((), device=on)
     clock, paused, last_logged = time.perf_counter(), 0.0, first_step
 
-    def stop_if_bad() -> None:
-        """Raises RuntimeError on every rank if a loss was not finite on any."""
-        if world > 1:
-            dist.all_reduce(bad)
-        if bad.item():
-            raise RuntimeError(
-                f"the loss is not finite at step {step}, or since the line before: no checkpoint was written since; "
-                "lower --learning_rate or --grad_clip, or use --dtype=float32"
-            )
+    def due(interval: int) -> bool:
+        return interval > 0 and step % interval == 0
 
     def read_pending() -> None:
-        """Log the step before: by now the device has finished it, so reading its numbers stalls nothing."""
+        """Log the step before, which a GPU has finished by the time the next one is launched. Raises if it went bad."""
         nonlocal pending, clock, paused, trained_seconds, last_logged
         if pending is None:
             return
-        (at, loss, norm, lr), pending = pending, None
-        numbers = torch.stack((loss, norm.float()))
-        if world > 1:
-            dist.all_reduce(numbers)
-        loss, norm = (numbers / world).tolist()
-        now = time.perf_counter()
-        seconds = now - clock - paused
-        trained_seconds += seconds
-        if master:
-            log.step(at, loss, norm, lr, seconds / (at - last_logged), trained_seconds)
-        clock, paused, last_logged = now, 0.0, at
-        stop_if_bad()
+        (at, read, lr, logged), pending = pending, None
+        loss, norm, is_bad = read()
+        if logged:
+            now = time.perf_counter()
+            seconds = now - clock - paused
+            trained_seconds += seconds
+            if master:
+                log.step(at, loss / world, norm / world, lr, seconds / (at - last_logged), trained_seconds)
+            clock, paused, last_logged = now, 0.0, at
+        if is_bad:
+            raise RuntimeError(
+                f"the loss or its gradient is not finite at step {at} or shortly before: no checkpoint has it; "
+                "lower --learning_rate or --grad_clip, or use --dtype=float32"
+            )
 
     while True:
         last = step >= steps
-        evaluate_now = last or eval_only or (eval_interval and step % eval_interval == 0)
-        save_now = (
-            last or always_save_checkpoint and evaluate_now or checkpoint_interval and step % checkpoint_interval == 0
-        )
-        sample_now = sample_interval and step % sample_interval == 0 and not last
+        evaluate_now = last or eval_only or due(eval_interval)
+        save_now = last or (always_save_checkpoint and evaluate_now) or due(checkpoint_interval)
+        sample_now = due(sample_interval) and not last
         if evaluate_now or save_now or sample_now:
             read_pending()
-            stop_if_bad()
             aside = time.perf_counter()
             if save_now and step > first_step:  # before the evaluation, which may fail
                 save("ckpt.pt")
@@ -469,11 +525,17 @@ def main(config: dict) -> None:
             for group in each.param_groups:
                 group["lr"] = lr
         loss, norm = train_step(run, step)
-        bad += ~torch.isfinite(loss)
+        bad += ~torch.isfinite(loss) | (~torch.isfinite(norm) & (kind != torch.float16))
         read_pending()
         step += 1
-        if step % log_interval == 0 or step == steps:
-            pending = (step, loss, norm, lr)
+        logged = step % log_interval == 0 or step == steps
+        if logged or any(map(due, (eval_interval, checkpoint_interval, sample_interval))):
+            numbers = torch.stack((loss, norm.float(), bad))
+            if world > 1:
+                dist.all_reduce(numbers)
+            pending = (step, read_later(numbers), lr, logged)
+            if on.type != "cuda":
+                read_pending()
     if eval_only:
         if master:
             print(f"val loss {val_loss:.4f}  perplexity {math.exp(min(val_loss, 700)):.2f}  accuracy {accuracy:.1%}")

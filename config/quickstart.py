@@ -17,7 +17,6 @@ mlp = "relu2"
 pos = "rope"
 qk_norm = True
 init = "zero_proj"
-attn = "manual"  # at this size faster on a CPU than the fused kernel
 
 batch_size = 8
 gradient_accumulation_steps = 1

@@ -1,7 +1,7 @@
 # GPT-2 124M on ten billion tokens of FineWeb-Edu, one pass: the run train.py makes with no config, written out.
 # 12 layers, 12 heads, width 768, vocabulary 50,257: 124,337,664 parameters.
 #
-#     python build_fineweb_shards.py
+#     python prepare_text.py --input=fineweb/ --dataset=edu_fineweb10B --tokenizer=gpt2
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fineweb.py
 out_dir = "out/gpt2_fineweb"
 dataset = "edu_fineweb10B"

@@ -165,6 +165,28 @@ def test_nanogpt_characters_are_read(tmp_path):
     assert dataset.vocab_size == len(set(TEXT))
 
 
+def test_names_that_contain_the_other_split_do_not_mix_them(tmp_path):
+    folder = tmp_path / "train"
+    shards = {
+        s: write_shards(folder, "train", s, [np.arange(50)], 300)
+        for s in ("train", "val")
+        if not folder.mkdir(exist_ok=True)
+    }
+    finish_dataset(folder, word_tokenizer("", 300), shards, "test", {})
+    dataset = load_dataset("train", tmp_path)
+    assert [s.path.name for s in dataset.train] == ["train_train_000000.npy"]
+    assert [s.path.name for s in dataset.val] == ["train_val_000000.npy"]
+
+
+def test_foreign_files_are_never_cleared_away(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    np.save(folder / "edufineweb_train_000001.npy", np.arange(9))
+    with pytest.raises(ValueError, match="not ours to replace"):
+        start_dataset(folder, overwrite=True)
+    assert (folder / "edufineweb_train_000001.npy").exists()
+
+
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     make_nanogpt_chars(tmp_path / "chars", TEXT)
 
@@ -202,8 +224,8 @@ def test_a_shard_that_meta_lists_but_is_gone_or_other_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("tinystories", "prepare_tinystories.py"),
-        ("edu_fineweb10B", "build_fineweb_shards.py"),
+        ("tinystories_synthetic", "prepare_tinystories.py --synthetic=True"),
+        ("edu_fineweb10B", "prepare_text.py --input=FILE --dataset=edu_fineweb10B"),
         ("shakespeare_char", "prepare_text.py --input=FILE --dataset=shakespeare_char --tokenizer=char"),
     ],
 )

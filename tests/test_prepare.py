@@ -66,6 +66,21 @@ def test_preparing_the_same_input_twice_gives_the_same_bytes(run, tmp_path):
         assert a.read_bytes() == b.read_bytes()
 
 
+def test_of_a_few_documents_one_at_least_is_held_out(run, tmp_path):
+    for n in range(3):
+        (tmp_path / "three.txt").write_text("one story.<|endoftext|>another story.<|endoftext|>the third.")
+        run(
+            "prepare_text.py",
+            "--input=three.txt",
+            "--tokenizer=char",
+            f"--seed={n}",
+            f"--dataset=d{n}",
+            "--val_fraction=0.05",
+        )
+        tokens = json.loads((tmp_path / "data" / f"d{n}" / "meta.json").read_text())["tokens"]
+        assert tokens["train"] > 0 and tokens["val"] > 0
+
+
 @pytest.mark.parametrize(
     ("content", "arguments", "words"),
     [

@@ -328,6 +328,8 @@ BAD = [
     (["--compile=maybe"], "--compile=maybe: choose"),
     (["--total_batch_tokens=100"], "not a multiple of batch_size x block_size"),
     (["--data_fraction=0.0"], "--data_fraction=0.0"),
+    (["--seed=-1"], "--seed=-1"),
+    (["--label_smoothing=2.0"], "--label_smoothing=2.0"),
     (["--sample_prompt=é"], "'é' is not among"),
     (["--init_from=resume"], "there is no checkpoint out/ckpt.pt"),
     (["--init_from=gone"], "there is no checkpoint gone"),
@@ -363,19 +365,21 @@ def test_damaged_data_and_checkpoints_are_refused(run, refused, chars):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, refused, chars):
     run("train.py", *SMALL, "--dataset=chars")
     before = (chars / "out" / "ckpt.pt").read_bytes()
-    message = refused(
-        "train.py",
-        *SMALL,
-        "--dataset=chars",
-        "--resume",
-        "--max_iters=40",
-        "--learning_rate=1e9",
-        "--optimizer=sgd",
-        "--grad_clip=0.0",
-        "--init_from=out",
-        "--resume=False",
-    )
-    assert "the loss is not finite at step" in message and "--learning_rate" in message
-    assert (chars / "out" / "ckpt.pt").read_bytes() == before or torch.isfinite(
-        torch.load(chars / "out" / "ckpt.pt", weights_only=True)["model"]["lm_head.weight"]
-    ).all()
+    bad = ["--max_iters=40", "--learning_rate=1e12", "--optimizer=sgd", "--grad_clip=0.0", "--eval_interval=1"]
+    message = refused("train.py", *SMALL, "--dataset=chars", "--init_from=out", *bad)
+    assert "not finite at step" in message and "--learning_rate" in message
+    assert (chars / "out" / "previous-1" / "ckpt.pt").read_bytes() == before  # the earlier run's files are put aside
+    weights = torch.load(chars / "out" / "ckpt.pt", weights_only=True)["model"]
+    assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+def test_resuming_with_other_keys_is_told_or_refused(run, refused, chars):
+    run("train.py", *SMALL, "--dataset=chars")
+    for key, value in (("optimizer", "sgd"), ("block_size", "16")):
+        assert f"--{key}={value}: the run to resume had" in refused(
+            "train.py", *SMALL, "--dataset=chars", "--resume", f"--{key}={value}"
+        )
+    printed = run("train.py", *SMALL, "--dataset=chars", "--resume", "--max_iters=8", "--weight_decay=0.2")
+    assert "resumed with other keys than before: weight_decay 0.1 -> 0.2" in printed
+    groups = torch.load(chars / "out" / "ckpt.pt", weights_only=True)["optimizers"][0]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.2, 0.0]
