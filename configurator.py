@@ -189,6 +189,9 @@ def short_errors():
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         last = traceback.extract_tb(e.__traceback__)[-1]
         ours = Path(last.filename).resolve().is_relative_to(HERE) and "site-packages" not in last.filename
