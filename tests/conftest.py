@@ -1,10 +1,14 @@
 """Helpers: run a script as a user does, small datasets, GPT-2's vocabulary without a network."""
 
 import importlib.util
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +24,51 @@ SMALL = (
 ).split()
 
 
-def call(*argv, cwd, env=None, timeout=240):
-    """Run `python script ...` with the repository's scripts, in a folder of the test's own."""
-    command = [sys.executable, str(ROOT / argv[0]), *map(str, argv[1:])]
-    full = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUTF8": "1", **(env or {})}
-    return subprocess.run(
-        command, cwd=cwd, env=full, capture_output=True, text=True, timeout=timeout, encoding="utf-8", check=False
-    )
+class Script:
+    """`python script ...` running with the repository's scripts, forked from a process that has torch (warm.py)."""
+
+    server = None
+
+    def __init__(self, *argv, cwd, env=None):
+        if Script.server is None or Script.server.poll() is not None:
+            Script.server = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+            )  # fmt: skip
+        self.files = [tempfile.NamedTemporaryFile("r", encoding="utf-8", newline="") for _ in range(2)]
+        full = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUTF8": "1", **(env or {})}
+        request = dict(argv=[str(ROOT / argv[0]), *map(str, argv[1:])], cwd=str(cwd), env=full)
+        self.pid = self.ask(request | {"out": self.files[0].name, "err": self.files[1].name})
+        self.returncode = None
+
+    @staticmethod
+    def ask(request: dict) -> int:
+        Script.server.stdin.write(json.dumps(request) + "\n")
+        Script.server.stdin.flush()
+        return int(Script.server.stdout.readline())
+
+    @property
+    def stdout(self) -> str:
+        return Path(self.files[0].name).read_text(encoding="utf-8")
+
+    @property
+    def stderr(self) -> str:
+        return Path(self.files[1].name).read_text(encoding="utf-8")
+
+    def kill(self, number=signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout=240) -> "Script":
+        timer = threading.Timer(timeout, self.kill)
+        timer.start()
+        self.returncode = self.ask({"wait": self.pid})
+        timer.cancel()
+        return self
+
+
+def call(*argv, cwd, env=None, timeout=240) -> Script:
+    """Run a script to its end; the result has returncode, stdout and stderr."""
+    return Script(*argv, cwd=cwd, env=env).wait(timeout)
 
 
 @pytest.fixture
