@@ -5,11 +5,13 @@ model_args, config, tokenizer, wandb_id. nanoGPT's ckpt.pt loads as well.
 """
 
 import os
+import re
 from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from data import read_tokenizer
+from model import GPT, GPT2_NAMES, GPTConfig, read_pretrained
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
@@ -37,13 +39,27 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
     try:
         payload = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:
+        if code := re.search(r"GLOBAL (\S+)", str(e)):
+            raise ValueError(
+                f"{path} holds the Python class {code[1]}, and loading it could run code. If you trust the file, convert it "
+                "where that class is: p = torch.load(path, weights_only=False); p['config'] = vars(p['config']); "
+                "torch.save(p, path)"
+            ) from None
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise ValueError(f"{path} cannot be read: {reason}") from None
-    if not isinstance(payload, dict) or "model" not in payload or "model_args" not in payload:
+    if not isinstance(payload, dict) or "model" not in payload:
         raise ValueError(f"{path} is not a checkpoint: it has no model and model_args")
-    if "iter_num" in payload:  # nanoGPT's, whose GELU is the exact one
+    if "model_args" not in payload:  # build-nanogpt's, converted: GPT-2's tanh GELU and biases
+        known = GPTConfig.__dataclass_fields__
+        payload["model_args"] = {k: v for k, v in payload.get("config", {}).items() if k in known}
+        if "n_layer" not in payload["model_args"]:
+            raise ValueError(f"{path} is not a checkpoint: it has no model_args")
+        payload["config"] = {}
+    if "iter_num" in payload:  # nanoGPT's, whose GELU is the exact one and whose optimizer is one AdamW
         payload["step"] = payload["iter_num"]
         payload["model_args"] = {"mlp": "gelu_erf", **payload["model_args"]}
+        if "optimizer" in payload:
+            payload |= {"optimizers": [payload.pop("optimizer")], "scaler": {}}
     return payload
 
 
@@ -80,7 +96,27 @@ def build_model(payload: dict) -> GPT:
     return model
 
 
+def is_pretrained(name: str) -> bool:
+    """Whether --init_from names a Hugging Face model: gpt2*, a folder with its config and weights, or a hub id."""
+    path = Path(name)
+    if path.is_dir():
+        return not any((path / n).exists() for n in ("best.pt", "ckpt.pt")) and any(path.glob("*.safetensors"))
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".pt" and not path.parent.exists()
+    return name in GPT2_NAMES or bool(hub_id)
+
+
+def load_payload(init_from: str | Path = "") -> dict:
+    """The checkpoint of a run (see find_checkpoint), or a pretrained model (see is_pretrained) in the same form."""
+    if not is_pretrained(str(init_from)):
+        return load_checkpoint(find_checkpoint(init_from))
+    arguments, weights, folder = read_pretrained(str(init_from))
+    tokenizer = {"kind": "gpt2"} if arguments["vocab_size"] == 50257 else None
+    if (folder / "tokenizer.json").exists():
+        tokenizer = read_tokenizer(folder).to_dict()
+    return {"model": weights, "model_args": arguments, "tokenizer": tokenizer, "config": {}, "step": 0}
+
+
 def load_model(init_from: str | Path = "") -> tuple[GPT, dict]:
-    """The model of a run, in evaluation mode on the CPU, and its checkpoint. See find_checkpoint for init_from."""
-    payload = load_checkpoint(find_checkpoint(init_from))
+    """The model of a run or a pretrained one, in evaluation mode on the CPU, and its checkpoint. See load_payload."""
+    payload = load_payload(init_from)
     return build_model(payload).eval(), payload

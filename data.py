@@ -23,6 +23,7 @@ import numpy as np
 
 EOT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+GPT2_SHA256 = "e424375bafc3e423128be739985d6bac4839b3014b9ed3f34c3b55f6d2b968d9"  # of its 50,256 tokens, a line each
 CHUNK = 100_000_000  # tokens shuffled at a time: a longer file is read as several, so that memory stays flat
 
 # -----------------------------------------------------------------------------
@@ -91,7 +92,45 @@ class BPETokenizer:
         return {"kind": self.kind, "pattern": self.pattern, "tokens": [t.decode("latin-1") for t in self.tokens]}
 
 
-Tokenizer = CharTokenizer | BPETokenizer
+class PretrainedTokenizer:
+    """The tokenizer.json of a pretrained model, run by the tokenizers library. eot: its end-of-text token, or None."""
+
+    def __init__(self, text: str, eot: str | None):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ImportError("a pretrained tokenizer needs the tokenizers package: pip install -e '.[bpe]'") from None
+        self.text, self.eot_token = text, eot
+        self.library = Tokenizer.from_str(text)
+        vocab = self.library.get_vocab(with_added_tokens=True)
+        self.n_vocab = max(vocab.values()) + 1
+        self.eot = vocab.get(eot)
+        self.special = {t["id"] for t in json.loads(text)["added_tokens"]}
+        self.to_byte = byte_of_symbol() if '"ByteLevel"' in text else None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """special: special tokens in the text are theirs, and those the model begins with are put in front."""
+        self.library.encode_special_tokens = not special
+        return self.library.encode(text, add_special_tokens=special).ids
+
+    def token_bytes(self, i: int) -> bytes:
+        token = self.library.id_to_token(i) or ""
+        if i in self.special:
+            return token.encode()
+        if self.to_byte:
+            return bytes(self.to_byte[c] for c in token)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
+
+    def to_dict(self) -> dict:
+        return {"kind": "pretrained", "json": self.text, "eot": self.eot_token}
+
+
+Tokenizer = CharTokenizer | BPETokenizer | PretrainedTokenizer
 
 
 def gpt2_tokenizer() -> BPETokenizer:
@@ -170,7 +209,45 @@ def tokenizer_from_dict(d: dict) -> Tokenizer:
         return gpt2_tokenizer()
     if d.get("kind") in ("gpt2", "bpe"):
         return BPETokenizer(d["kind"], d["pattern"], [t.encode("latin-1") for t in d["tokens"]])
+    if d.get("kind") == "pretrained":
+        return PretrainedTokenizer(d["json"], d["eot"])
     raise ValueError(f"unknown tokenizer kind {d.get('kind')!r}")
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer.json of a pretrained model's folder. Byte-level BPE on GPT-2's pattern becomes a BPETokenizer.
+
+    Raises ValueError if there is none or it is damaged.
+    """
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        found = json.loads(text)
+        model, added = found["model"], [t["content"] for t in found["added_tokens"]]
+        eot = EOT if EOT in added else None
+        if (folder / "tokenizer_config.json").exists():
+            eos = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token") or eot
+            eot = eos["content"] if isinstance(eos, dict) else eos
+        ordinary = {t: i for t, i in model["vocab"].items() if t not in added}
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no tokenizer.json") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {e}") from None
+    split = found.get("pre_tokenizer") or {}
+    classic = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split.get("add_prefix_space")
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+    ids = [ordinary.get(a + b, -1) for a, b in merges]
+    in_order = ids == sorted(ids) and sorted(ordinary.values()) == list(range(len(ordinary)))
+    if classic and in_order and found.get("normalizer") is None and added == [EOT]:
+        to_byte = byte_of_symbol()
+        tokens = [bytes(to_byte[c] for c in t) for t in sorted(ordinary, key=ordinary.get)]
+        digest = hashlib.sha256(b"\n".join(tokens)).hexdigest()
+        return BPETokenizer("gpt2" if digest == GPT2_SHA256 else "bpe", GPT2_PATTERN, tokens)
+    try:
+        return PretrainedTokenizer(text, eot)
+    except Exception as e:
+        if isinstance(e, ImportError):
+            raise
+        raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {e}") from None
 
 
 # -----------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from data import (
     check_free,
     finish_dataset,
     gpt2_tokenizer,
+    read_tokenizer,
     start_dataset,
     train_bpe,
     write_shards,
@@ -32,7 +33,7 @@ from data import (
 input = ""  # files or folders of .txt and .jsonl, separated by commas; empty: $LOCAL_TEXT_DATA_PATH
 dataset = ""  # name of the dataset, a folder under data_dir; empty: the name of the input
 data_dir = "data"  # where datasets are
-tokenizer = "gpt2"  # gpt2 | char | bpe (trained on the text)
+tokenizer = "gpt2"  # gpt2 | char | bpe (trained on the text) | the folder or hub id of a pretrained model
 vocab_size = 4096  # ids of a bpe tokenizer
 val_fraction = 0.1  # for validation: of the text if it is one document, else of the documents
 text_field = ""  # the text's key in .jsonl; empty: $LOCAL_TEXT_FIELD or text
@@ -129,7 +130,14 @@ def learn_tokenizer(kind: str, train: Iterable[str], val: Iterable[str], single:
         return CharTokenizer("".join(sorted(chars)), eot=not single)
     if kind == "bpe":
         return train_bpe(sample(train), vocab_size)
-    raise ValueError(f"--tokenizer={kind}: choose gpt2, char or bpe")
+    if Path(kind).is_dir() or "/" in kind:
+        from model import download_pretrained
+
+        made = read_tokenizer(Path(kind) if Path(kind).is_dir() else download_pretrained(kind))
+        if made.eot is None:
+            raise ValueError(f"--tokenizer={kind}: it has no end-of-text token to separate documents")
+        return made
+    raise ValueError(f"--tokenizer={kind}: choose gpt2, char, bpe, or a folder with a tokenizer.json")
 
 
 def sample(texts: Iterable[str]) -> Iterator[str]:

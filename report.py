@@ -94,10 +94,7 @@ class Log:
     def prompt(self) -> list[int]:
         if self.tokenizer is None:
             return []
-        text = self.config["sample_prompt"]
-        if text or self.tokenizer.eot is None:
-            return self.tokenizer.encode(text or self.tokenizer.decode([0]), special=True)
-        return [self.tokenizer.eot]
+        return self.tokenizer.encode(self.config["sample_prompt"], special=True) or [self.tokenizer.eot or 0]
 
     def sample(self, step: int) -> str:
         """Complete the prompt with dropout off, on random numbers of its own, into samples/step_N.txt."""

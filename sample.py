@@ -19,7 +19,7 @@ from data import load_dataset, tokenizer_from_dict
 from model import pick_device, pick_dtype
 
 out_dir = ""  # the run's folder; empty: the newest run
-init_from = "resume"  # resume: from out_dir; or a checkpoint file
+init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, … | a Hugging Face folder or id
 start = ""  # the prompt, FILE:path reads it from a file; empty: the start of a document
 num_samples = 1  # how many, in one batch
 max_new_tokens = 500  # tokens at most in each
@@ -88,10 +88,7 @@ def main() -> None:
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError(f"--num_samples={num_samples}, --max_new_tokens={max_new_tokens}: must be at least 1")
     eot = tokenizer.eot
-    if prompt or eot is None:
-        ids = tokenizer.encode(prompt or tokenizer.decode([0]), special=True)
-    else:
-        ids = [eot]
+    ids = tokenizer.encode(prompt, special=True) or [eot or 0]
     if len(ids) > model.config.block_size:
         raise ValueError(
             f"--start has {len(ids):,} tokens, the model's context is {model.config.block_size:,}: shorten it"

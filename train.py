@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import build_model, find_checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import build_model, load_checkpoint, load_payload, save_checkpoint
 from configurator import configure, short_errors
 from data import Dataset, TrainingWindows, load_dataset, validation_batches, validation_windows
 from model import GPT, GPTConfig, pick_device, pick_dtype
@@ -31,7 +31,9 @@ from report import Log
 
 # Run
 out_dir = "out"  # folder of the run: checkpoints, logs, results
-init_from = "scratch"  # scratch | resume | a run's folder or checkpoint to start from
+init_from = (
+    "scratch"  # scratch | resume | a run's folder or checkpoint | gpt2, gpt2-medium, … | a Hugging Face folder or id
+)
 resume = False  # go on from out_dir/ckpt.pt; the same as --init_from=resume
 seed = 1337  # of the weights, the batch order and dropout
 dry_run = False  # print sizes, FLOPs and memory, and stop before training
@@ -206,7 +208,13 @@ def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
 
 def find_dataset(rank: int) -> Dataset:
     """The dataset; the quickstart's own stories are made where they are missing."""
+    global dataset
     folder = Path(data_dir) / dataset
+    if dataset == "edu_fineweb10B" and not folder.is_dir() and (Path(data_dir) / "openwebtext").is_dir():
+        dataset = "openwebtext"  # nanoGPT's default, which its config files lean on
+        folder = Path(data_dir) / dataset
+        if rank == 0:
+            print(f"there is no {data_dir}/edu_fineweb10B, so this trains on {folder}; --dataset chooses")
     if dataset == "tinystories_synthetic":
         if rank == 0 and not (folder / "meta.json").exists():
             from prepare_tinystories import make_synthetic
@@ -227,7 +235,7 @@ def new_model(found: Dataset) -> tuple[GPT, dict]:
     if init_from == "scratch":
         keys = GPTConfig.__dataclass_fields__.keys() & globals().keys()
         return GPT(GPTConfig(vocab_size=found.vocab_size, **{k: globals()[k] for k in keys})), {}
-    payload = load_checkpoint(Path(out_dir) / "ckpt.pt" if init_from == "resume" else find_checkpoint(init_from))
+    payload = load_checkpoint(Path(out_dir) / "ckpt.pt") if init_from == "resume" else load_payload(init_from)
     arguments, trained_on = payload["model_args"], payload.get("tokenizer")
     if found.tokenizer is None:  # a dry run without its dataset
         fits = True
@@ -355,7 +363,7 @@ def restore(optimizers: list, scaler: torch.amp.GradScaler, payload: dict) -> No
     """Put a checkpoint's state back; say which keys are not what they were. Raises ValueError where that cannot go on."""
     before = payload["config"]
     for key in ("optimizer", "block_size"):
-        if before[key] != globals()[key]:
+        if before.get(key, globals()[key]) != globals()[key]:
             raise ValueError(
                 f"--{key}={globals()[key]}: the run to resume had {before[key]}; keep it, or begin a run with "
                 f"--init_from={out_dir}"
@@ -366,6 +374,11 @@ def restore(optimizers: list, scaler: torch.amp.GradScaler, payload: dict) -> No
         print(f"resumed with other keys than before: {', '.join(changed)}")
     for each, state in zip(optimizers, payload["optimizers"]):
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in each.param_groups]
+        parameters = [p for group in each.param_groups for p in group["params"]]
+        for number, values in state["state"].items():  # nanoGPT's have no rows for ids that only pad the vocabulary
+            for name, t in values.items():
+                rows = len(parameters[number]) - len(t) if torch.is_tensor(t) and t.dim() == 2 else 0
+                values[name] = torch.nn.functional.pad(t, (0, 0, 0, rows)) if rows > 0 else t
         each.load_state_dict(state)
         for group, settings in zip(each.param_groups, fresh):  # the keys of this run, not the checkpoint's
             group.update(settings)
@@ -439,7 +452,7 @@ def main(config: dict) -> None:
         run.step_model = DistributedDataParallel(run.step_model, gpus, gradient_as_bucket_view=True)
     log = None
     if master and not eval_only:
-        config = config | {"max_iters": steps, "gradient_accumulation_steps": micro_batches}
+        config = config | {"max_iters": steps, "gradient_accumulation_steps": micro_batches, "dataset": dataset}
         log = Log(run, config, found.tokenizer, tokens_a_step, first_step, payload.get("wandb_id"))
 
     def save(name: str, whole: bool = True, **extra) -> None:

@@ -1,0 +1,328 @@
+"""Weights of other projects: Hugging Face folders, a hub (one on this machine), nanoGPT's checkpoints."""
+
+import http.server
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import SMALL, TEXT, make_nanogpt_chars
+
+from data import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
+from model import GPT, clean_state_dict, llama_to_gpt, pretrained_arguments
+
+LLAMA = dict(
+    hidden_size=64, intermediate_size=144, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=300, max_position_embeddings=48, rope_theta=500.0, bos_token_id=1, eos_token_id=0,
+)  # fmt: skip
+
+
+def save_llama(folder: Path, **changes):
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes})).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(folder, max_shard_size="200kB")
+    return theirs
+
+
+def save_gpt2(folder: Path, **changes):
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, n_positions=48, vocab_size=211, bos_token_id=0, eos_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**sizes, **changes})).eval()
+    for n, p in theirs.named_parameters():
+        if "wte" not in n or p.shape[0] < 1000:
+            torch.nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def save_gpt2_tokenizer(folder: Path, vocabulary: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    bpe = models.BPE.from_file(*(str(p) for p in sorted(vocabulary.iterdir())))  # encoder.json, then vocab.bpe
+    library = Tokenizer(bpe)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([EOT])
+    library.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("save", [save_gpt2, save_llama])
+def test_a_saved_model_gives_transformers_logits_loss_and_greedy_text(save, tmp_path):
+    theirs = save(tmp_path / "m")
+    ours = GPT.from_pretrained(str(tmp_path / "m")).eval()
+    idx = torch.randint(1, 200, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = theirs(idx, labels=idx)
+        torch.testing.assert_close(ours(idx)[0], found.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:])[1], found.loss, atol=1e-4, rtol=0)
+        greedy = theirs.generate(idx, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.stack(list(ours.generate(idx, 12, temperature=0)), 1).tolist() == greedy[:, 24:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"head_dim": 99}, "head_dim=99"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"model_type": "gemma"}, "model_type 'gemma'"),
+    ],
+)
+def test_a_feature_that_is_not_ours_is_refused_by_name(changes, words):
+    plain = transformers.LlamaConfig(**LLAMA).to_dict()
+    assert pretrained_arguments(plain, "m")["rope_base"] == 500
+    with pytest.raises(ValueError, match="is not supported") as e:
+        pretrained_arguments({**plain, **changes}, "m")
+    assert words in str(e.value)
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True"):
+        pretrained_arguments({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "m")
+
+
+def test_damaged_folders_are_refused_in_a_line(refused, tmp_path):
+    theirs = save_llama(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    more = {**theirs.state_dict(), "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
+    ask = ("sample.py", "--device=cpu", "--init_from=m")
+    assert "tokenizer" in refused(*ask)
+    shard = sorted((tmp_path / "m").glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1000])
+    assert "cannot be read" in refused(*ask)
+    shard.unlink()
+    assert "the weights do not fit this model" in refused(*ask)
+    shard.write_bytes(whole)
+    theirs.save_pretrained(tmp_path / "m", state_dict=more)
+    (tmp_path / "m" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rms_norm_eps"}))
+    assert "config.json lacks rms_norm_eps" in refused(*ask)
+    assert "there is no checkpoint gone" in refused("sample.py", "--init_from=gone")
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    assert "the hub does not give openai-community/gpt2-xl" in refused("sample.py", "--init_from=gpt2-xl", env=hub)
+
+
+def test_a_weight_without_a_place_is_refused(tmp_path):
+    theirs = save_llama(tmp_path / "m").state_dict()
+    with pytest.raises(ValueError, match="no place for model.layers.0.self_attn.q_proj.bias"):
+        llama_to_gpt({**theirs, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, 3)
+    del theirs["model.norm.weight"]
+    with pytest.raises(ValueError, match="model.norm.weight is missing"):
+        llama_to_gpt(theirs, 3)
+
+
+def test_gpt2s_tokenizer_json_is_gpt2(tmp_path, gpt2_vocabulary):
+    save_gpt2_tokenizer(tmp_path, gpt2_vocabulary)
+    found, known = read_tokenizer(tmp_path), gpt2_tokenizer()
+    text = "Héllo wörld's 1234   tabs\t\n\n  <|endoftext|> 你好 🙂 don't"
+    assert isinstance(found, BPETokenizer) and found.kind == "gpt2" and found.n_vocab == 50257
+    for special in (False, True):
+        assert found.encode(text, special) == known.encode(text, special)
+
+
+def other_tokenizer(folder: Path, sentencepiece: bool):
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    if sentencepiece:
+        library = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+        library.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=300, special_tokens=special))
+        named = [t for t in special if not t.startswith("<0x")]
+    else:
+        library = Tokenizer(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        library.decoder = decoders.ByteLevel()
+        named = ["</s>", "<s>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        library.train_from_iterator(
+            [TEXT], trainers.BpeTrainer(vocab_size=300, special_tokens=named, initial_alphabet=alphabet)
+        )
+    library.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    written = json.loads(library.to_str())
+    written["added_tokens"] = [t for t in written["added_tokens"] if t["content"] in named]
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+
+
+@pytest.mark.parametrize("sentencepiece", [False, True])
+def test_other_tokenizers_run_as_they_are(sentencepiece, tmp_path):
+    other_tokenizer(tmp_path, sentencepiece)
+    found = read_tokenizer(tmp_path)
+    assert isinstance(found, PretrainedTokenizer)
+    text = "line 12: the quick é brown 🙂 fox</s>"
+    ids = found.encode(text)
+    assert found.eot not in ids and found.decode(ids).strip() == text
+    special = found.encode(text, special=True)
+    assert special[0] == 1 and special[-1] == found.eot
+    again = tokenizer_from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again.encode(text) == ids and again.n_vocab == found.n_vocab <= 300 and again.eot == found.eot
+    assert b"".join(found.token_bytes(i) for i in ids).decode() == found.decode(ids)
+
+
+def test_a_pretrained_folder_is_prepared_for_fine_tuned_and_sampled(run, tmp_path):
+    save_llama(tmp_path / "m")
+    other_tokenizer(tmp_path / "m", sentencepiece=False)
+    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in TEXT.splitlines()))
+    run("prepare_text.py", "--input=docs.jsonl", "--dataset=d", "--tokenizer=m")
+    run(
+        "train.py",
+        *SMALL,
+        "--dataset=d",
+        "--init_from=m",
+        "--max_iters=30",
+        "--eval_interval=30",
+        "--learning_rate=1e-2",
+    )
+    found = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
+    losses = [m["val_loss"] for m in found if "val_loss" in m]
+    assert losses[-1] < losses[0] - 0.5
+    payload = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert payload["model_args"]["norm"] == "rmsnorm" and payload["tokenizer"]["kind"] == "pretrained"
+    assert run("sample.py", "--start=line 1", "--max_new_tokens=5", "--device=cpu").startswith("line 1")
+
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """A model hub for one repository: files of a folder, with the headers that its client asks for."""
+
+    def do_HEAD(self):
+        self.answer(False)
+
+    def do_GET(self):
+        self.answer(True)
+
+    def answer(self, body: bool):
+        path = Path(self.server.folder) / self.path.rpartition("/")[2]
+        known = self.path.startswith("/openai-community/gpt2/resolve/main/") and path.is_file()
+        data = path.read_bytes() if known else b""
+        self.send_response(200 if known else 404)
+        if not known:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("ETag", f'"{path.name}-1"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *a):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, gpt2_vocabulary):
+    """The environment in which `gpt2` is a small model of a hub on this machine."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder = tmp_path / "hub"
+    save_gpt2(server.folder, vocab_size=50257, n_positions=1024, n_embd=8, n_layer=1)
+    save_gpt2_tokenizer(server.folder, gpt2_vocabulary)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    server.shutdown()
+
+
+SHORTER = ["--device=cpu", "--compile=False", "--block_size=16", "--eval_iters=2", "--max_iters=2"]
+
+
+def test_nanogpts_fine_tuning_and_evaluation_configs_run_unmodified(run, hub, tmp_path):
+    """The keys of its config/finetune_shakespeare.py and eval_gpt2.py; only sizes are cut on the command line."""
+    (tmp_path / "finetune.py").write_text(
+        "import time\nout_dir = 'out-shakespeare'\neval_interval = 5\neval_iters = 40\nwandb_log = False\n"
+        "wandb_project = 'shakespeare'\nwandb_run_name = 'ft-' + str(time.time())\ndataset = 'shakespeare'\n"
+        "init_from = 'gpt2'\nalways_save_checkpoint = False\nbatch_size = 1\ngradient_accumulation_steps = 32\n"
+        "max_iters = 20\nlearning_rate = 3e-5\ndecay_lr = False\n"
+    )
+    (tmp_path / "evaluate.py").write_text(
+        "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\ninit_from = 'gpt2'\n"
+    )
+    ids = np.array(gpt2_tokenizer().encode(TEXT), np.uint16)
+    for name in ("shakespeare", "openwebtext"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        ids[:3000].tofile(tmp_path / "data" / name / "train.bin")
+        ids[3000:].tofile(tmp_path / "data" / name / "val.bin")
+    printed = run("train.py", "finetune.py", *SHORTER, env=hub)
+    assert "1 x 16 tokens x 32 micro-batches" in printed
+    assert torch.load(tmp_path / "out-shakespeare" / "ckpt.pt", weights_only=True)["model_args"]["bias"]
+    printed = run("train.py", "evaluate.py", *SHORTER, env=hub)
+    assert "trains on data/openwebtext" in printed and "val loss" in printed
+    assert run("sample.py", "--init_from=gpt2", "--start=What", "--max_new_tokens=3", env=hub).startswith("What")
+
+
+def nanogpt_checkpoint(folder: Path, steps: int) -> None:
+    """What its train.py saves: model with compile's prefixes, AdamW's state in its order, counters, a tensor among them."""
+    model = GPT.from_pretrained(str(folder / "m"))
+    arguments = dict(n_layer=2, n_head=2, n_embd=32, block_size=48, bias=True, vocab_size=211, dropout=0.0)
+    groups = [[p for p in model.parameters() if (p.dim() >= 2) == matrices] for matrices in (True, False)]
+    # Theirs has no padding: its embedding is cut to the vocabulary.
+    groups = [[p[:211] if len(p) == 256 else p for p in g] for g in groups]
+    groups = [[p.detach().clone().requires_grad_() for p in g] for g in groups]
+    theirs = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-3
+    )
+    for p in (*groups[0], *groups[1]):
+        p.grad = torch.full_like(p, 0.5)
+    theirs.step()
+    weights = {n: p[:211] if len(p) == 256 else p for n, p in model.state_dict().items()}
+    torch.save(
+        {
+            "model": {"_orig_mod." + n: p for n, p in weights.items()},
+            "optimizer": theirs.state_dict(),
+            "model_args": arguments,
+            "iter_num": steps,
+            "best_val_loss": torch.tensor(3.5),
+            "config": {"dataset": "chars", "learning_rate": 1e-3, "block_size": 48},
+        },
+        folder / "out" / "ckpt.pt",
+    )
+
+
+def test_nanogpts_checkpoint_samples_evaluates_and_trains_on(run, refused, tmp_path):
+    save_gpt2(tmp_path / "m")
+    make_nanogpt_chars(tmp_path / "data" / "chars", TEXT)
+    (tmp_path / "out").mkdir()
+    nanogpt_checkpoint(tmp_path, steps=40)
+    common = [*SMALL, "--dataset=chars", "--bias=True", "--block_size=48", "--device=cpu"]
+    run("sample.py", "--out_dir=out", "--start=line", "--max_new_tokens=5")
+    assert "val loss" in run("train.py", *common, "--init_from=resume", "--eval_only")
+    printed = run("train.py", *common, "--init_from=resume", "--max_iters=43", "--eval_interval=0")
+    assert " 41/43 " in printed and " 43/43 " in printed
+    payload = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    state = payload["optimizers"][0]["state"]
+    assert payload["step"] == 43 and {int(s["step"]) for s in state.values()} == {4}  # one of theirs, three of ours
+    assert payload["model_args"]["mlp"] == "gelu_erf"
+
+
+@dataclass
+class Config:
+    """A class that the checkpoint below pickles, as build-nanogpt's does with its GPTConfig."""
+
+    block_size: int = 48
+    vocab_size: int = 211
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 32
+
+
+def test_a_pickled_config_is_refused_with_the_way_to_convert_it(run, refused, tmp_path):
+    theirs = save_gpt2(tmp_path / "m")
+    make_nanogpt_chars(tmp_path / "data" / "chars", TEXT)
+    weights = clean_state_dict(theirs.state_dict())
+    torch.save({"model": weights, "config": Config(), "step": 7, "val_loss": 3.0}, tmp_path / "old.pt")
+    message = refused("sample.py", "--init_from=old.pt")
+    assert "holds the Python class test_pretrained.Config" in message
+    code = message.partition("where that class is: ")[2]
+    exec(code, {"torch": torch, "path": tmp_path / "old.pt"})
+    common = [*SMALL, "--dataset=chars", "--init_from=old.pt", "--block_size=16"]
+    assert "val loss" in run("train.py", *common, "--eval_only")
