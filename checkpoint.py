@@ -6,6 +6,9 @@ model_args, config, tokenizer, wandb_id. nanoGPT's ckpt.pt loads as well.
 
 import os
 import re
+import shutil
+import threading
+import zipfile
 from pathlib import Path
 
 import torch
@@ -13,23 +16,111 @@ import torch
 from data import read_tokenizer
 from model import GPT, GPT2_NAMES, GPTConfig, read_pretrained
 
+PREVIOUS = "ckpt_previous.pt"  # the one before ckpt.pt, for when that is damaged
+
 
 def save_checkpoint(path: Path, payload: dict) -> None:
-    """Write to a temporary name, sync, rename: at every instant the old file or the new one is whole."""
+    """Write to a temporary name, sync, rename: at every instant the old file or the new one is whole.
+
+    What ckpt.pt held stays as ckpt_previous.pt. Raises OSError, and leaves the old files, where the disk is full.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as f:
             torch.save(payload, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
-    except BaseException:
+    except BaseException as e:
         part.unlink(missing_ok=True)
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # torch's writer hides the reason
+            raise e.__context__ from None
         raise
+    if path.name == "ckpt.pt" and path.exists():
+        link(path, path.with_name(PREVIOUS))
+    os.replace(part, path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself
+        os.fsync(folder)  # the renames themselves
         os.close(folder)
+
+
+def link(path: Path, other: Path) -> None:
+    """Let `other` be the same file, at no cost of disk; on a file system without links, a copy."""
+    part = other.with_name(other.name + ".part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)
+    except OSError:
+        shutil.copyfile(path, part)
+    os.replace(part, other)
+
+
+def copy_to_host(value, into=None):
+    """A copy of nested dicts and lists with every tensor on the CPU, in the memory of `into`, an earlier copy, if it fits."""
+    if isinstance(value, dict):
+        return {k: copy_to_host(v, into.get(k) if isinstance(into, dict) else None) for k, v in value.items()}
+    if isinstance(value, list):
+        into = into if isinstance(into, list) and len(into) == len(value) else [None] * len(value)
+        return [copy_to_host(v, old) for v, old in zip(value, into)]
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(into, torch.Tensor) or into.shape != value.shape or into.dtype != value.dtype:
+        into = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
+    return into.copy_(value.detach(), non_blocking=True)
+
+
+class Saver:
+    """Writes checkpoints in a thread, one at a time, from a copy of their tensors, while training goes on.
+
+    A write that fails is told, with what it needs; the files before it stay. `steps` says of which step each file is.
+    """
+
+    def __init__(self):
+        self.thread: threading.Thread | None = None
+        self.steps: dict[str, int] = {}
+        self.copies: dict[str, dict] = {}  # the memory of the last copy, by file name
+
+    def save(self, path: Path, payload: dict, also: Path | None = None, keep: int = 0) -> None:
+        """Write payload to path; with `also`, keep it under that name too, and of such step_N.pt the last `keep`."""
+        self.wait()
+        copy = self.copies[path.name] = copy_to_host(payload, self.copies.get(path.name))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.thread = threading.Thread(target=self.write, args=(path, copy, also, keep))
+        self.thread.start()
+
+    def write(self, path: Path, payload: dict, also: Path | None, keep: int) -> None:
+        try:
+            save_checkpoint(path, payload)
+            self.steps[path.name] = payload["step"]
+            if also:
+                link(path, also)
+                kept = sorted(also.parent.glob("step_*.pt"), key=lambda p: int(p.stem[5:]))
+                for old in kept[:-keep]:
+                    old.unlink()
+        except OSError as e:
+            need = sum(t.numel() * t.element_size() for t in tensors(payload)) / 2**20
+            free = shutil.disk_usage(path.parent).free / 2**20
+            old = f"; {path} is still the one before" if path.exists() else ""
+            print(
+                f"warning: the checkpoint of step {payload['step']:,} is not saved ({e.strerror or e}): it needs "
+                f"{need:,.1f} MiB, {free:,.1f} MiB are free in {path.parent}{old}; training goes on"
+            )
+
+    def wait(self) -> None:
+        """Until the last write is done."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+
+def tensors(value):
+    """Every tensor in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from tensors(v)
 
 
 def load_checkpoint(path: Path, map_location="cpu") -> dict:
@@ -37,12 +128,16 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: train first, or set --out_dir to a run's folder")
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if wrong := archive.testzip():
+                    raise ValueError(f"the checksum of {wrong} in it is wrong")
         payload = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:
         if code := re.search(r"GLOBAL (\S+)", str(e)):
             raise ValueError(
-                f"{path} holds the Python class {code[1]}, and loading it could run code. If you trust the file, convert it "
-                "where that class is: p = torch.load(path, weights_only=False); p['config'] = vars(p['config']); "
+                f"{path} holds the Python object {code[1]}, and loading it could run code. If you trust the file, convert it "
+                "where that object is known: p = torch.load(path, weights_only=False); p['config'] = vars(p['config']); "
                 "torch.save(p, path)"
             ) from None
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
@@ -61,6 +156,28 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
         if "optimizer" in payload:
             payload |= {"optimizers": [payload.pop("optimizer")], "scaler": {}}
     return payload
+
+
+def load_latest(folder: Path) -> dict | None:
+    """The newest checkpoint of a run that can be read, or None if there is no file of one.
+
+    A damaged one is told and put aside as *.damaged, and the one before it is taken. Raises ValueError if all are.
+    """
+    found = [folder / "ckpt.pt", folder / PREVIOUS]
+    found += sorted(folder.glob("step_*.pt"), key=lambda p: int(p.stem[5:]), reverse=True)
+    found = [p for p in found if p.exists()]
+    for path in found:
+        try:
+            return load_checkpoint(path)
+        except ValueError as e:
+            if "cannot be read" not in str(e):
+                raise
+            reason = e
+            print(f"warning: {e}")
+        os.replace(path, path.with_name(path.name + ".damaged"))
+    if found:
+        raise ValueError(f"no checkpoint in {folder} can be read; they are kept as *.damaged; the last: {reason}")
+    return None
 
 
 def newest_run(root: Path = Path()) -> Path:

@@ -24,6 +24,7 @@ import numpy as np
 EOT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_SHA256 = "e424375bafc3e423128be739985d6bac4839b3014b9ed3f34c3b55f6d2b968d9"  # of its 50,256 tokens, a line each
+VERIFIED_TOKENS = 50_000_000  # a dataset smaller than this is checked in a fraction of a second
 CHUNK = 100_000_000  # tokens shuffled at a time: a longer file is read as several, so that memory stays flat
 
 # -----------------------------------------------------------------------------
@@ -257,10 +258,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def atomic_write(path: Path, data: str | bytes) -> None:
     """The whole file or the old one: written beside it under another name, synced, then renamed."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        f.write(data.encode() if isinstance(data, str) else data)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with open(part, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     os.replace(part, path)
 
 
@@ -417,8 +422,11 @@ class Dataset:
     vocab_size: int
 
 
-def load_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
-    """Find the shards of data_dir/name. Raises ValueError where they are missing or damaged, with the command that helps."""
+def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False) -> Dataset:
+    """Find the shards of data_dir/name. Raises ValueError where they are missing or damaged, with the command that helps.
+
+    The bytes are held against meta.json's sha256 if there are few of them, and with verify however many.
+    """
     folder = Path(data_dir) / name
     if not folder.is_dir():
         raise ValueError(f"there is no dataset {folder}: {how_to_make(name)}")
@@ -426,16 +434,21 @@ def load_dataset(name: str, data_dir: str | Path = "data") -> Dataset:
     if (folder / "meta.json").exists():
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            listed = [(split, s["file"], s["tokens"]) for split in splits for s in meta["shards"].get(split, [])]
+            listed = [
+                (split, s["file"], s["tokens"], s["sha256"]) for split in splits for s in meta["shards"].get(split, [])
+            ]
             tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{folder / 'meta.json'} is damaged; make the dataset again") from None
-        for split, file, tokens in listed:
+        verify = verify or sum(tokens for _, _, tokens, _ in listed) < VERIFIED_TOKENS
+        for split, file, tokens, sha256 in listed:
             if not (folder / file).exists():
                 raise ValueError(f"{folder} lacks {file}, which meta.json lists; make the dataset again")
             shard = open_shard(folder / file)
             if shard.tokens != tokens:
                 raise ValueError(f"{shard.path} holds {shard.tokens:,} tokens, meta.json says {tokens:,}")
+            if verify and file_sha256(shard.path) != sha256:
+                raise ValueError(f"{shard.path} is damaged: its sha256 is not meta.json's; make the dataset again")
             splits[split].append(shard)
     else:
         for path in sorted(folder.iterdir()):

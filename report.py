@@ -1,7 +1,9 @@
 """What a training run tells: the console, metrics.jsonl, log.txt, samples/, wandb, and in the end results.json, loss.png."""
 
+import contextlib
 import json
 import math
+import os
 import shlex
 import shutil
 import struct
@@ -15,6 +17,36 @@ import torch
 
 from data import atomic_write, tokenizer_from_dict
 from model import peak_flops
+
+
+@contextlib.contextmanager
+def going_on(what: str):
+    """A disk that is full costs what was to be written, not the run."""
+    try:
+        yield
+    except OSError as e:
+        print(f"warning: {what} could not be written ({e.strerror}); training goes on")
+
+
+class Lines:
+    """A file that lines are added to, each on its way to the disk at once. On a full disk they wait for the next one."""
+
+    def __init__(self, path: Path):
+        self.file, self.waiting, self.told = open(path, "ab", buffering=0), b"", False
+
+    def write(self, text: str) -> None:
+        self.waiting += text.encode()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as e:
+            if not self.told:
+                print(f"warning: {self.file.name} waits for room on the disk ({e.strerror})")
+            self.told = True
+
+    def sync(self) -> None:
+        with contextlib.suppress(OSError):
+            os.fsync(self.file.fileno())
 
 
 class Log:
@@ -32,10 +64,15 @@ class Log:
         name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
         self.peak = config["peak_tflops"] * 1e12 or peak_flops(name)
         self.flops = run.model.flops_per_token(config["block_size"])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not first_step:
-            put_aside(self.folder)
-        atomic_write(self.folder / "config.json", json.dumps(config, indent=1))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not first_step:
+                put_aside(self.folder)
+            atomic_write(self.folder / "config.json", json.dumps(config, indent=1))
+        except OSError as e:
+            raise ValueError(f"--out_dir={self.folder} cannot be written: {e.strerror}") from None
+        for left in self.folder.glob("*.part"):  # of a run that was killed while it wrote
+            left.unlink()
         self.metrics = self.rewind("metrics.jsonl", lambda line: json.loads(line)["step"], first_step)
         self.text = self.rewind("log.txt", lambda line: int(line.split()[0]), first_step)
         self.evaluated = {h["step"] for h in read_metrics(self.folder) if "val_loss" in h}
@@ -54,9 +91,10 @@ class Log:
         lines = path.read_text(encoding="utf-8").splitlines(True) if first_step and path.exists() else []
         whole = (line for line in lines if line.endswith("\n"))  # the last may be half: the run died writing it
         atomic_write(path, "".join(line for line in whole if step_of(line) <= first_step))
-        return open(path, "a", encoding="utf-8", buffering=1)
+        return Lines(path)
 
     def record(self, step: int, **values) -> None:
+        values = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
         entry = {"step": step, "tokens": step * self.tokens_a_step, **values}
         self.metrics.write(json.dumps(entry) + "\n")
         if self.wandb:
@@ -74,8 +112,7 @@ class Log:
         self.text.write(f"{step} train {loss:.6f}\n")
         print(
             f"{step:>6,}/{self.steps:,}  loss {loss:.4f}  lr {lr:.1e}  norm {norm:.2f}  {seconds * 1e3:.1f} ms  "
-            f"{per_second:,.0f} tok/s  mfu {f'{mfu:.1%}' if mfu else 'n/a'}  eta {int(left) // 60}:{int(left) % 60:02d}",
-            flush=True,
+            f"{per_second:,.0f} tok/s  mfu {f'{mfu:.1%}' if mfu else 'n/a'}  eta {int(left) // 60}:{int(left) % 60:02d}"
         )
 
     def validation(self, step: int, loss: float, accuracy: float, best: float) -> None:
@@ -85,11 +122,11 @@ class Log:
         note = "  (best)" if loss <= best else f"  (best {best:.4f})"
         print(
             f"{step:>6,}/{self.steps:,}  val loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}  "
-            f"accuracy {accuracy:.1%}{note}",
-            flush=True,
+            f"accuracy {accuracy:.1%}{note}"
         )
         if step:
-            plot_losses(self.folder)
+            with going_on("loss.png"):
+                plot_losses(self.folder)
 
     def prompt(self) -> list[int]:
         if self.tokenizer is None:
@@ -105,15 +142,25 @@ class Log:
         dice = torch.Generator(self.run.device).manual_seed(self.config["seed"])
         stop = () if eot is None else (eot,)
         temperature, top_k = self.config["sample_temperature"], min(200, self.run.model.config.vocab_size)
-        with self.run.autocast():
-            new = self.run.model.generate(start, 200, temperature, top_k, stop_tokens=stop, generator=dice)
-            ids = [i for i in ids + [t.item() for t in new] if i != eot and i < self.tokenizer.n_vocab]
+        try:
+            with self.run.autocast():
+                new = self.run.model.generate(start, 200, temperature, top_k, stop_tokens=stop, generator=dice)
+                ids = [i for i in ids + [t.item() for t in new] if i != eot and i < self.tokenizer.n_vocab]
+        except RuntimeError as e:  # probabilities that are not numbers
+            print(f"warning: no sample at step {step:,} ({e})")
+            return ""
         text = self.tokenizer.decode(ids)
-        (self.folder / "samples").mkdir(exist_ok=True)
-        atomic_write(self.folder / "samples" / f"step_{step}.txt", text + "\n")
+        with going_on("a sample"):
+            (self.folder / "samples").mkdir(exist_ok=True)
+            atomic_write(self.folder / "samples" / f"step_{step}.txt", text + "\n")
         return text
 
-    def finish(self, val_loss: float, accuracy: float, best: float, trained: float, total: float) -> None:
+    def sync(self) -> None:
+        """Bring the lines so far to the disk, so that no checkpoint is ahead of them."""
+        self.metrics.sync()
+        self.text.sync()
+
+    def finish(self, val_loss: float, accuracy: float, best: float, skipped: int, trained: float, total: float) -> None:
         run, tokens = self.run, self.steps * self.tokens_a_step
         history = read_metrics(self.folder)
         speeds = sorted(h["tokens_per_sec"] for h in history if "tokens_per_sec" in h)
@@ -124,6 +171,7 @@ class Log:
             "final_val_accuracy": accuracy,
             "best_val_loss": best,
             "total_steps": self.steps,
+            "skipped_steps": skipped,
             "model_parameters": run.model.num_params(),
             "tokens": tokens,
             "tokens_per_sec": speed,
@@ -157,12 +205,22 @@ class Log:
 
 def read_metrics(folder: Path) -> list[dict]:
     with open(folder / "metrics.jsonl", encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+        return [json.loads(line) for line in f if line.endswith("\n")]
 
 
 def put_aside(folder: Path) -> None:
     """Move the files of an earlier run in this folder to previous-1/, or -2 and so on, so that none is lost."""
-    names = ("ckpt.pt", "best.pt", "config.json", "metrics.jsonl", "log.txt", "results.json", "loss.png", "samples")
+    names = (
+        "ckpt.pt",
+        "ckpt_previous.pt",
+        "best.pt",
+        "config.json",
+        "metrics.jsonl",
+        "log.txt",
+        "results.json",
+        "loss.png",
+        "samples",
+    )
     found = [p for p in (*map(folder.joinpath, names), *folder.glob("step_*.pt")) if p.exists()]
     if any(p.suffix == ".pt" for p in found):
         number = next(n for n in range(1, 10**6) if not (folder / f"previous-{n}").exists())
@@ -208,7 +266,7 @@ def plot_losses(folder: Path) -> None:
     """
     history = read_metrics(folder)
     series = [
-        (name, rgb, np.array([(h["step"], h[key]) for h in history if h["step"] and 0 < h.get(key, 0) < math.inf]))
+        (name, rgb, np.array([(h["step"], h[key]) for h in history if h["step"] and h.get(key)]))
         for name, key, rgb in (("train loss", "train_loss", (150, 180, 220)), ("val loss", "val_loss", (200, 60, 20)))
     ]
     series = [s for s in series if len(s[2])]

@@ -19,7 +19,7 @@ from data import load_dataset, tokenizer_from_dict
 from model import pick_device, pick_dtype
 
 out_dir = ""  # the run's folder; empty: the newest run
-init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, … | a Hugging Face folder or id
+init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id
 start = ""  # the prompt, FILE:path reads it from a file; empty: the start of a document
 num_samples = 1  # how many, in one batch
 max_new_tokens = 500  # tokens at most in each

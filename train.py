@@ -12,9 +12,13 @@ import contextlib
 import gc
 import math
 import os
-import shutil
+import signal
+import socket
+import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +26,19 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import build_model, load_checkpoint, load_payload, save_checkpoint
+from checkpoint import Saver, build_model, load_checkpoint, load_latest, load_payload, save_checkpoint
 from configurator import configure, short_errors
 from data import Dataset, TrainingWindows, load_dataset, validation_batches, validation_windows
 from model import GPT, GPTConfig, pick_device, pick_dtype
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
-from report import Log
+from report import Log, peak_memory
 
 # Run
 out_dir = "out"  # folder of the run: checkpoints, logs, results
 init_from = (
-    "scratch"  # scratch | resume | a run's folder or checkpoint | gpt2, gpt2-medium, … | a Hugging Face folder or id
+    "scratch"  # scratch | resume | a run's folder or checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder
 )
-resume = False  # go on from out_dir/ckpt.pt; the same as --init_from=resume
+resume = False  # go on from out_dir's checkpoint; without one, begin. --init_from=resume insists on one
 seed = 1337  # of the weights, the batch order and dropout
 dry_run = False  # print sizes, FLOPs and memory, and stop before training
 eval_only = False  # evaluate once and stop
@@ -42,7 +46,8 @@ eval_only = False  # evaluate once and stop
 dataset = "edu_fineweb10B"  # folder under data_dir
 data_dir = "data"  # where datasets are
 data_fraction = 1.0  # train on the first part of the tokens only
-batch_size = 64  # sequences in a micro-batch
+verify_data = False  # hold every shard against its sha256 first; small datasets always are
+batch_size: int | str = 64  # sequences in a micro-batch; auto: as many as fit, for total_batch_tokens
 block_size = 1024  # tokens in a sequence, the context
 gradient_accumulation_steps = 8  # micro-batches in a step, over all ranks together
 total_batch_tokens = 0  # tokens in a step: sets gradient_accumulation_steps; 0: off
@@ -75,6 +80,7 @@ beta1 = 0.9  # Adam's decay of the mean gradient
 beta2 = 0.95  # and of its square
 momentum = 0.9  # of sgd, nesterov; 0: plain
 grad_clip = 1.0  # clip the norm of the gradient; 0: off
+skip_bad_steps = 0  # go on over so many steps whose loss or gradient is not finite, without updating
 label_smoothing = 0.0  # probability spread over the other ids in the training loss
 schedule = "cosine"  # cosine | linear | wsd (warmup-stable-decay) | constant, after a linear warm-up
 decay_lr = True  # False: learning_rate throughout
@@ -101,6 +107,7 @@ device = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | cuda:1 | mps
 dtype = "auto"  # auto (bfloat16 where native, float16 on older GPUs, else float32) | float32 | bfloat16 | float16
 compile: bool | str = "auto"  # torch.compile: auto goes on without it where it fails, True does not
 backend = "nccl"  # of torchrun's ranks on GPUs; the CPU's is gloo
+timeout = 600  # seconds that a rank waits for the others before it gives up
 peak_tflops = 0.0  # the device's peak for MFU; 0: from a table
 
 
@@ -119,6 +126,7 @@ class Run:
     rank: int = 0
     world: int = 1
     ahead: tuple = (None, None, None)  # a step and its first micro-batch, fetched before it is needed
+    bad: torch.Tensor | None = None  # steps so far whose gradient was not finite, counted on the device
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -136,14 +144,25 @@ class Run:
 
         The ranks take turns through the step's sequences, so the step is the same on any number of them.
         """
-        number = (step * self.accumulation + micro) * self.world + self.rank
-        return self.to_device(*self.windows.batch(number * batch_size, batch_size))
+        return self.to_device(*self.windows.batch(self.first_window(step, micro, self.rank), batch_size))
+
+    def first_window(self, step: int, micro: int, rank: int) -> int:
+        return ((step * self.accumulation + micro) * self.world + rank) * batch_size
+
+
+def dropout_seed(step: int, rank: int) -> int:
+    """Masks are a function of (seed, step, rank), as the batches are: a resumed run draws the same."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def train_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update of the weights. Returns this rank's mean loss and the gradient's norm, on the device, not waited for."""
-    if dropout:  # masks are a function of (seed, step, rank), as the batches are: a resumed run draws the same
-        torch.manual_seed(int(np.random.SeedSequence((seed, step, run.rank)).generate_state(1, np.uint64)[0]) >> 1)
+    """One update of the weights. Returns this rank's mean loss and the gradient's norm, on the device, not waited for.
+
+    A gradient that is not finite updates nothing, and once there were more than skip_bad_steps of them none does: the
+    weights stay those that led there.
+    """
+    if dropout:
+        torch.manual_seed(dropout_seed(step, run.rank))
     fetched, x, y = run.ahead
     if fetched != step:
         x, y = run.batch(step, 0)
@@ -161,9 +180,16 @@ def train_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     for each in run.optimizers:
         run.scaler.unscale_(each)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip or math.inf)
-    if not run.scaler.is_enabled() or norm.isfinite():  # in float16 an overflow skips the step, of every optimizer
-        for each in run.optimizers:
-            run.scaler.step(each)
+    hold = ~torch.isfinite(norm)
+    overflow = torch.isfinite(total) & run.scaler.is_enabled()  # float16's, which the scaler mends
+    run.bad += hold & ~overflow
+    hold |= run.bad > skip_bad_steps
+    for each in run.optimizers:
+        if each.defaults.get("fused"):  # looks at found_inf on the device
+            each.found_inf = hold.float()
+            each.step()
+        elif not hold:  # waits for the device
+            each.step()
     run.scaler.update()
     for each in run.optimizers:
         each.zero_grad(set_to_none=True)
@@ -201,9 +227,40 @@ def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
         on = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else f"cuda:{on.index or 0}")
         torch.cuda.set_device(on)
         torch.set_float32_matmul_precision("high")  # tf32 for what stays float32
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" in os.environ:
-        dist.init_process_group(backend if on.type == "cuda" else "gloo")
-    return on, pick_dtype(dtype, on), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        backends = f"cpu:gloo,cuda:{backend}" if on.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backends, timeout=timedelta(seconds=timeout))
+            greet(on, rank, world)
+        except (dist.DistError, RuntimeError) as e:
+            raise RuntimeError(
+                f"rank {rank} of {world}: the ranks do not find together ({first_line(e)}); see that all are started, that "
+                "MASTER_ADDR is reached from every host, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; --timeout waits longer"
+            ) from None
+    return on, pick_dtype(dtype, on), rank, world
+
+
+def greet(on: torch.device, rank: int, world: int) -> None:
+    """All ranks add up 16 MiB a few times: says who is there and how fast they talk, or fails now and not in an hour."""
+    names = [""] * world
+    dist.all_gather_object(names, socket.gethostname())
+    numbers, times = torch.ones(2**22, device=on), []
+    for _ in range(4):  # the first opens the connections
+        start = time.perf_counter()
+        dist.all_reduce(numbers)
+        total = numbers[-1].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    if total != world**4:
+        raise RuntimeError(f"the ranks add up wrongly: {total} instead of {world**4}")
+    moved = 2 * (world - 1) / world * 4 * numbers.numel()  # bytes each rank sends in a ring
+    if rank == 0:
+        hosts = ", ".join(f"{n} on {name}" for name, n in Counter(names).items())
+        print(f"ranks: {world} ({hosts}), all-reduce {moved / min(times) / 1e9:.2f} GB/s a rank")
+
+
+def first_line(e: BaseException) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 def find_dataset(rank: int) -> Dataset:
@@ -226,16 +283,46 @@ def find_dataset(rank: int) -> Dataset:
     if dry_run and not folder.is_dir():
         print(f"there is no dataset {folder}: sizes assume GPT-2's vocabulary")
         return Dataset(dataset, [], [], None, 50257)
-    return load_dataset(dataset, data_dir)
+    return load_dataset(dataset, data_dir, verify_data and rank == 0)
 
 
-def new_model(found: Dataset) -> tuple[GPT, dict]:
-    """The model to train and the checkpoint it comes from ({} from scratch)."""
+def find_payload(rank: int, world: int) -> dict:
+    """The checkpoint to go on from or to start from, {} from scratch. A run's own is read by rank 0 for all.
+
+    --resume goes on if there is anything to go on from, and so does a job that torchrun started again.
+    """
+    global init_from
+    payload, again = None, resume or init_from == "resume"
+    attempt = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if world > 1:
+        dist.all_reduce(attempt, dist.ReduceOp.MAX)  # a host that came back counts from 0
+    if again or attempt:
+        if rank == 0:
+            payload = load_latest(Path(out_dir))
+            if payload and not again and payload.get("job") != os.environ.get("TORCHELASTIC_RUN_ID"):
+                payload = None  # another job's, which this one was not asked to go on with
+        if world > 1:
+            box = [payload]
+            dist.broadcast_object_list(box, device=torch.device("cpu"))
+            payload = box[0]
+        if payload is None and init_from == "resume":
+            raise ValueError(
+                f"there is no checkpoint {out_dir}/ckpt.pt: train first, or set --out_dir to a run's folder"
+            )
+        if payload:
+            init_from = "resume"
+            return payload
+        if rank == 0:
+            print(f"there is no checkpoint in {out_dir} to resume: the run begins")
+    return {} if init_from == "scratch" else load_payload(init_from)
+
+
+def new_model(found: Dataset, payload: dict) -> GPT:
+    """The model to train: of the keys, or of the checkpoint."""
     torch.manual_seed(seed)
-    if init_from == "scratch":
+    if not payload:
         keys = GPTConfig.__dataclass_fields__.keys() & globals().keys()
-        return GPT(GPTConfig(vocab_size=found.vocab_size, **{k: globals()[k] for k in keys})), {}
-    payload = load_checkpoint(Path(out_dir) / "ckpt.pt") if init_from == "resume" else load_payload(init_from)
+        return GPT(GPTConfig(vocab_size=found.vocab_size, **{k: globals()[k] for k in keys}))
     arguments, trained_on = payload["model_args"], payload.get("tokenizer")
     if found.tokenizer is None:  # a dry run without its dataset
         fits = True
@@ -257,7 +344,7 @@ def new_model(found: Dataset) -> tuple[GPT, dict]:
         positions = "transformer.wpe.weight"
         payload["model"] = {n: t[:block_size] if n.endswith(positions) else t for n, t in payload["model"].items()}
     arguments |= dict(dropout=dropout, attn=attn, activation_checkpointing=activation_checkpointing)
-    return build_model(payload), payload
+    return build_model(payload)
 
 
 def compile_model(run: Run) -> torch.nn.Module:
@@ -275,7 +362,7 @@ def compile_model(run: Run) -> torch.nn.Module:
         run.model.zero_grad(set_to_none=True)
         return compiled
     except Exception as e:
-        if compile is True:
+        if compile is True or isinstance(e, torch.OutOfMemoryError):
             raise
         reason = str(e).strip().splitlines()[0][:150] if str(e).strip() else type(e).__name__
         print(f"torch.compile does not work here, going on without it ({reason}); --compile=True shows all")
@@ -285,9 +372,13 @@ def compile_model(run: Run) -> torch.nn.Module:
 
 def check_keys() -> None:
     """What a key may not be, said before anything is loaded. Raises ValueError."""
-    for key in ("batch_size", "block_size", "gradient_accumulation_steps", "max_iters", "log_interval", "eval_iters"):
+    for key in ("block_size", "gradient_accumulation_steps", "max_iters", "log_interval", "eval_iters", "timeout"):
         if globals()[key] < 1:
             raise ValueError(f"--{key}={globals()[key]}: must be at least 1")
+    if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
+        raise ValueError(f"--batch_size={batch_size}: must be at least 1, or auto")
+    if batch_size == "auto" and not total_batch_tokens:
+        raise ValueError("--batch_size=auto needs --total_batch_tokens, the tokens of a step it divides")
     for key in (
         "seed",
         "learning_rate",
@@ -297,6 +388,7 @@ def check_keys() -> None:
         "warmup_iters",
         "eval_interval",
         "grad_clip",
+        "skip_bad_steps",
     ):
         if globals()[key] < 0:
             raise ValueError(f"--{key}={globals()[key]}: must be at least 0")
@@ -359,7 +451,7 @@ def describe(model: GPT, found: Dataset, on: torch.device, kind: torch.dtype, st
         print(f"shapes: idx and targets ({B}, {T}) int64, logits ({B}, {T}, {c.vocab_size})")
 
 
-def restore(optimizers: list, scaler: torch.amp.GradScaler, payload: dict) -> None:
+def restore(optimizers: list, scaler: torch.amp.GradScaler, payload: dict, steps: int, micro_batches: int) -> None:
     """Put a checkpoint's state back; say which keys are not what they were. Raises ValueError where that cannot go on."""
     before = payload["config"]
     for key in ("optimizer", "block_size"):
@@ -368,8 +460,15 @@ def restore(optimizers: list, scaler: torch.amp.GradScaler, payload: dict) -> No
                 f"--{key}={globals()[key]}: the run to resume had {before[key]}; keep it, or begin a run with "
                 f"--init_from={out_dir}"
             )
-    told = ("resume", "init_from", "out_dir", "max_iters", "eval_only", "gradient_accumulation_steps")
-    changed = [f"{k} {v} -> {globals()[k]}" for k, v in before.items() if k not in told and globals().get(k, v) != v]
+    untold = ("resume", "init_from", "out_dir", "max_iters", "eval_only", "batch_size", "gradient_accumulation_steps")
+    changed = [f"{k} {v} -> {globals()[k]}" for k, v in before.items() if k not in untold and globals().get(k, v) != v]
+    sequences = batch_size * micro_batches
+    if before.get("gradient_accumulation_steps", 0) * before.get("batch_size", 0) not in (0, sequences):
+        changed.append(
+            f"sequences a step {before['gradient_accumulation_steps'] * before['batch_size']} -> {sequences}"
+        )
+    if decay_lr and schedule != "constant" and not lr_decay_iters and before.get("max_iters", steps) != steps:
+        changed.append(f"end of the learning rate's schedule {before['max_iters']} -> {steps}")
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print(f"resumed with other keys than before: {', '.join(changed)}")
     for each, state in zip(optimizers, payload["optimizers"]):
@@ -377,7 +476,7 @@ def restore(optimizers: list, scaler: torch.amp.GradScaler, payload: dict) -> No
         parameters = [p for group in each.param_groups for p in group["params"]]
         for number, values in state["state"].items():  # nanoGPT's have no rows for ids that only pad the vocabulary
             for name, t in values.items():
-                rows = len(parameters[number]) - len(t) if torch.is_tensor(t) and t.dim() == 2 else 0
+                rows = len(parameters[number]) - len(t) if name in ("exp_avg", "exp_avg_sq") else 0
                 values[name] = torch.nn.functional.pad(t, (0, 0, 0, rows)) if rows > 0 else t
         each.load_state_dict(state)
         for group, settings in zip(each.param_groups, fresh):  # the keys of this run, not the checkpoint's
@@ -402,63 +501,171 @@ def read_later(numbers: torch.Tensor):
     return read
 
 
-def keep_step(step: int) -> None:
-    """Keep ckpt.pt as step_N.pt too, and of those the last keep_checkpoints."""
-    folder = Path(out_dir)
-    shutil.copyfile(folder / "ckpt.pt", folder / f"step_{step}.pt.part")
-    os.replace(folder / f"step_{step}.pt.part", folder / f"step_{step}.pt")
-    kept = sorted(folder.glob("step_*.pt"), key=lambda p: int(p.stem[5:]))
-    for old in kept[:-keep_checkpoints]:
-        old.unlink()
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1 end the process at once before training, and after the step during it.
+
+    A second Ctrl-C (a second or more after the first) ends it at once all the same. The exit code is 128 + the signal.
+    """
+
+    def __init__(self):
+        self.number, self.at, self.training = 0, 0.0, False
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.receive)
+
+    def receive(self, number: int, frame) -> None:
+        again = number == signal.SIGINT and self.number and time.monotonic() - self.at > 1
+        if not self.training or again:
+            os._exit(128 + number)  # what is being written has another name until it is whole
+        if not self.number:
+            self.number, self.at = number, time.monotonic()
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving\n".encode())
+
+
+def largest_batch(model: GPT, on: torch.device, kind: torch.dtype, world: int) -> int:
+    """The largest micro-batch that fits in memory and divides total_batch_tokens over the ranks.
+
+    Measured by a forward and a backward pass of one sequence and of three. Raises ValueError if not even one fits.
+    """
+    sequences, rest = divmod(total_batch_tokens, block_size * world)
+    if rest or not sequences:
+        raise ValueError(
+            f"--total_batch_tokens={total_batch_tokens} is not a multiple of block_size x ranks = {block_size} x {world}"
+        )
+    peaks = []
+    for rows in (1, 3):
+        x = torch.zeros(rows, block_size, dtype=torch.long, device=on)
+        with contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind):
+            _, loss = model(x, x, return_logits=False)
+        loss.backward()
+        peaks.append(peak_memory(on) or 0.0)
+        model.zero_grad(set_to_none=True)
+    a_sequence = max((peaks[1] - peaks[0]) / 2, 1e-3)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    base = peaks[0] - a_sequence + 2 * weights + (weights if world > 1 else 0)  # the optimizer's state, DDP's buckets
+    fits = torch.tensor(float(int((0.9 * memory(on) - base) / a_sequence)))
+    if world > 1:
+        dist.all_reduce(fits, dist.ReduceOp.MIN)  # gloo's, on the CPU
+    if fits < 1:
+        raise ValueError(
+            f"--batch_size=auto: not even one sequence of {block_size} fits: a smaller --block_size or model, or "
+            "--activation_checkpointing=True"
+        )
+    return max(d for d in range(1, sequences + 1) if sequences % d == 0 and d <= fits)
+
+
+def memory(on: torch.device) -> float:
+    """MiB that this process may have: of the GPU what is free or its own, else of the machine what is available."""
+    if on.type == "cuda":
+        return (torch.cuda.mem_get_info(on)[0] + torch.cuda.memory_reserved(on)) / 2**20
+    if Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 1024
+        limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+        limits = [int(p.read_text()) / 2**20 for p in limits if p.exists() and p.read_text().strip().isdigit()]
+        return min(available / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + peak_memory(on), *limits, math.inf)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**21 if hasattr(os, "sysconf") else 4096.0
+
+
+@contextlib.contextmanager
+def explained(run: Run):
+    """Errors of the machine as a line that says what to change: memory that ran out, a rank that is gone."""
+    try:
+        yield
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e) or "out of memory" in str(e):
+            tips = ["--activation_checkpointing=True", "a smaller --block_size or model"]
+            micro_batches = run.accumulation * run.world
+            if batch_size > 1:
+                part = next(d for d in range(2, batch_size + 1) if batch_size % d == 0)
+                keys = f"--batch_size={batch_size // part} --gradient_accumulation_steps={micro_batches * part}"
+                tips.insert(0, f"{keys} (the same {batch_size * block_size * micro_batches:,} tokens a step)")
+            raise RuntimeError(
+                f"out of memory with micro-batches of {batch_size} x {block_size} tokens, {run.accumulation} a step on "
+                f"each rank ({first_line(e)[:100]}); try {', or '.join(tips)}"
+            ) from None
+        if run.world > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise RuntimeError(f"rank {run.rank}: another rank is gone ({first_line(e)})") from None
+        raise
+
+
+def dump_bad_step(run: Run, step: int, rank: int, config: dict, tokenizer: dict) -> tuple[Path, str]:
+    """Write what led to a bad step, weights and micro-batches, to out_dir/bad_step_N.pt; also says where these lie."""
+    batches = [run.first_window(step, micro, rank) for micro in range(run.accumulation)]
+    places = [
+        (shard.path.name, shard.offset + int(start) * np.dtype(shard.dtype).itemsize)
+        for first in batches
+        for shard, starts in run.windows.locate(first, batch_size)
+        for start in starts
+    ]
+    x, y = zip(*(run.windows.batch(first, batch_size) for first in batches))
+    path = Path(out_dir) / f"bad_step_{step + 1}.pt"
+    if run.rank == 0:
+        payload = {
+            "model": run.model.state_dict(), "model_args": asdict(run.model.config), "config": config,
+            "tokenizer": tokenizer, "step": step, "rank": rank, "dropout_seed": dropout_seed(step, rank),
+            "x": torch.from_numpy(np.stack(x)), "y": torch.from_numpy(np.stack(y)), "places": places,
+        }  # fmt: skip
+        save_checkpoint(path, payload)
+    return path, f"{places[0][0]} at byte {places[0][1]:,} and {len(places) - 1} more"
 
 
 def main(config: dict) -> None:
-    global init_from
+    global batch_size
     started = time.perf_counter()
-    if resume:
-        init_from = "resume"
+    signals = Signals()
     check_keys()
     on, kind, rank, world = set_up_device()
     master = rank == 0
     found = find_dataset(rank)
     windows = TrainingWindows(found.train, block_size, found.vocab_size, seed, data_fraction) if found.train else None
+    payload = find_payload(rank, world)
+    model = new_model(found, payload).to(on).train()
+    eval_sequences = eval_iters * (batch_size if isinstance(batch_size, int) else 64)
+    if batch_size == "auto":
+        batch_size = largest_batch(model, on, kind, world)
     steps, micro_batches = steps_and_accumulation(world, windows)
     tokens_a_step = micro_batches * batch_size * block_size
-    model, payload = new_model(found)
     if master:
         describe(model, found, on, kind, steps, micro_batches)
     if dry_run:
         return
     validation_windows(found.val, block_size)  # too little text is said now, not after the first steps
-    model.to(on).train()
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, beta1, beta2, momentum)
     scaler = torch.amp.GradScaler(on.type, enabled=kind == torch.float16)
-    run = Run(model, model, optimizers, scaler, windows, on, kind, micro_batches // world, rank, world)
-    first_step, best_val_loss = 0, math.inf
+    first_step, best_val_loss, trained_seconds, bad_steps = 0, math.inf, 0.0, 0
     if init_from == "resume":
         if "optimizers" not in payload:
             raise ValueError(
                 f"{out_dir}/ckpt.pt has no state to go on from: begin a run with --init_from={out_dir}/ckpt.pt"
             )
-        restore(optimizers, scaler, payload)
+        restore(optimizers, scaler, payload, steps, micro_batches)
         first_step, best_val_loss = payload["step"], float(payload["best_val_loss"])
-        if (Path(out_dir) / "best.pt").exists():  # it may be of an evaluation just after the checkpoint
-            best = load_checkpoint(Path(out_dir) / "best.pt")
-            if best["step"] <= first_step:
-                best_val_loss = min(best_val_loss, best.get("val_loss", math.inf))
-    run.step_model = compile_model(run)
+        trained_seconds, bad_steps = payload.get("elapsed", 0.0), payload.get("bad_steps", 0)
+    run = Run(model, model, optimizers, scaler, windows, on, kind, micro_batches // world, rank, world)
+    run.bad = torch.tensor(bad_steps, device=on)
+    with explained(run):
+        run.step_model = compile_model(run)
     if world > 1:
         gpus = [on.index] if on.type == "cuda" else None
         run.step_model = DistributedDataParallel(run.step_model, gpus, gradient_as_bucket_view=True)
-    log = None
+    log, saver = None, Saver()
     if master and not eval_only:
-        config = config | {"max_iters": steps, "gradient_accumulation_steps": micro_batches, "dataset": dataset}
+        resolved = {"max_iters": steps, "gradient_accumulation_steps": micro_batches, "batch_size": batch_size}
+        config = config | resolved | {"dataset": dataset}
         log = Log(run, config, found.tokenizer, tokens_a_step, first_step, payload.get("wandb_id"))
+        with contextlib.suppress(ValueError):  # there is none, or it is damaged
+            best = load_checkpoint(Path(out_dir) / "best.pt") if first_step else {"step": math.inf}
+            if best["step"] <= first_step:  # it may be of an evaluation just after the checkpoint
+                best_val_loss = min(best_val_loss, best.get("val_loss", math.inf))
+            del best
+    payload = None  # its tensors are in the model and the optimizers now
 
     def save(name: str, whole: bool = True, **extra) -> None:
         """Rank 0 writes out_dir/name: the weights, and with whole what it takes to go on."""
         if not master:
             return
+        log.sync()
         state = {
             "model": model.state_dict(),
             "model_args": asdict(model.config),
@@ -466,19 +673,21 @@ def main(config: dict) -> None:
             "tokens": step * tokens_a_step,
             "best_val_loss": best_val_loss,
             "elapsed": trained_seconds,
+            "bad_steps": bad_steps,
             "config": config,
             "tokenizer": log.tokenizer.to_dict() if log.tokenizer else found.tokenizer,
             "wandb_id": log.wandb_id,
+            "job": os.environ.get("TORCHELASTIC_RUN_ID"),
         }
         if whole:
             state |= {"optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}
-        save_checkpoint(Path(out_dir) / name, state | extra)
+        also = Path(out_dir) / f"step_{step}.pt" if whole and keep_checkpoints else None
+        saver.save(Path(out_dir) / name, state | extra, also, keep_checkpoints)
 
-    trained_seconds = payload.get("elapsed", 0.0) if first_step else 0.0
-    payload = None  # its tensors are in the model and the optimizers now
     gc.collect()
     gc.freeze()  # what lives for the whole run is not searched for garbage again
-    step, pending, bad = first_step, None, torch.zeros((), device=on)
+    step, saved, pending, stop = first_step, first_step, None, 0
+    mine = torch.eye(world, device=on)[rank]
     clock, paused, last_logged = time.perf_counter(), 0.0, first_step
 
     def due(interval: int) -> bool:
@@ -486,43 +695,58 @@ def main(config: dict) -> None:
 
     def read_pending() -> None:
         """Log the step before, which a GPU has finished by the time the next one is launched. Raises if it went bad."""
-        nonlocal pending, clock, paused, trained_seconds, last_logged
+        nonlocal pending, clock, paused, trained_seconds, last_logged, bad_steps, stop
         if pending is None:
             return
         (at, read, lr, logged), pending = pending, None
-        loss, norm, is_bad = read()
+        loss, norm, stop, *bad_loss = read()
+        loss, norm = loss / world, norm / world
         if logged:
             now = time.perf_counter()
             seconds = now - clock - paused
             trained_seconds += seconds
             if master:
-                log.step(at, loss / world, norm / world, lr, seconds / (at - last_logged), trained_seconds)
+                log.step(at, loss, norm, lr, seconds / (at - last_logged), trained_seconds)
             clock, paused, last_logged = now, 0.0, at
-        if is_bad:
+        if any(bad_loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
+            bad_steps += 1
+            worst = bad_loss.index(max(bad_loss))
+            about = f"step {at:,}: loss {loss:.4g}, gradient norm {norm:.4g}, rank {worst}"
+            if bad_steps <= skip_bad_steps:
+                if master:
+                    print(f"warning: {about}: no update, {bad_steps} of {skip_bad_steps} tolerated")
+                return
+            saver.wait()
+            good = f"of step {saver.steps.get('ckpt.pt', first_step):,}"
+            path, places = dump_bad_step(run, at - 1, worst, config, found.tokenizer)
             raise RuntimeError(
-                f"the loss or its gradient is not finite at step {at} or shortly before: no checkpoint has it; "
-                "lower --learning_rate or --grad_clip, or use --dtype=float32"
+                f"{about}, batch from {places}. {path} reproduces it; the last good checkpoint is {good}. Lower "
+                "--learning_rate or --grad_clip, try --dtype=float32, or tolerate some by --skip_bad_steps=N"
             )
 
+    signals.training = True
     while True:
         last = step >= steps
         evaluate_now = last or eval_only or due(eval_interval)
         save_now = last or (always_save_checkpoint and evaluate_now) or due(checkpoint_interval)
         sample_now = due(sample_interval) and not last
-        if evaluate_now or save_now or sample_now:
+        if evaluate_now or save_now or sample_now or stop:
             read_pending()
             aside = time.perf_counter()
-            if save_now and step > first_step:  # before the evaluation, which may fail
+            if (save_now or stop) and step > saved:  # before the evaluation, which may fail
                 save("ckpt.pt")
-                if keep_checkpoints and master:
-                    keep_step(step)
+                saved = step
+            if stop:
+                break
             if evaluate_now:
-                val_loss, accuracy = evaluate(run, found.val, eval_iters * batch_size)
+                with explained(run):
+                    val_loss, accuracy = evaluate(run, found.val, eval_sequences)
                 if eval_only:
                     break
                 if val_loss < best_val_loss:
                     best_val_loss = val_loss
-                    save("best.pt", whole=False, val_loss=val_loss)
+                    if step or init_from != "scratch":
+                        save("best.pt", whole=False, val_loss=val_loss)
                 if master:
                     log.validation(step, val_loss, accuracy, best_val_loss)
             if master and sample_now:
@@ -537,30 +761,41 @@ def main(config: dict) -> None:
         for each in optimizers:
             for group in each.param_groups:
                 group["lr"] = lr
-        loss, norm = train_step(run, step)
-        bad += ~torch.isfinite(loss) | (~torch.isfinite(norm) & (kind != torch.float16))
-        read_pending()
-        step += 1
-        logged = step % log_interval == 0 or step == steps
-        if logged or any(map(due, (eval_interval, checkpoint_interval, sample_interval))):
-            numbers = torch.stack((loss, norm.float(), bad))
-            if world > 1:
+        with explained(run):
+            loss, norm = train_step(run, step)
+            read_pending()
+            step += 1
+            asked = torch.full((), float(signals.number > 0), device=on)
+            numbers = torch.cat((torch.stack((loss, norm.float(), asked)), mine * ~torch.isfinite(loss)))
+            if world > 1:  # so that all ranks stop together
                 dist.all_reduce(numbers)
-            pending = (step, read_later(numbers), lr, logged)
-            if on.type != "cuda":
-                read_pending()
+        pending = (step, read_later(numbers), lr, step % log_interval == 0 or step == steps)
+        if on.type != "cuda":
+            read_pending()
+    saver.wait()
+    signals.training = False  # all that training made is on the disk
+    if stop:
+        if master:
+            print(f"stopped at step {step:,}: --resume goes on from there")
+        raise SystemExit(128 + (signals.number or signal.SIGTERM))
     if eval_only:
         if master:
             print(f"val loss {val_loss:.4f}  perplexity {math.exp(min(val_loss, 700)):.2f}  accuracy {accuracy:.1%}")
     else:  # the last word is said on more of the split
         val_loss, accuracy = evaluate(run, found.val, -(-final_eval_tokens // block_size))
         if master:
-            log.finish(val_loss, accuracy, best_val_loss, trained_seconds, time.perf_counter() - started)
+            total = time.perf_counter() - started
+            log.finish(val_loss, accuracy, best_val_loss, bad_steps, trained_seconds, total)
+            if steps > first_step and saver.steps.get("ckpt.pt") != steps:
+                raise OSError(
+                    f"the last checkpoint, of step {steps:,}, is not saved: make room, and --resume repeats the end"
+                )
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # what is printed is seen at once, in a file too
     with short_errors():
         main(configure(globals()))

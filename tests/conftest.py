@@ -29,7 +29,7 @@ class Script:
 
     server = None
 
-    def __init__(self, *argv, cwd, env=None):
+    def __init__(self, *argv, cwd, env=None, limits=None):
         if Script.server is None or Script.server.poll() is not None:
             Script.server = subprocess.Popen(
                 [sys.executable, str(ROOT / "tests" / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -37,7 +37,7 @@ class Script:
             )  # fmt: skip
         self.files = [tempfile.NamedTemporaryFile("r", encoding="utf-8", newline="") for _ in range(2)]
         full = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUTF8": "1", **(env or {})}
-        request = dict(argv=[str(ROOT / argv[0]), *map(str, argv[1:])], cwd=str(cwd), env=full)
+        request = dict(argv=[str(ROOT / argv[0]), *map(str, argv[1:])], cwd=str(cwd), env=full, limits=limits or {})
         self.pid = self.ask(request | {"out": self.files[0].name, "err": self.files[1].name})
         self.returncode = None
 
@@ -66,9 +66,9 @@ class Script:
         return self
 
 
-def call(*argv, cwd, env=None, timeout=240) -> Script:
+def call(*argv, cwd, env=None, limits=None, timeout=240) -> Script:
     """Run a script to its end; the result has returncode, stdout and stderr."""
-    return Script(*argv, cwd=cwd, env=env).wait(timeout)
+    return Script(*argv, cwd=cwd, env=env, limits=limits).wait(timeout)
 
 
 @pytest.fixture

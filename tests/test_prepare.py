@@ -90,7 +90,7 @@ def test_of_a_few_documents_one_at_least_is_held_out(run, tmp_path):
         (TEXT, ["--input=gone.txt"], "--input=gone.txt: there is no such file"),
         (TEXT, ["--input=empty"], "no .txt or .jsonl file"),
         (TEXT, ["--input="], "--input=FILE"),
-        (TEXT, ["--tokenizer=word"], "--tokenizer=word: choose gpt2, char or bpe"),
+        (TEXT, ["--tokenizer=word"], "--tokenizer=word: choose gpt2, char, bpe, or a folder"),
         (TEXT, ["--tokenizer=bpe", "--vocab_size=100"], "--vocab_size=100"),
         (TEXT, ["--tokenizer=bpe", "--vocab_size=50000"], "more than this text supports"),
         (TEXT, ["--val_fraction=1.5"], "--val_fraction=1.5"),

@@ -321,8 +321,8 @@ def test_a_pickled_config_is_refused_with_the_way_to_convert_it(run, refused, tm
     weights = clean_state_dict(theirs.state_dict())
     torch.save({"model": weights, "config": Config(), "step": 7, "val_loss": 3.0}, tmp_path / "old.pt")
     message = refused("sample.py", "--init_from=old.pt")
-    assert "holds the Python class test_pretrained.Config" in message
-    code = message.partition("where that class is: ")[2]
+    assert "holds the Python object test_pretrained.Config" in message
+    code = message.partition("where that object is known: ")[2]
     exec(code, {"torch": torch, "path": tmp_path / "old.pt"})
     common = [*SMALL, "--dataset=chars", "--init_from=old.pt", "--block_size=16"]
     assert "val loss" in run("train.py", *common, "--eval_only")

@@ -88,7 +88,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run(tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"model": {}, "model_args": {}, "config": Evil()}, tmp_path / "evil.pt")
-    assert "evil.pt cannot be read" in sample(tmp_path, "--init_from=evil.pt", code=2)
+    assert "evil.pt holds the Python object" in sample(tmp_path, "--init_from=evil.pt", code=2)
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,12 +1,13 @@
 """Runs our scripts in children forked from a process that has imported torch already: a start takes no time.
 
-Reads a request a line: {"argv", "cwd", "env", "out", "err"} starts a script and answers its pid, {"wait": pid} answers
+Reads a request a line: {"argv", "cwd", "env", "limits", "out", "err"} starts a script and answers its pid, {"wait": pid} answers
 its exit status. What a child does is what `python script ...` does, exit code, handlers at exit and threads included.
 """
 
 import atexit
 import json
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -21,6 +22,8 @@ def child(request: dict) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(request["cwd"])
         os.environ.update(request["env"])
+        for name, value in request["limits"].items():
+            resource.setrlimit(getattr(resource, name), (value, value))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, path in ((1, request["out"]), (2, request["err"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)

@@ -1,0 +1,435 @@
+"""Faults injected into real runs, which are then resumed and held against a run that met none, bit for bit.
+
+`pytest` runs a short form. The longer one, with its figures at the end:
+
+    python tests/test_faults.py --kills=300
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, TEXT, Script, call, make_nanogpt_chars
+
+import train
+from checkpoint import load_checkpoint, load_latest, load_model, save_checkpoint
+from configurator import configure, short_errors
+from data import load_dataset
+
+kills = 300  # kill -9 at random instants, in all
+seed = 1  # of the instants
+
+STEPS = 30
+OFTEN = (
+    f"--dataset=chars --max_iters={STEPS} --eval_interval=5 --checkpoint_interval=2 --sample_interval=4 --keep_checkpoints=2"
+).split()
+SETTINGS = [
+    "--dropout=0.1",
+    "--dtype=bfloat16 --dropout=0.2 --gradient_accumulation_steps=2",
+    "--dtype=float16 --learning_rate=1e-2",
+    "--optimizer=muon --schedule=wsd --norm=rmsnorm --mlp=swiglu --pos=rope",
+    "--optimizer=adafactor --qk_norm=True --n_kv_head=1",
+    "--optimizer=sgd --learning_rate=0.1 --label_smoothing=0.1 --activation_checkpointing=True",
+]
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+
+
+def told(out: Path) -> list[dict]:
+    """What the log says of every step, without the seconds it took."""
+    timed = ("tokens_per_sec", "mfu", "elapsed")
+    return [{k: v for k, v in m.items() if k not in timed} for m in metrics(out)]
+
+
+def same(a, b) -> bool:
+    """Whether nested values are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    """Every loss, rate, norm and evaluation, the samples, the weights and the optimizer's state."""
+    assert sorted(told(out), key=str) == sorted(told(whole), key=str)
+    assert [m["step"] for m in told(out) if "train_loss" in m] == list(range(1, STEPS + 1))
+    ours, theirs = (load_checkpoint(d / "ckpt.pt") for d in (out, whole))
+    for part in ("model", "optimizers", "scaler", "step", "tokens", "best_val_loss", "bad_steps"):
+        assert same(ours[part], theirs[part]), part
+    assert same(load_checkpoint(out / "best.pt")["model"], load_checkpoint(whole / "best.pt")["model"])
+    texts = [{p.name: p.read_text() for p in (d / "samples").iterdir()} for d in (out, whole)]
+    assert texts[0] == texts[1]
+    assert not list(out.glob("*.part"))
+
+
+def arguments(setting: str, out: str) -> list[str]:
+    return [*SMALL, *OFTEN, *setting.split(), f"--out_dir={out}"]
+
+
+def whole_run(folder: Path, setting: str) -> float:
+    """Train without a fault; returns the seconds it took."""
+    call("train.py", "--help", cwd=folder)  # not those of the first start
+    start = time.monotonic()
+    done = call("train.py", *arguments(setting, "whole"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return time.monotonic() - start
+
+
+def interrupted_runs(folder: Path, setting: str, count: int, dice: random.Random, number=signal.SIGKILL):
+    """Inject `count` signals at random instants, resuming each time; yields (signals so far, path of a finished run)."""
+    seconds = whole_run(folder, setting)
+    sent = 0
+    while sent < count:
+        out = folder / "parts"
+        shutil.rmtree(out, ignore_errors=True)
+        for _ in range(dice.randrange(1, 6)):
+            if sent == count:
+                break
+            script = Script("train.py", *arguments(setting, "parts"), "--resume", cwd=folder)
+            time.sleep(dice.random() * seconds)
+            script.kill(number)
+            script.wait()
+            hit = script.returncode == (-number if number == signal.SIGKILL else 128 + number)
+            assert hit or script.returncode == 0, (script.returncode, script.stderr)
+            sent += hit
+        done = call("train.py", *arguments(setting, "parts"), "--resume", cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield sent, out
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_resume_after_kill_9_is_bitwise_equal(chars, setting):
+    for _, out in interrupted_runs(chars, setting, 6, random.Random(setting)):
+        assert_same_run(out, chars / "whole")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(chars, name):
+    number = getattr(signal, name)
+    for _, out in interrupted_runs(chars, "--dropout=0.1", 3, random.Random(name), number):
+        assert_same_run(out, chars / "whole")
+    shutil.rmtree(chars / "parts")
+    long = [*SMALL, "--dataset=chars", "--max_iters=100000", "--eval_interval=0", "--out_dir=parts"]
+    script = Script("train.py", *long, cwd=chars)
+    wait_for(lambda: (chars / "parts" / "log.txt").exists() and len((chars / "parts" / "log.txt").read_text()) > 500)
+    script.kill(number)
+    assert script.wait().returncode == 128 + number and f"{name}: finishing the step" in script.stderr
+    last = metrics(chars / "parts")[-1]["step"]
+    assert load_checkpoint(chars / "parts" / "ckpt.pt")["step"] == last and f"stopped at step {last:,}" in script.stdout
+
+
+def wait_for(condition, seconds=60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_second_ctrl_c_leaves_at_once(chars):
+    run = [*SMALL, "--dataset=chars", "--max_iters=4", "--out_dir=parts"]
+    assert call("train.py", *run, cwd=chars).returncode == 0
+    before = (chars / "parts" / "ckpt.pt").read_bytes()
+    endless = [*run, "--resume", "--max_iters=6", "--gradient_accumulation_steps=1000000"]
+    script = Script("train.py", *endless, cwd=chars)
+    wait_for(lambda: "resumed with other keys" in script.stdout)
+    time.sleep(1)
+    script.kill(signal.SIGINT)
+    script.kill(signal.SIGINT)  # the same key, held a little long
+    time.sleep(1.3)
+    assert Path(f"/proc/{script.pid}").exists() and "finishing the step" in script.stderr
+    script.kill(signal.SIGINT)
+    start = time.monotonic()
+    assert script.wait().returncode == 130 and time.monotonic() - start < 5
+    assert (chars / "parts" / "ckpt.pt").read_bytes() == before
+
+
+def test_sigterm_while_compiling_leaves_at_once_and_harms_nothing(chars):
+    run = [*SMALL, "--dataset=chars", "--compile=True", "--n_layer=3", "--out_dir=parts"]
+    fresh = {"TORCHINDUCTOR_CACHE_DIR": str(chars / "cache")}
+    script = Script("train.py", *run, cwd=chars, env=fresh)
+    wait_for(lambda: "step: " in script.stdout)
+    time.sleep(1)
+    script.kill(signal.SIGTERM)
+    start = time.monotonic()
+    assert script.wait().returncode == 128 + signal.SIGTERM and time.monotonic() - start < 5
+    assert not (chars / "parts").exists()
+    assert call("train.py", *run, "--resume", cwd=chars, env=fresh).returncode == 0
+
+
+def test_resume_before_the_first_checkpoint_begins_and_insisting_is_refused(run, refused, chars):
+    printed = run("train.py", *SMALL, "--dataset=chars", "--resume")
+    assert "there is no checkpoint in out to resume: the run begins" in printed
+    message = refused("train.py", *SMALL, "--dataset=chars", "--init_from=resume", "--out_dir=none")
+    assert "there is no checkpoint none/ckpt.pt" in message
+
+
+# -----------------------------------------------------------------------------
+# Damage
+
+
+def truncated(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def emptied(data: bytes) -> bytes:
+    return b""
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, refused, chars, damage):
+    setting = "--dropout=0.1"
+    whole_run(chars, setting)
+    run("train.py", *arguments(setting, "parts"), "--max_iters=16", f"--lr_decay_iters={STEPS}")
+    out = chars / "parts"
+    assert load_checkpoint(out / "ckpt_previous.pt")["step"] == 15
+    (out / "ckpt.pt").write_bytes(damage((out / "step_16.pt").read_bytes()))  # both names are one file
+    (out / "best.pt").write_bytes(damage((out / "best.pt").read_bytes()))
+    done = call("train.py", *arguments(setting, "parts"), "--resume", cwd=chars)
+    assert done.returncode == 0 and "ckpt.pt cannot be read" in done.stdout, done.stdout + done.stderr
+    assert (out / "ckpt.pt.damaged").exists()
+    assert_same_run(out, chars / "whole")
+    for path in {p.stat().st_ino: p for p in out.glob("*.pt")}.values():
+        path.write_bytes(damage(path.read_bytes()))
+    assert "no checkpoint in parts can be read" in refused("train.py", *arguments(setting, "parts"), "--resume")
+
+
+def test_no_flipped_bit_in_a_checkpoint_goes_unnoticed(tmp_path):
+    torch.manual_seed(0)
+    payload = {
+        "model": {"w": torch.randn(300)},
+        "model_args": {"n_layer": 1},
+        "step": 3,
+        "config": {"a": 1.5, "b": "x"},
+    }
+    save_checkpoint(tmp_path / "ckpt.pt", payload)
+    good, dice, noticed = (tmp_path / "ckpt.pt").read_bytes(), random.Random(0), 0
+    for _ in range(400):
+        place = dice.randrange(len(good))
+        bad = bytearray(good)
+        bad[place] ^= 1 << dice.randrange(8)
+        (tmp_path / "ckpt.pt").write_bytes(bad)
+        try:
+            assert same(load_checkpoint(tmp_path / "ckpt.pt"), payload)  # the bit meant nothing
+        except ValueError:
+            noticed += 1
+    assert noticed > 100
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied])
+def test_a_damaged_shard_is_refused(run, refused, tmp_path, damage):
+    (tmp_path / "t.txt").write_text(TEXT)
+    run("prepare_text.py", "--input=t.txt", "--dataset=d", "--tokenizer=char")
+    shard = next((tmp_path / "data" / "d").glob("*train*.npy"))
+    shard.write_bytes(damage(shard.read_bytes()))
+    assert shard.name in refused("train.py", *SMALL, "--dataset=d")
+
+
+def test_large_datasets_are_verified_when_asked(run, tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text(TEXT)
+    run("prepare_text.py", "--input=t.txt", "--dataset=d", "--tokenizer=char")
+    shard = next((tmp_path / "data" / "d").glob("*train*.npy"))
+    shard.write_bytes(flipped(shard.read_bytes()))
+    monkeypatch.setattr("data.VERIFIED_TOKENS", 100)
+    load_dataset("d", tmp_path / "data")
+    with pytest.raises(ValueError, match="sha256"):
+        load_dataset("d", tmp_path / "data", verify=True)
+
+
+def test_token_ids_past_the_vocabulary_are_refused(refused, chars):
+    ids = np.fromfile(chars / "data" / "chars" / "train.bin", np.uint16)
+    ids[::3] = 999
+    ids.tofile(chars / "data" / "chars" / "train.bin")
+    assert "train.bin holds token id 999, past the vocabulary" in refused("train.py", *SMALL, "--dataset=chars")
+
+
+# -----------------------------------------------------------------------------
+# Disks
+
+
+@contextmanager
+def small_disk(folder: Path, kib: int):
+    """A file system of its own on this folder. Needs root on Linux, as CI has."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a file system")
+
+
+@root
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(run, refused, chars):
+    setting = "--dropout=0.1"
+    whole_run(chars, setting)
+    size = (chars / "whole" / "ckpt.pt").stat().st_size // 1024
+    with small_disk(chars / "parts", 4 * size):
+        (chars / "parts" / "other").write_bytes(bytes(1024 * (2 * size)))  # room for one checkpoint, not for two
+        done = call("train.py", *arguments(setting, "parts"), cwd=chars)
+        assert done.returncode == 2 and f" {STEPS}/{STEPS} " in done.stdout, done.stderr
+        assert "No space left on device" in done.stdout and "MiB are free" in done.stdout and "goes on" in done.stdout
+        assert "the last checkpoint, of step 30, is not saved" in done.stderr
+        good = load_latest(chars / "parts")
+        assert good is not None and 0 < good["step"] < STEPS
+        (chars / "parts" / "other").unlink()
+        subprocess.run(["mount", "-o", f"remount,size={30 * size}k", chars / "parts"], check=True)
+        run("train.py", *arguments(setting, "parts"), "--resume")
+        assert_same_run(chars / "parts", chars / "whole")
+
+
+def test_a_limit_on_file_size_is_a_full_disk_too(chars):
+    whole_run(chars, "")
+    limit = (chars / "whole" / "ckpt.pt").stat().st_size // 2
+    done = call("train.py", *arguments("", "parts"), cwd=chars, limits={"RLIMIT_FSIZE": limit})
+    assert done.returncode == 2 and "File too large" in done.stdout
+    assert told(chars / "parts") == told(chars / "whole")
+
+
+@root
+def test_a_read_only_out_dir_is_refused_before_training(refused, chars):
+    with small_disk(chars / "out", 100):
+        subprocess.run(["mount", "-o", "remount,ro", chars / "out"], check=True)
+        message = refused("train.py", *SMALL, "--dataset=chars", "--out_dir=out")
+    assert "--out_dir=out cannot be written: Read-only file system" in message
+
+
+# -----------------------------------------------------------------------------
+# Numbers gone bad
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_what_reproduces_it(run, refused, chars):
+    bad = ["--max_iters=40", "--learning_rate=1e12", "--optimizer=sgd", "--grad_clip=0.0", "--eval_interval=1"]
+    message = refused("train.py", *SMALL, "--dataset=chars", "--gradient_accumulation_steps=2", *bad)
+    assert "step 2: loss nan" in message and "rank 0" in message and "--learning_rate" in message
+    assert "train.bin at byte" in message and "out/bad_step_2.pt reproduces it" in message
+    good = load_checkpoint(chars / "out" / "ckpt.pt")
+    assert good["step"] == 1 and all(torch.isfinite(w).all() for w in good["model"].values())
+    model, dump = load_model(chars / "out" / "bad_step_2.pt")
+    assert same(dump["model"], good["model"])  # the weights before the step
+    losses = [model(x, y)[1] for x, y in zip(dump["x"], dump["y"])]
+    assert len(losses) == 2 and not all(map(torch.isfinite, losses))
+    ids = np.fromfile(chars / "data" / "chars" / "train.bin", np.uint16)
+    name, byte = dump["places"][0]
+    assert name == "train.bin" and dump["x"][0, 0].tolist() == ids[byte // 2 :][:32].tolist()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_bad_steps_are_tolerated_counted_and_change_nothing(run, refused, chars, optimizer):
+    """A letter that is rare in the text gets an embedding that is not a number: only batches with it go bad."""
+    data = chars / "data" / "chars"
+    alphabet = sorted(set(TEXT))
+    ids = np.fromfile(data / "train.bin", np.uint16)
+    rare = alphabet.index("1")
+    ids[ids == rare] = rare + 1
+    ids[500], ids[9000] = rare, rare
+    ids.tofile(data / "train.bin")
+    val = np.fromfile(data / "val.bin", np.uint16)
+    val[val == rare] = rare + 1
+    val.tofile(data / "val.bin")
+    common = [*SMALL, "--dataset=chars", f"--optimizer={optimizer}", "--tie_weights=False", "--eval_interval=0"]
+    run("train.py", *common)
+    payload = torch.load(chars / "out" / "ckpt.pt", weights_only=True)
+    payload["model"]["transformer.wte.weight"][rare] = math.nan
+    torch.save(payload, chars / "poisoned.pt")
+    long = [
+        *common,
+        "--init_from=poisoned.pt",
+        "--out_dir=tuned",
+        "--max_iters=250",
+        "--sample_prompt=e",
+        "--eval_iters=1",
+    ]
+    done = call("train.py", *long, "--skip_bad_steps=9", cwd=chars)
+    assert done.returncode == 0, done.stderr
+    skipped = done.stdout.count("no update")
+    results = json.loads((chars / "tuned" / "results.json").read_text())
+    assert 1 <= results["skipped_steps"] == skipped <= 9
+    gone = [m["step"] for m in metrics(chars / "tuned") if "train_loss" in m and m["train_loss"] is None]
+    assert len(gone) == skipped
+    weights = load_checkpoint(chars / "tuned" / "ckpt.pt")["model"]
+    assert all(torch.isfinite(w).all() for n, w in weights.items() if "wte" not in n)
+    assert f"step {gone[-1]:,}: loss nan" in refused("train.py", *long, f"--skip_bad_steps={skipped - 1}")
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+def test_out_of_memory_names_keys_that_keep_the_step(refused, chars):
+    message = refused("train.py", *SMALL, "--dataset=chars", "--batch_size=60000", limits={"RLIMIT_AS": 5 * 2**30})
+    assert "out of memory with micro-batches of 60000 x 32 tokens" in message
+    assert "--batch_size=30000 --gradient_accumulation_steps=2 (the same 1,920,000 tokens a step)" in message
+
+
+def test_batch_size_auto_takes_what_fits_and_trains_the_same_run(run, refused, chars, monkeypatch):
+    common = [*SMALL, "--dataset=chars", "--total_batch_tokens=1024"]
+    printed = run("train.py", *common, "--batch_size=auto", "--out_dir=auto")
+    assert "32 x 32 tokens x 1 micro-batch = 1,024 tokens" in printed
+    run("train.py", *common, "--batch_size=4", "--out_dir=four")
+    a, b = ([m["train_loss"] for m in metrics(chars / d) if "train_loss" in m] for d in ("auto", "four"))
+    assert np.abs(np.subtract(a, b)).max() < 1e-4
+    assert "--batch_size=auto needs --total_batch_tokens" in refused("train.py", "--batch_size=auto")
+    monkeypatch.setattr(train, "total_batch_tokens", 1024)
+    monkeypatch.setattr(train, "block_size", 32)
+    model = train.GPT(train.GPTConfig(block_size=32, vocab_size=65, n_layer=1, n_head=1, n_embd=8))
+    peaks = iter((100.0, 140.0))
+    monkeypatch.setattr(train, "peak_memory", lambda on: next(peaks))  # 20 MiB a sequence over 80
+    monkeypatch.setattr(train, "memory", lambda on: 300.0)  # of which nine tenths are used
+    assert train.largest_batch(model, torch.device("cpu"), torch.float32, 1) == 8  # 9 fit, 8 divides 32
+    peaks = iter((100.0, 140.0))
+    monkeypatch.setattr(train, "memory", lambda on: 90.0)
+    with pytest.raises(ValueError, match="not even one sequence"):
+        train.largest_batch(model, torch.device("cpu"), torch.float32, 1)
+
+
+def main() -> None:
+    """The longer form: kills over all settings, with a count of what was lost."""
+    import tempfile
+
+    dice, injected, compared, lost, start = random.Random(seed), 0, 0, 0, time.monotonic()
+    for number, setting in enumerate(SETTINGS):
+        share = kills // len(SETTINGS) + (number < kills % len(SETTINGS))
+        with tempfile.TemporaryDirectory() as folder:
+            make_nanogpt_chars(Path(folder) / "data" / "chars", TEXT)
+            for _, out in interrupted_runs(Path(folder), setting, share, dice):
+                compared += 1
+                try:
+                    assert_same_run(out, Path(folder) / "whole")
+                except AssertionError as e:
+                    lost += 1
+                    print(f"lost: {setting}: {str(e).splitlines()[0]}")
+            injected += share
+            print(f"{injected} kills, {compared} runs compared  ({setting})", flush=True)
+    seconds = time.monotonic() - start
+    print(f"faults injected {injected}, runs compared {compared}, losses lost {lost}, {seconds:.0f} s")
+    sys.exit(lost > 0)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    with short_errors():
+        configure(globals())
+        main()
