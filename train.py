@@ -230,8 +230,15 @@ def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" in os.environ:
         backends = f"cpu:gloo,cuda:{backend}" if on.type == "cuda" else "gloo"
+        wait, store = timedelta(seconds=timeout), None
         try:
-            dist.init_process_group(backends, timeout=timedelta(seconds=timeout))
+            if (
+                os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            ):  # it holds the addresses of ranks before a restart
+                store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, wait)
+                store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            ranks = {"store": store, "rank": rank, "world_size": world} if store else {}
+            dist.init_process_group(backends, timeout=wait, **ranks)
             greet(on, rank, world)
         except (dist.DistError, RuntimeError) as e:
             raise RuntimeError(
@@ -502,24 +509,28 @@ def read_later(numbers: torch.Tensor):
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 end the process at once before training, and after the step during it.
+    """In training, SIGTERM, SIGINT and SIGUSR1 ask for an end after the step; `number` is the one that came, or 0.
 
-    A second Ctrl-C (a second or more after the first) ends it at once all the same. The exit code is 128 + the signal.
+    Before and after it they end the process at once, as does a second Ctrl-C, a second or more after the first. What is
+    being written then has another name until it is whole. A shell sees 128 + the signal as the exit code.
     """
 
+    names = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]  # Windows has no SIGUSR1
+
     def __init__(self):
-        self.number, self.at, self.training = 0, 0.0, False
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.receive)
+        self.number, self.at = 0, 0.0
+        self.catch(False)
+
+    def catch(self, training: bool) -> None:
+        for name in self.names:
+            signal.signal(getattr(signal, name), self.receive if training else signal.SIG_DFL)
 
     def receive(self, number: int, frame) -> None:
-        again = number == signal.SIGINT and self.number and time.monotonic() - self.at > 1
-        if not self.training or again:
-            os._exit(128 + number)  # what is being written has another name until it is whole
         if not self.number:
             self.number, self.at = number, time.monotonic()
             os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - self.at > 1:
+            os._exit(128 + number)
 
 
 def largest_batch(model: GPT, on: torch.device, kind: torch.dtype, world: int) -> int:
@@ -585,6 +596,8 @@ def explained(run: Run):
                 f"each rank ({first_line(e)[:100]}); try {', or '.join(tips)}"
             ) from None
         if run.world > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            if int(os.environ.get("LOCAL_WORLD_SIZE", run.world)) < run.world:
+                time.sleep(5)  # until torchrun has noticed that a host is lost, it would start again with it (README)
             raise RuntimeError(f"rank {run.rank}: another rank is gone ({first_line(e)})") from None
         raise
 
@@ -724,7 +737,7 @@ def main(config: dict) -> None:
                 "--learning_rate or --grad_clip, try --dtype=float32, or tolerate some by --skip_bad_steps=N"
             )
 
-    signals.training = True
+    signals.catch(True)
     while True:
         last = step >= steps
         evaluate_now = last or eval_only or due(eval_interval)
@@ -773,7 +786,7 @@ def main(config: dict) -> None:
         if on.type != "cuda":
             read_pending()
     saver.wait()
-    signals.training = False  # all that training made is on the disk
+    signals.catch(False)  # all that training made is on the disk
     if stop:
         if master:
             print(f"stopped at step {step:,}: --resume goes on from there")

@@ -32,7 +32,7 @@ seed = 1  # of the instants
 
 STEPS = 30
 OFTEN = (
-    f"--dataset=chars --max_iters={STEPS} --eval_interval=5 --checkpoint_interval=2 --sample_interval=4 --keep_checkpoints=2"
+    f"--dataset=chars --max_iters={STEPS} --eval_interval=5 --checkpoint_interval=3 --sample_interval=12 --keep_checkpoints=2"
 ).split()
 SETTINGS = [
     "--dropout=0.1",
@@ -105,7 +105,7 @@ def interrupted_runs(folder: Path, setting: str, count: int, dice: random.Random
             time.sleep(dice.random() * seconds)
             script.kill(number)
             script.wait()
-            hit = script.returncode == (-number if number == signal.SIGKILL else 128 + number)
+            hit = script.returncode in (-number, 128 + number)
             assert hit or script.returncode == 0, (script.returncode, script.stderr)
             sent += hit
         done = call("train.py", *arguments(setting, "parts"), "--resume", cwd=folder)
@@ -115,14 +115,14 @@ def interrupted_runs(folder: Path, setting: str, count: int, dice: random.Random
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_resume_after_kill_9_is_bitwise_equal(chars, setting):
-    for _, out in interrupted_runs(chars, setting, 6, random.Random(setting)):
+    for _, out in interrupted_runs(chars, setting, 5, random.Random(setting)):
         assert_same_run(out, chars / "whole")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(chars, name):
     number = getattr(signal, name)
-    for _, out in interrupted_runs(chars, "--dropout=0.1", 3, random.Random(name), number):
+    for _, out in interrupted_runs(chars, "--dropout=0.1", 2, random.Random(name), number):
         assert_same_run(out, chars / "whole")
     shutil.rmtree(chars / "parts")
     long = [*SMALL, "--dataset=chars", "--max_iters=100000", "--eval_interval=0", "--out_dir=parts"]
@@ -160,14 +160,14 @@ def test_a_second_ctrl_c_leaves_at_once(chars):
 
 
 def test_sigterm_while_compiling_leaves_at_once_and_harms_nothing(chars):
-    run = [*SMALL, "--dataset=chars", "--compile=True", "--n_layer=3", "--out_dir=parts"]
+    run = [*SMALL, "--dataset=chars", "--compile=True", "--n_layer=1", "--out_dir=parts"]
     fresh = {"TORCHINDUCTOR_CACHE_DIR": str(chars / "cache")}
     script = Script("train.py", *run, cwd=chars, env=fresh)
     wait_for(lambda: "step: " in script.stdout)
     time.sleep(1)
     script.kill(signal.SIGTERM)
     start = time.monotonic()
-    assert script.wait().returncode == 128 + signal.SIGTERM and time.monotonic() - start < 5
+    assert script.wait().returncode == -signal.SIGTERM and time.monotonic() - start < 5
     assert not (chars / "parts").exists()
     assert call("train.py", *run, "--resume", cwd=chars, env=fresh).returncode == 0
 
@@ -200,10 +200,11 @@ def emptied(data: bytes) -> bytes:
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, refused, chars, damage):
     setting = "--dropout=0.1"
     whole_run(chars, setting)
-    run("train.py", *arguments(setting, "parts"), "--max_iters=16", f"--lr_decay_iters={STEPS}")
+    run("train.py", *arguments(setting, "parts"), "--max_iters=18", f"--lr_decay_iters={STEPS}")
     out = chars / "parts"
     assert load_checkpoint(out / "ckpt_previous.pt")["step"] == 15
-    (out / "ckpt.pt").write_bytes(damage((out / "step_16.pt").read_bytes()))  # both names are one file
+    (out / "ckpt.pt").write_bytes(damage((out / "step_18.pt").read_bytes()))  # both names are one file
+    (out / "samples" / "step_18.txt").unlink()  # of the shorter run's end
     (out / "best.pt").write_bytes(damage((out / "best.pt").read_bytes()))
     done = call("train.py", *arguments(setting, "parts"), "--resume", cwd=chars)
     assert done.returncode == 0 and "ckpt.pt cannot be read" in done.stdout, done.stdout + done.stderr
@@ -379,9 +380,11 @@ def test_bad_steps_are_tolerated_counted_and_change_nothing(run, refused, chars,
 
 
 def test_out_of_memory_names_keys_that_keep_the_step(refused, chars):
-    message = refused("train.py", *SMALL, "--dataset=chars", "--batch_size=60000", limits={"RLIMIT_AS": 5 * 2**30})
-    assert "out of memory with micro-batches of 60000 x 32 tokens" in message
-    assert "--batch_size=30000 --gradient_accumulation_steps=2 (the same 1,920,000 tokens a step)" in message
+    message = refused(
+        "train.py", *SMALL, "--dataset=chars", "--batch_size=6000", "--n_embd=512", limits={"RLIMIT_AS": 4 * 2**30}
+    )
+    assert "out of memory with micro-batches of 6000 x 32 tokens" in message
+    assert "--batch_size=3000 --gradient_accumulation_steps=2 (the same 192,000 tokens a step)" in message
 
 
 def test_batch_size_auto_takes_what_fits_and_trains_the_same_run(run, refused, chars, monkeypatch):

@@ -1,0 +1,236 @@
+"""Several ranks and several hosts: ranks that die, jobs that start again, hosts that leave and come back."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, Script, call
+
+from checkpoint import load_checkpoint
+
+JOB = [*SMALL, "--dataset=chars", "--gradient_accumulation_steps=4", "--eval_interval=5", "--checkpoint_interval=2"]
+
+
+def losses(out: Path) -> list[float]:
+    found = [json.loads(line) for line in open(out / "metrics.jsonl") if line.endswith("\n")]
+    found = [m for m in found if "train_loss" in m]
+    assert [m["step"] for m in found] == list(range(1, len(found) + 1))
+    return [m["train_loss"] for m in found]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def two_ranks(*arguments, cwds, ranks=(0, 1), world=2) -> list[Script]:
+    """The environment that torchrun sets, without it."""
+    where = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": world}
+    scripts = [
+        Script(
+            "train.py", *arguments, cwd=cwd, env={k: str(v) for k, v in {**where, "RANK": r, "LOCAL_RANK": r}.items()}
+        )
+        for r, cwd in zip(ranks, cwds)
+    ]
+    return [script.wait() for script in scripts]
+
+
+@contextmanager
+def torchrun(*arguments, cwd: Path, options=("--standalone", "--nproc_per_node=2"), prefix=(), env=None):
+    """A torchrun job, in a session of its own, with what it prints in cwd/NAME; all of it is gone at the end."""
+    log = open(cwd / f"torchrun-{len(list(cwd.glob('torchrun-*')))}.log", "w+")
+    job = subprocess.Popen(
+        [*prefix, sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py"), *arguments], cwd=cwd,
+        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(env or {})},
+    )  # fmt: skip
+    job.log = Path(log.name)
+    try:
+        yield job
+    finally:
+        for pid in family(job.pid):
+            kill(pid)
+        job.wait()
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started."""
+    found = []
+    with suppress(OSError):
+        found = " ".join(p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return [pid, *(p for child in found for p in family(int(child)))]
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def worker_of_rank(job, rank: int) -> int | None:
+    for pid in family(job.pid):
+        try:
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return pid
+        except OSError:
+            pass
+    return None
+
+
+def wait_for(condition, job, seconds=90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and job.poll() is None, job.log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
+def logged(out: Path) -> int:
+    return len(losses(out)) if (out / "metrics.jsonl").exists() else 0
+
+
+def test_ranks_greet_train_one_run_and_only_the_first_writes(chars, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("rank1")
+    keys = [*JOB, f"--data_dir={chars}/data", "--max_iters=12", "--sample_interval=3"]
+    first, second = two_ranks(*keys, "--out_dir=two", cwds=(chars, elsewhere))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert f"ranks: 2 (2 on {socket.gethostname()}), all-reduce" in first.stdout and "GB/s" in first.stdout
+    assert not list(elsewhere.iterdir()) and not second.stdout
+    # The second half on another number of ranks goes on with the same batches, and the other way round.
+    keys.append("--lr_decay_iters=12")
+    assert call("train.py", *keys, "--out_dir=one", cwd=chars).returncode == 0
+    for start, go_on in ((1, 2), (2, 1)):
+        out = f"{start}to{go_on}"
+        for ranks, steps in ((start, 6), (go_on, 12)):
+            more = [*keys, f"--max_iters={steps}", f"--out_dir={out}", "--resume"]
+            if ranks == 1:
+                done = [call("train.py", *more, cwd=chars)]
+            else:
+                done = two_ranks(*more, cwds=(chars, chars))
+            assert all(d.returncode == 0 for d in done), [d.stderr for d in done]
+        assert "sequences a step" not in done[0].stdout
+        assert losses(chars / out) == pytest.approx(losses(chars / "one"), abs=1e-4)
+    assert losses(chars / "two") == pytest.approx(losses(chars / "one"), abs=1e-4)
+
+
+def test_a_rank_that_does_not_come_is_told_within_the_timeout(chars):
+    start = time.monotonic()
+    (alone,) = two_ranks(*JOB, "--timeout=3", cwds=(chars,), ranks=(0,))
+    assert alone.returncode == 2 and time.monotonic() - start < 40
+    message = alone.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: rank 0 of 2: the ranks do not find together") and "--timeout" in message
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(chars):
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    keys = [*JOB, "--max_iters=100000", "--eval_interval=0", "--checkpoint_interval=0"]
+    ranks = [Script("train.py", *keys, cwd=chars, env={**where, "RANK": str(r)}) for r in range(2)]
+    while logged(chars / "out") < 5:
+        time.sleep(0.02)
+    ranks[1].kill(signal.SIGTERM)
+    assert [r.wait().returncode for r in ranks] == [143, 143], [r.stderr for r in ranks]
+    assert load_checkpoint(chars / "out" / "ckpt.pt")["step"] == logged(chars / "out")
+
+
+def test_a_rank_that_dies_ends_the_job_with_its_error(chars):
+    with torchrun(*JOB, "--max_iters=100000", cwd=chars) as job:
+        wait_for(lambda: logged(chars / "out") > 5, job)
+        start = time.monotonic()
+        kill(worker_of_rank(job, 1))
+        assert job.wait(60) != 0 and time.monotonic() - start < 30
+        printed = job.log.read_text()
+    assert "Signal 9 (SIGKILL)" in printed and "rank      : 1" in printed
+    assert "rank 0: another rank is gone" in printed or "rank      : 0" in printed
+    assert 'train.py", line' not in printed  # no traceback of ours
+    assert load_checkpoint(chars / "out" / "ckpt.pt")["step"] > 0
+
+
+def test_torchrun_restarts_go_on_from_the_last_checkpoint(chars):
+    keys = [*JOB, "--max_iters=300", "--eval_interval=50"]
+    done = two_ranks(*keys, "--out_dir=whole", cwds=(chars, chars))
+    assert all(d.returncode == 0 for d in done)
+    # A checkpoint of another job is there: the new one must put it aside, and go on with its own alone.
+    assert call("train.py", *JOB, "--max_iters=4", "--out_dir=parts", cwd=chars).returncode == 0
+    options = ("--standalone", "--nproc_per_node=2", "--max-restarts=2")
+    with torchrun(*keys, "--out_dir=parts", cwd=chars, options=options) as job:
+        for step in (20, 100):
+            wait_for(
+                lambda step=step: (chars / "parts" / "previous-1").exists() and logged(chars / "parts") > step, job
+            )
+            kill(worker_of_rank(job, int(step == 100)))
+            wait_for(lambda: worker_of_rank(job, 0) is None, job, 30) if step == 20 else None
+        assert job.wait(90) == 0, job.log.read_text()[-3000:]
+    assert losses(chars / "parts") == losses(chars / "whole")
+    a, b = (load_checkpoint(chars / d / "ckpt.pt")["model"] for d in ("parts", "whole"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@contextmanager
+def two_hosts():
+    """Two network namespaces joined by a cable, at 10.99.0.1 and 10.99.0.2. Needs root on Linux, as CI has."""
+    names = [f"gpt{os.getpid()}h{n}" for n in (0, 1)]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            hosts = Path("/etc/netns") / name / "hosts"  # what /etc/hosts is inside
+            hosts.parent.mkdir(parents=True)
+            hosts.write_text("127.0.0.1 localhost\n10.99.0.1 host0\n10.99.0.2 host1\n")
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable1", "netns", names[1])
+        for n, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.99.0.{n + 1}/24", "dev", f"cable{n}")
+            ip("-n", name, "link", "set", f"cable{n}", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="makes network namespaces")
+def test_two_hosts_train_and_survive_the_loss_of_one(chars):
+    """README's recipe for several hosts; the second host's cable is cut and it dies, then it comes back."""
+    keys = [*JOB, "--max_iters=60"]
+    done = two_ranks(*keys, "--out_dir=whole", cwds=(chars, chars))
+    assert all(d.returncode == 0 for d in done)
+    with two_hosts() as names:
+
+        def host(n: int):
+            options = (
+                "--nnodes=2 --nproc_per_node=1 --max-restarts=3 --rdzv_backend=c10d --rdzv_id=job "
+                "--rdzv_endpoint=host0:29400 --rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3"
+            ).split()
+            named = ["unshare", "--uts", "sh", "-c", f'hostname host{n}; exec "$@"', "sh"]
+            prefix = ["ip", "netns", "exec", names[n], *named]
+            more = ["--out_dir=parts", "--timeout=8"]
+            env = {"GLOO_SOCKET_IFNAME": f"cable{n}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            return torchrun(*keys, *more, cwd=chars, options=options, prefix=prefix, env=env)
+
+        with host(0) as first:
+            with host(1) as second:
+                wait_for(lambda: logged(chars / "parts") > 10, first)
+                subprocess.run(["ip", "-n", names[1], "link", "set", "cable1", "down"], check=True)
+                for pid in family(second.pid):
+                    kill(pid)
+            before = first.log.read_text()
+            assert "ranks: 2 (1 on host0, 1 on host1)" in before or "ranks: 2 (1 on host1, 1 on host0)" in before
+            subprocess.run(["ip", "-n", names[1], "link", "set", "cable1", "up"], check=True)
+            with host(1) as second:
+                both = [first.wait(120), second.wait(60)]
+            assert both == [0, 0], first.log.read_text()[-3000:]
+        assert "another rank is gone" in first.log.read_text()
+    assert losses(chars / "parts") == losses(chars / "whole")
