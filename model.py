@@ -9,7 +9,6 @@ Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D = C /
 import contextlib
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -550,46 +549,3 @@ def pretrained_arguments(theirs: dict, where: str) -> dict:
         rope_base=float(theirs.get("rope_theta") or rope.get("rope_theta", 10000.0)),
         tie_weights=theirs.get("tie_word_embeddings", False),
     )  # fmt: skip
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a --device key; auto is cuda, then mps, then cpu. Raises ValueError if this machine lacks it."""
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if counts[kind])
-    kind, _, index = name.partition(":")
-    if kind not in counts or (index and not index.isdigit()):
-        raise ValueError(f"--device={name}: choose auto, cpu, cuda, cuda:1 or mps")
-    if int(index or 0) >= counts[kind]:
-        raise ValueError(f"--device={name}: this machine has {counts[kind]} {kind} devices (torch {torch.__version__})")
-    return torch.device(name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a --dtype key; auto is bfloat16 where the device has it, float16 on older GPUs, else float32.
-
-    Raises ValueError for another name.
-    """
-    if name in DTYPES:
-        return DTYPES[name]
-    if name != "auto":
-        raise ValueError(f"--dtype={name}: choose auto, {', '.join(DTYPES)}")
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if native else torch.float32
-
-
-# Dense bf16 (fp16 where bf16 is missing) matrix peak in TFLOP/s, from the vendors' datasheets, without sparsity.
-PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 150, "A10G": 70, "L40S": 362, "L4": 121,
-    "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
-}  # fmt: skip
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a GPU by its name, or None where it is not in the table."""
-    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)

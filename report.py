@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import atomic_write, tokenizer_from_dict
-from model import peak_flops
+from machine import peak_flops, peak_memory
 
 
 @contextlib.contextmanager
@@ -237,18 +237,6 @@ def git_commit() -> str | None:
     command = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return done.stdout.strip() or None
-
-
-def peak_memory(on: torch.device) -> float | None:
-    """MiB: of the GPU's allocator, or resident on a CPU; None where the system does not say."""
-    if on.type == "cuda":
-        return torch.cuda.max_memory_allocated(on) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / 2**20 if sys.platform == "darwin" else size / 2**10
 
 
 FONT = {  # five columns a glyph, the lowest bit on top

@@ -16,7 +16,7 @@ import torch
 from checkpoint import load_model
 from configurator import configure, short_errors
 from data import load_dataset, tokenizer_from_dict
-from model import pick_device, pick_dtype
+from machine import pick_device, pick_dtype
 
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id

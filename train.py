@@ -13,12 +13,9 @@ import gc
 import math
 import os
 import signal
-import socket
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import Saver, build_model, load_checkpoint, load_latest, load_payload, save_checkpoint
 from configurator import configure, short_errors
 from data import Dataset, TrainingWindows, load_dataset, validation_batches, validation_windows
-from model import GPT, GPTConfig, pick_device, pick_dtype
+from machine import Signals, first_line, free_memory, join_ranks, peak_memory, pick_device, pick_dtype
+from model import GPT, GPTConfig
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
-from report import Log, peak_memory
+from report import Log
 
 # Run
 out_dir = "out"  # folder of the run: checkpoints, logs, results
-init_from = (
-    "scratch"  # scratch | resume | a run's folder or checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder
-)
+init_from = "scratch"  # scratch | resume | a run's folder or checkpoint | gpt2, gpt2-medium, ... | a Hugging Face one
 resume = False  # go on from out_dir's checkpoint; without one, begin. --init_from=resume insists on one
 seed = 1337  # of the weights, the batch order and dropout
 dry_run = False  # print sizes, FLOPs and memory, and stop before training
@@ -126,7 +122,10 @@ class Run:
     rank: int = 0
     world: int = 1
     ahead: tuple = (None, None, None)  # a step and its first micro-batch, fetched before it is needed
-    bad: torch.Tensor | None = None  # steps so far whose gradient was not finite, counted on the device
+    bad: int | torch.Tensor = 0  # steps so far whose gradient was not finite, counted on the device
+
+    def __post_init__(self):
+        self.bad = torch.tensor(self.bad, device=self.device)
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -227,47 +226,8 @@ def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
         on = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else f"cuda:{on.index or 0}")
         torch.cuda.set_device(on)
         torch.set_float32_matmul_precision("high")  # tf32 for what stays float32
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if "RANK" in os.environ:
-        backends = f"cpu:gloo,cuda:{backend}" if on.type == "cuda" else "gloo"
-        wait, store = timedelta(seconds=timeout), None
-        try:
-            if (
-                os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            ):  # it holds the addresses of ranks before a restart
-                store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, wait)
-                store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            ranks = {"store": store, "rank": rank, "world_size": world} if store else {}
-            dist.init_process_group(backends, timeout=wait, **ranks)
-            greet(on, rank, world)
-        except (dist.DistError, RuntimeError) as e:
-            raise RuntimeError(
-                f"rank {rank} of {world}: the ranks do not find together ({first_line(e)}); see that all are started, that "
-                "MASTER_ADDR is reached from every host, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; --timeout waits longer"
-            ) from None
+    rank, world = join_ranks(on, backend, timeout)
     return on, pick_dtype(dtype, on), rank, world
-
-
-def greet(on: torch.device, rank: int, world: int) -> None:
-    """All ranks add up 16 MiB a few times: says who is there and how fast they talk, or fails now and not in an hour."""
-    names = [""] * world
-    dist.all_gather_object(names, socket.gethostname())
-    numbers, times = torch.ones(2**22, device=on), []
-    for _ in range(4):  # the first opens the connections
-        start = time.perf_counter()
-        dist.all_reduce(numbers)
-        total = numbers[-1].item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    if total != world**4:
-        raise RuntimeError(f"the ranks add up wrongly: {total} instead of {world**4}")
-    moved = 2 * (world - 1) / world * 4 * numbers.numel()  # bytes each rank sends in a ring
-    if rank == 0:
-        hosts = ", ".join(f"{n} on {name}" for name, n in Counter(names).items())
-        print(f"ranks: {world} ({hosts}), all-reduce {moved / min(times) / 1e9:.2f} GB/s a rank")
-
-
-def first_line(e: BaseException) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 def find_dataset(rank: int) -> Dataset:
@@ -508,31 +468,6 @@ def read_later(numbers: torch.Tensor):
     return read
 
 
-class Signals:
-    """In training, SIGTERM, SIGINT and SIGUSR1 ask for an end after the step; `number` is the one that came, or 0.
-
-    Before and after it they end the process at once, as does a second Ctrl-C, a second or more after the first. What is
-    being written then has another name until it is whole. A shell sees 128 + the signal as the exit code.
-    """
-
-    names = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]  # Windows has no SIGUSR1
-
-    def __init__(self):
-        self.number, self.at = 0, 0.0
-        self.catch(False)
-
-    def catch(self, training: bool) -> None:
-        for name in self.names:
-            signal.signal(getattr(signal, name), self.receive if training else signal.SIG_DFL)
-
-    def receive(self, number: int, frame) -> None:
-        if not self.number:
-            self.number, self.at = number, time.monotonic()
-            os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving\n".encode())
-        elif number == signal.SIGINT and time.monotonic() - self.at > 1:
-            os._exit(128 + number)
-
-
 def largest_batch(model: GPT, on: torch.device, kind: torch.dtype, world: int) -> int:
     """The largest micro-batch that fits in memory and divides total_batch_tokens over the ranks.
 
@@ -554,7 +489,7 @@ def largest_batch(model: GPT, on: torch.device, kind: torch.dtype, world: int) -
     a_sequence = max((peaks[1] - peaks[0]) / 2, 1e-3)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     base = peaks[0] - a_sequence + 2 * weights + (weights if world > 1 else 0)  # the optimizer's state, DDP's buckets
-    fits = torch.tensor(float(int((0.9 * memory(on) - base) / a_sequence)))
+    fits = torch.tensor(float(int((0.9 * free_memory(on) - base) / a_sequence)))
     if world > 1:
         dist.all_reduce(fits, dist.ReduceOp.MIN)  # gloo's, on the CPU
     if fits < 1:
@@ -563,19 +498,6 @@ def largest_batch(model: GPT, on: torch.device, kind: torch.dtype, world: int) -
             "--activation_checkpointing=True"
         )
     return max(d for d in range(1, sequences + 1) if sequences % d == 0 and d <= fits)
-
-
-def memory(on: torch.device) -> float:
-    """MiB that this process may have: of the GPU what is free or its own, else of the machine what is available."""
-    if on.type == "cuda":
-        return (torch.cuda.mem_get_info(on)[0] + torch.cuda.memory_reserved(on)) / 2**20
-    if Path("/proc/meminfo").exists():
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 1024
-        limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-        limits = [int(p.read_text()) / 2**20 for p in limits if p.exists() and p.read_text().strip().isdigit()]
-        return min(available / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + peak_memory(on), *limits, math.inf)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**21 if hasattr(os, "sysconf") else 4096.0
 
 
 @contextlib.contextmanager
@@ -655,8 +577,8 @@ def main(config: dict) -> None:
         restore(optimizers, scaler, payload, steps, micro_batches)
         first_step, best_val_loss = payload["step"], float(payload["best_val_loss"])
         trained_seconds, bad_steps = payload.get("elapsed", 0.0), payload.get("bad_steps", 0)
-    run = Run(model, model, optimizers, scaler, windows, on, kind, micro_batches // world, rank, world)
-    run.bad = torch.tensor(bad_steps, device=on)
+    accumulation = micro_batches // world
+    run = Run(model, model, optimizers, scaler, windows, on, kind, accumulation, rank, world, bad=bad_steps)
     with explained(run):
         run.step_model = compile_model(run)
     if world > 1:

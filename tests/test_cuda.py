@@ -7,6 +7,7 @@ import torch
 from conftest import SMALL
 
 import train
+from checkpoint import load_model
 from data import TrainingWindows, load_dataset
 from model import GPT, GPTConfig
 from optim import make_optimizers
@@ -57,3 +58,48 @@ def test_a_step_waits_for_nothing(chars, monkeypatch):
         train.train_step(run, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_rank_over_nccl_trains_the_same_run(run, chars):
+    where = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    options = [*SMALL, "--dataset=chars", "--device=cuda"]
+    run("train.py", *options, "--out_dir=plain")
+    assert "ranks: 1" in run("train.py", *options, "--out_dir=nccl", env=where)
+    assert losses(chars / "nccl") == pytest.approx(losses(chars / "plain"), abs=1e-3)
+
+
+def test_a_run_stopped_and_resumed_on_a_gpu_goes_on(run, chars):
+    options = [*SMALL, "--dataset=chars", "--device=cuda", "--dropout=0.1", "--lr_decay_iters=6"]
+    for kind in ("bfloat16", "float16"):
+        run("train.py", *options, f"--dtype={kind}", f"--out_dir={kind}")
+        run(
+            "train.py",
+            *options,
+            f"--dtype={kind}",
+            f"--out_dir={kind}-parts",
+            "--max_iters=3",
+            "--checkpoint_interval=1",
+        )
+        run("train.py", *options, f"--dtype={kind}", f"--out_dir={kind}-parts", "--resume")
+        assert losses(chars / f"{kind}-parts") == pytest.approx(losses(chars / kind), abs=1e-2)
+
+
+def test_a_bad_step_is_found_though_it_is_read_late(refused, chars):
+    bad = ["--learning_rate=1e12", "--optimizer=sgd", "--grad_clip=0.0", "--eval_interval=1", "--max_iters=40"]
+    message = refused("train.py", *SMALL, "--dataset=chars", "--device=cuda", *bad)
+    assert "loss nan" in message and "reproduces it" in message
+    good = torch.load(chars / "out" / "ckpt.pt", weights_only=True)["model"]
+    assert all(torch.isfinite(w).all() for w in good.values())
+    model, dump = load_model(next((chars / "out").glob("bad_step_*.pt")))
+    assert not torch.isfinite(model(dump["x"][0], dump["y"][0])[1])
+
+
+def test_memory_that_runs_out_and_the_batch_that_fits(run, refused, chars):
+    wide = [*SMALL, "--dataset=chars", "--device=cuda", "--n_embd=1024", "--n_layer=8", "--dtype=bfloat16"]
+    message = refused("train.py", *wide, "--batch_size=200000", "--eval_iters=1", timeout=600)
+    assert "out of memory" in message and "--batch_size=100000" in message
+    tokens = 32 * 2**17
+    printed = run(
+        "train.py", *wide, "--batch_size=auto", f"--total_batch_tokens={tokens}", "--max_iters=2", timeout=600
+    )
+    assert f"= {tokens:,} tokens" in printed

@@ -400,10 +400,10 @@ def test_batch_size_auto_takes_what_fits_and_trains_the_same_run(run, refused, c
     model = train.GPT(train.GPTConfig(block_size=32, vocab_size=65, n_layer=1, n_head=1, n_embd=8))
     peaks = iter((100.0, 140.0))
     monkeypatch.setattr(train, "peak_memory", lambda on: next(peaks))  # 20 MiB a sequence over 80
-    monkeypatch.setattr(train, "memory", lambda on: 300.0)  # of which nine tenths are used
+    monkeypatch.setattr(train, "free_memory", lambda on: 300.0)  # of which nine tenths are used
     assert train.largest_batch(model, torch.device("cpu"), torch.float32, 1) == 8  # 9 fit, 8 divides 32
     peaks = iter((100.0, 140.0))
-    monkeypatch.setattr(train, "memory", lambda on: 90.0)
+    monkeypatch.setattr(train, "free_memory", lambda on: 90.0)
     with pytest.raises(ValueError, match="not even one sequence"):
         train.largest_batch(model, torch.device("cpu"), torch.float32, 1)
 

@@ -1,0 +1,153 @@
+"""The machine under a run: its device and dtype, memory, the other ranks, and signals. Needs torch alone."""
+
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a --device key; auto is cuda, then mps, then cpu. Raises ValueError if this machine lacks it."""
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if counts[kind])
+    kind, _, index = name.partition(":")
+    if kind not in counts or (index and not index.isdigit()):
+        raise ValueError(f"--device={name}: choose auto, cpu, cuda, cuda:1 or mps")
+    if int(index or 0) >= counts[kind]:
+        raise ValueError(f"--device={name}: this machine has {counts[kind]} {kind} devices (torch {torch.__version__})")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a --dtype key; auto is bfloat16 where the device has it, float16 on older GPUs, else float32.
+
+    Raises ValueError for another name.
+    """
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ValueError(f"--dtype={name}: choose auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if native else torch.float32
+
+
+# Dense bf16 (fp16 where bf16 is missing) matrix peak in TFLOP/s, from the vendors' datasheets, without sparsity.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 150, "A10G": 70, "L40S": 362, "L4": 121,
+    "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s of a GPU by its name, or None where it is not in the table."""
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
+
+
+def peak_memory(on: torch.device) -> float | None:
+    """MiB: of the GPU's allocator, or resident on a CPU; None where the system does not say."""
+    if on.type == "cuda":
+        return torch.cuda.max_memory_allocated(on) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / 2**20 if sys.platform == "darwin" else size / 2**10
+
+
+def free_memory(on: torch.device) -> float:
+    """MiB that this process may have: of the GPU what is free or its own, else of the machine what is available."""
+    if on.type == "cuda":
+        return (torch.cuda.mem_get_info(on)[0] + torch.cuda.memory_reserved(on)) / 2**20
+    if Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 1024
+        limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+        limits = [int(p.read_text()) / 2**20 for p in limits if p.exists() and p.read_text().strip().isdigit()]
+        return min(available / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + (peak_memory(on) or 0), *limits, math.inf)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**21 if hasattr(os, "sysconf") else 4096.0
+
+
+def join_ranks(on: torch.device, backend: str, timeout: float) -> tuple[int, int]:
+    """This process's rank and the world size that torchrun gave it, (0, 1) without; the ranks are joined and greet.
+
+    timeout: seconds that a rank waits for the others, here and later. Raises RuntimeError if they do not find together.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" in os.environ:
+        backends = f"cpu:gloo,cuda:{backend}" if on.type == "cuda" else "gloo"
+        wait, store = timedelta(seconds=timeout), None
+        try:
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it keeps the addresses of before a restart
+                store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, wait)
+                store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            ranks = {"store": store, "rank": rank, "world_size": world} if store else {}
+            dist.init_process_group(backends, timeout=wait, **ranks)
+            greet(on, rank, world)
+        except (dist.DistError, RuntimeError) as e:
+            raise RuntimeError(
+                f"rank {rank} of {world}: the ranks do not find together ({first_line(e)}); see that all are started, that "
+                "MASTER_ADDR is reached from every host, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; --timeout waits longer"
+            ) from None
+    return rank, world
+
+
+def greet(on: torch.device, rank: int, world: int) -> None:
+    """All ranks add up 16 MiB a few times: says who is there and how fast they talk, or fails now and not in an hour."""
+    names = [""] * world
+    dist.all_gather_object(names, socket.gethostname())
+    numbers, times = torch.ones(2**22, device=on), []
+    for _ in range(4):  # the first opens the connections
+        start = time.perf_counter()
+        dist.all_reduce(numbers)
+        total = numbers[-1].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    if total != world**4:
+        raise RuntimeError(f"the ranks add up wrongly: {total} instead of {world**4}")
+    moved = 2 * (world - 1) / world * 4 * numbers.numel()  # bytes each rank sends in a ring
+    if rank == 0:
+        hosts = ", ".join(f"{n} on {name}" for name, n in Counter(names).items())
+        print(f"ranks: {world} ({hosts}), all-reduce {moved / min(times) / 1e9:.2f} GB/s a rank")
+
+
+def first_line(e: BaseException) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
+class Signals:
+    """In training, SIGTERM, SIGINT and SIGUSR1 ask for an end after the step; `number` is the one that came, or 0.
+
+    Before and after it they end the process at once, as does a second Ctrl-C, a second or more after the first. What is
+    being written then has another name until it is whole. A shell sees 128 + the signal as the exit code.
+    """
+
+    names = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]  # Windows has no SIGUSR1
+
+    def __init__(self):
+        self.number, self.at = 0, 0.0
+        self.catch(False)
+
+    def catch(self, training: bool) -> None:
+        for name in self.names:
+            signal.signal(getattr(signal, name), self.receive if training else signal.SIG_DFL)
+
+    def receive(self, number: int, frame) -> None:
+        if not self.number:
+            self.number, self.at = number, time.monotonic()
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - self.at > 1:
+            os._exit(128 + number)
