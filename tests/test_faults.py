@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, TEXT, Script, call, make_nanogpt_chars
+from conftest import SMALL, TEXT, Script, call, make_nanogpt_chars
 
 import train
 from checkpoint import load_checkpoint, load_latest, load_model, save_checkpoint
@@ -432,7 +432,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     with short_errors():
         configure(globals())
         main()
