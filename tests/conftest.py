@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,13 @@ class Script:
 def call(*argv, cwd, env=None, limits=None, timeout=240) -> Script:
     """Run a script to its end; the result has returncode, stdout and stderr."""
     return Script(*argv, cwd=cwd, env=env, limits=limits).wait(timeout)
+
+
+def readme_block(word: str) -> str:
+    """The code block of README.md that contains a word."""
+    blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    (found,) = [b for b in blocks if word in b]
+    return found
 
 
 @pytest.fixture

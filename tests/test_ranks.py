@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Script, call
+from conftest import ROOT, SMALL, Script, call, readme_block
 
 from checkpoint import load_checkpoint
 
@@ -208,17 +208,20 @@ def test_two_hosts_train_and_survive_the_loss_of_one(chars):
     done = two_ranks(*keys, "--out_dir=whole", cwds=(chars, chars))
     assert all(d.returncode == 0 for d in done)
     with two_hosts() as names:
+        recipe = readme_block("--nnodes=2").replace("\\\n", " ")
+        variable, value = recipe.split()[1].split("=")
+        options = (
+            recipe.partition("torchrun ")[2]
+            .partition(" train.py")[0]
+            .replace("--nproc_per_node=8", "--nproc_per_node=1")
+        )
 
         def host(n: int):
-            options = (
-                "--nnodes=2 --nproc_per_node=1 --max-restarts=3 --rdzv_backend=c10d --rdzv_id=job "
-                "--rdzv_endpoint=host0:29400 --rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3"
-            ).split()
             named = ["unshare", "--uts", "sh", "-c", f'hostname host{n}; exec "$@"', "sh"]
             prefix = ["ip", "netns", "exec", names[n], *named]
+            env = {"GLOO_SOCKET_IFNAME": f"cable{n}", variable: value}
             more = ["--out_dir=parts", "--timeout=8"]
-            env = {"GLOO_SOCKET_IFNAME": f"cable{n}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-            return torchrun(*keys, *more, cwd=chars, options=options, prefix=prefix, env=env)
+            return torchrun(*keys, *more, cwd=chars, options=options.split(), prefix=prefix, env=env)
 
         with host(0) as first:
             with host(1) as second:
@@ -234,3 +237,37 @@ def test_two_hosts_train_and_survive_the_loss_of_one(chars):
             assert both == [0, 0], first.log.read_text()[-3000:]
         assert "another rank is gone" in first.log.read_text()
     assert losses(chars / "parts") == losses(chars / "whole")
+
+
+def test_the_slurm_recipe_saves_when_told_and_queues_itself_again(chars):
+    """README's job script, with Slurm's part played: it gets the signal, and scontrol is a file that says it was called."""
+    bin = chars / "bin"
+    bin.mkdir()
+    for name, text in {
+        "scontrol": f'echo "$@" >> {chars}/queued',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }.items():
+        (bin / name).write_text(f"#!/bin/sh\n{text}\n")
+        (bin / name).chmod(0o755)
+    script = readme_block("#SBATCH").replace("--nproc_per_node=8 train.py", f"--nproc_per_node=2 {ROOT}/train.py")
+    arguments = [*JOB, "--eval_interval=1000"]
+
+    def submit(end: int):
+        keys = " ".join([*arguments, f"--max_iters={end}", "--lr_decay_iters=40"])
+        (chars / "job.sh").write_text(script.replace("config/train_gpt2.py", keys))
+        path = {"PATH": f"{bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "OMP_NUM_THREADS": "1"}
+        log = open(chars / "slurm.log", "a")
+        return subprocess.Popen(
+            ["bash", "job.sh"], cwd=chars, env={**os.environ, **path}, stdout=log, stderr=log, start_new_session=True
+        )
+
+    job = submit(100000)
+    job.log = chars / "slurm.log"
+    wait_for(lambda: logged(chars / "out") > 10, job)
+    job.send_signal(signal.SIGTERM)
+    job.wait(60)
+    assert (chars / "queued").read_text() == "requeue 77\n"
+    step = load_checkpoint(chars / "out" / "ckpt.pt")["step"]
+    assert step == logged(chars / "out") and f"stopped at step {step:,}" in job.log.read_text()
+    assert submit(step + 5).wait(90) == 0, job.log.read_text()[-3000:]
+    assert logged(chars / "out") == step + 5
