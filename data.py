@@ -8,14 +8,18 @@ A dataset is a folder of 1-D token arrays, one or more files a split, read as me
     llm.c, modded-nanogpt   {name}_{train|val}_{000000}.bin, behind a header of 256 int32
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import pickle
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +29,7 @@ EOT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_SHA256 = "e424375bafc3e423128be739985d6bac4839b3014b9ed3f34c3b55f6d2b968d9"  # of its 50,256 tokens, a line each
 VERIFIED_TOKENS = 50_000_000  # a dataset smaller than this is checked in a fraction of a second
+SAMPLE_CHARACTERS = 50_000_000  # what a bpe tokenizer is trained on at most
 CHUNK = 100_000_000  # tokens shuffled at a time: a longer file is read as several, so that memory stays flat
 
 # -----------------------------------------------------------------------------
@@ -51,6 +56,18 @@ class CharTokenizer:
             raise ValueError(
                 f"character {e.args[0]!r} is not among the {len(self.chars)} this tokenizer knows: {self.chars!r}"
             ) from None
+
+    def encode_batch(self, texts: list[str]) -> np.ndarray:
+        """The ids of all texts one after the other, int32, each behind an end-of-text id if there is one."""
+        codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
+        table = np.full(max(map(ord, self.chars), default=0) + 2, -1, np.int32)
+        table[[ord(c) for c in self.chars]] = np.arange(len(self.chars))
+        ids = table[np.minimum(codes, len(table) - 1)]
+        if len(ids) and ids.min() < 0:
+            self.encode(chr(codes[ids.argmin()]))  # raises
+        if self.eot is None:
+            return ids
+        return np.insert(ids, np.cumsum([0, *map(len, texts[:-1])]), self.eot)
 
     def token_bytes(self, i: int) -> bytes:
         return (EOT if i == self.eot else self.chars[i]).encode()
@@ -83,6 +100,12 @@ class BPETokenizer:
         """special: EOT in the text is the eot id; otherwise it is ordinary text."""
         return self.encoding.encode(text, allowed_special={EOT}) if special else self.encoding.encode_ordinary(text)
 
+    def encode_batch(self, texts: list[str]) -> np.ndarray:
+        """The ids of all texts one after the other, uint32, each behind an end-of-text id."""
+        if any(EOT in text for text in texts):  # where it is ordinary text
+            return np.array([i for text in texts for i in (self.eot, *self.encode(text))], np.uint32)
+        return self.encoding.encode_to_numpy(EOT + EOT.join(texts), allowed_special={EOT})
+
     def token_bytes(self, i: int) -> bytes:
         return EOT.encode() if i == self.eot else self.tokens[i]
 
@@ -113,6 +136,12 @@ class PretrainedTokenizer:
         """special: special tokens in the text are theirs, and those the model begins with are put in front."""
         self.library.encode_special_tokens = not special
         return self.library.encode(text, add_special_tokens=special).ids
+
+    def encode_batch(self, texts: list[str]) -> np.ndarray:
+        """The ids of all texts one after the other, int64, each behind an end-of-text id."""
+        self.library.encode_special_tokens = True
+        encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        return np.concatenate([part for e in encoded for part in ([self.eot], e.ids)]).astype(np.int64)
 
     def token_bytes(self, i: int) -> bytes:
         token = self.library.id_to_token(i) or ""
@@ -251,6 +280,40 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {e}") from None
 
 
+def learn_tokenizer(kind: str, vocab_size: int, texts: Callable, train: Callable | None = None, eot=True) -> Tokenizer:
+    """The tokenizer of a --tokenizer key, learned from texts() where it is char or bpe.
+
+    A char alphabet has every character of all texts, so that validation can be encoded; bpe sees train() alone, and of
+    that the first SAMPLE_CHARACTERS. Raises ValueError for another name.
+    """
+    if kind == "gpt2":
+        return gpt2_tokenizer()
+    if kind == "char":
+        chars = set()
+        for text in texts():
+            chars.update(text)
+        return CharTokenizer("".join(sorted(chars)), eot)
+    if kind == "bpe":
+        return train_bpe(first_characters((train or texts)()), vocab_size)
+    if Path(kind).is_dir() or "/" in kind:
+        from model import download_pretrained
+
+        made = read_tokenizer(Path(kind) if Path(kind).is_dir() else download_pretrained(kind))
+        if made.eot is None:
+            raise ValueError(f"--tokenizer={kind}: it has no end-of-text token to separate documents")
+        return made
+    raise ValueError(f"--tokenizer={kind}: choose gpt2, char, bpe, or a folder with a tokenizer.json")
+
+
+def first_characters(texts: Iterable[str]) -> Iterator[str]:
+    left = SAMPLE_CHARACTERS
+    for text in texts:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
 # -----------------------------------------------------------------------------
 # Writing
 
@@ -269,46 +332,209 @@ def atomic_write(path: Path, data: str | bytes) -> None:
     os.replace(part, path)
 
 
-def write_shards(
-    folder: Path, name: str, split: str, documents: Iterable, vocab_size: int, shard_tokens: int = CHUNK
-) -> list[dict]:
-    """Write token arrays as {name}_{split}_{000000}.npy of shard_tokens each, the last one shorter.
+@contextlib.contextmanager
+def writing(path):
+    """An error of the disk names the file, as it does where a file is opened."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno and not e.filename:
+            raise OSError(e.errno, f"{e.strerror}; make room, and the same command goes on", str(path)) from None
+        raise
 
-    documents: arrays or lists of ids, taken one at a time. A shard appears under its name when it is whole.
-    Returns {file, tokens, sha256} of each. Raises ValueError for an id outside the vocabulary.
+
+class ShardWriter:
+    """Token ids in shards {name}_{split}_{000000}.npy of shard_tokens each, the last one shorter.
+
+    Ids go to the disk as they come; a shard appears under its name when it is whole, and in `shards` as {file, tokens,
+    sha256}. split_of: the split of a shard by its number, where one stream fills several.
     """
-    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-    buffer, filled, shards = np.empty(min(shard_tokens, 1 << 20), dtype), 0, []
 
-    def flush():
-        nonlocal filled
-        path = folder / f"{name}_{split}_{len(shards):06d}.npy"
+    HEADER = 128  # bytes, so that it can be written last, when the number of tokens is known
+
+    def __init__(self, folder: Path, name: str, split, vocab_size: int, shard_tokens: int = CHUNK, shards=()):
+        self.folder, self.name, self.vocab_size, self.shard_tokens = folder, name, vocab_size, shard_tokens
+        self.split_of = split if callable(split) else lambda number: split
+        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self.shards, self.filled, self.file = list(shards), 0, None
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{self.name}_{self.split_of(number)}_{number:06d}.npy"
+
+    def add(self, ids) -> Iterator[int]:
+        """Write ids; yields, whenever a shard is whole, how many of them are in shards. Raises ValueError past the vocabulary."""
+        ids, used = np.asarray(ids), 0
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"token id {ids.max()} is outside the vocabulary of {self.vocab_size:,}")
+        while used < len(ids):
+            if self.file is None:
+                part = self.path(len(self.shards))
+                self.file = open(part.with_name(part.name + ".part"), "w+b")
+                self.file.write(bytes(self.HEADER))
+            take = min(len(ids) - used, self.shard_tokens - self.filled)
+            with writing(self.file.name):
+                self.file.write(ids[used : used + take].astype(self.dtype).tobytes())
+            self.filled, used = self.filled + take, used + take
+            if self.filled == self.shard_tokens:
+                self.flush()
+                yield used
+
+    def flush(self) -> None:
+        """End the shard that is being written, if there is one."""
+        if self.file is None:
+            return
+        text = repr({"descr": self.dtype.str, "fortran_order": False, "shape": (self.filled,)}).encode()
+        magic = np.lib.format.magic(1, 0)
+        header = magic + (self.HEADER - len(magic) - 2).to_bytes(2, "little") + text
+        with writing(self.file.name):
+            self.file.seek(0)
+            self.file.write(header.ljust(self.HEADER - 1) + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+        path = self.path(len(self.shards))
         part = path.with_name(path.name + ".part")
-        with open(part, "wb") as f:
-            np.save(f, buffer[:filled])
-            f.flush()
-            os.fsync(f.fileno())
-        shards.append({"file": path.name, "tokens": filled, "sha256": file_sha256(part)})
+        self.shards.append({"file": path.name, "tokens": self.filled, "sha256": file_sha256(part)})
         os.replace(part, path)
-        filled = 0
+        self.file, self.filled = None, 0
 
-    for document in documents:
-        ids = np.asarray(document)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-            raise ValueError(f"token id {ids.max()} is outside the vocabulary of {vocab_size:,}")
-        while len(ids):
-            take = min(len(ids), shard_tokens - filled)
-            if filled + take > len(buffer):
-                buffer = np.concatenate(
-                    (buffer[:filled], np.empty(min(shard_tokens, 2 * (filled + take)) - filled, dtype))
-                )
-            buffer[filled : filled + take] = ids[:take]
-            filled, ids = filled + take, ids[take:]
-            if filled == shard_tokens:
-                flush()
-    if filled:
-        flush()
-    return shards
+
+def write_shards(folder: Path, name: str, split: str, documents: Iterable, vocab_size: int, shard_tokens: int = CHUNK):
+    """Write arrays of ids, taken one at a time, as shards; returns {file, tokens, sha256} of each. See ShardWriter."""
+    writer = ShardWriter(folder, name, split, vocab_size, shard_tokens)
+    for ids in documents:
+        for _ in writer.add(ids):
+            pass
+    writer.flush()
+    return writer.shards
+
+
+Source = Callable[
+    [object], Iterable[tuple[object, str]]
+]  # from a position (None: the start): (position behind it, document)
+
+
+def split_text(path: Path, byte: int = 0) -> Iterator[tuple[int, str]]:
+    """The documents of a text file from a byte on, separated by EOT, each with the byte behind it; a megabyte in memory.
+
+    White space around a document is dropped, and so is a document of nothing else. Raises ValueError if it is not UTF-8.
+    """
+    mark, rest, begin = EOT.encode(), b"", byte
+    with open(path, "rb") as f:
+        f.seek(byte)
+        while True:
+            block = f.read(1 << 20)
+            *whole, rest = (rest + block).split(mark)
+            if not block:
+                whole, rest = [rest], b""
+            for document in whole:
+                begin += len(document) + len(mark)
+                try:
+                    text = document.decode("utf-8").strip()
+                except UnicodeDecodeError as e:
+                    at = begin - len(document) - len(mark) + e.start
+                    raise ValueError(
+                        f"{path} is not UTF-8 text: byte {at} is {document[e.start]:#04x}; convert it"
+                    ) from None
+                if text:
+                    yield begin, text
+            if not block:
+                return
+
+
+def encode_documents(tokenizer: Tokenizer, source: Source, position=None, threads: int = 0):
+    """The documents of a source as arrays of ids in their order: yields (position before, position behind, ids).
+
+    About a megabyte of text at a time, each on a thread of its own: tokenizers leave Python while they work.
+    """
+    if not threads:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def batches():
+        before, behind, texts, size = position, position, [], 0
+        for behind, text in source(position):
+            texts.append(text)
+            size += len(text)
+            if size >= 2**19:
+                yield before, behind, texts
+                before, texts, size = behind, [], 0
+        if texts:
+            yield before, behind, texts
+
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for before, behind, texts in batches():
+            waiting.append((before, behind, pool.submit(tokenizer.encode_batch, texts)))
+            if len(waiting) > 2 * threads:
+                before, behind, ids = waiting.popleft()
+                yield before, behind, ids.result()
+        while waiting:
+            before, behind, ids = waiting.popleft()
+            yield before, behind, ids.result()
+
+
+class DatasetWriter:
+    """A dataset in the making. What an attempt with the same arguments left when it was interrupted is continued.
+
+    progress.json says after each shard how far the source was read, so that no document is repeated or missing.
+    """
+
+    def __init__(self, folder: Path, arguments: dict, make_tokenizer: Callable[[], Tokenizer], overwrite: bool = False):
+        check_free(folder, overwrite)
+        self.folder, self.arguments = folder, json.loads(json.dumps(arguments))
+        self.file = folder / "progress.json"
+        self.state = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        if self.state.get("arguments") == self.arguments:
+            self.tokenizer = tokenizer_from_dict(self.state["tokenizer"])
+            done = sum(s["tokens"] for split in self.state["splits"].values() for s in split["shards"])
+            print(f"{folder}: going on after {done:,} tokens")
+            return
+        self.tokenizer = make_tokenizer()
+        start_dataset(folder, overwrite)
+        self.state = {"arguments": self.arguments, "tokenizer": self.tokenizer.to_dict(), "splits": {}}
+        self.save()
+
+    def save(self) -> None:
+        atomic_write(self.file, json.dumps(self.state))
+
+    def write(self, split: str, source: Source, shard_tokens: int = CHUNK, max_tokens: int = 0, split_of=None) -> None:
+        """Write the documents of a source as a split, max_tokens of them at most (0: all)."""
+        so_far = self.state["splits"].setdefault(split, {"shards": [], "position": None, "skip": 0, "done": False})
+        if so_far["done"]:
+            return
+        writer = ShardWriter(
+            self.folder, self.folder.name, split_of or split, self.tokenizer.n_vocab, shard_tokens, so_far["shards"]
+        )
+        written, skip = sum(s["tokens"] for s in writer.shards), so_far["skip"]
+        begin, clock, total = written, time.perf_counter(), 0
+        for before, _, ids in encode_documents(self.tokenizer, source, so_far["position"]):
+            fresh = ids[skip:]
+            fresh = fresh[: max_tokens - written] if max_tokens else fresh
+            for used in writer.add(fresh):
+                so_far |= {"shards": writer.shards, "position": before, "skip": skip + used}
+                self.save()
+                total = written + used
+                print(f"{writer.shards[-1]['file']}  {total:,} tokens  {rate(total - begin, clock)}")
+            written, skip = written + len(fresh), 0
+            if max_tokens and written >= max_tokens:
+                break
+        writer.flush()
+        so_far |= {"shards": writer.shards, "done": True}
+        self.save()
+
+    def finish(self, source: str) -> dict[str, int]:
+        """Write meta.json, which makes the folder a dataset. Returns the tokens by split."""
+        shards = {"train": [], "val": []}
+        for found in self.state["splits"].values():
+            for shard in found["shards"]:
+                shards["val" if "_val_" in shard["file"] else "train"].append(shard)
+        finish_dataset(self.folder, self.tokenizer, shards, source, self.arguments)
+        self.file.unlink()
+        return {split: sum(s["tokens"] for s in found) for split, found in shards.items()}
+
+
+def rate(tokens: int, since: float) -> str:
+    return f"{tokens / max(time.perf_counter() - since, 1e-9) / 1e6:.2f}M tokens/s"
 
 
 def file_sha256(path: Path) -> str:
@@ -323,7 +549,8 @@ def start_dataset(folder: Path, overwrite: bool = False) -> None:
     """A folder to write shards to, cleared of what an interrupted attempt left. Raises ValueError if a dataset is there."""
     check_free(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)
+    for name in ("meta.json", "progress.json"):
+        (folder / name).unlink(missing_ok=True)
     for old in own_shards(folder):
         old.unlink()
 
@@ -355,6 +582,64 @@ def finish_dataset(
         "arguments": arguments,
     }
     atomic_write(folder / "meta.json", json.dumps(meta, indent=1))
+
+
+def download(url: str, path: Path, sha256: str = "") -> None:
+    """Fetch a file, which appears under its name when it is whole; what an interrupted attempt left is continued.
+
+    An attempt that fails is repeated after 1, 2, 4, ... seconds, six times without progress at most. Raises ValueError
+    for what repeating does not mend, and then: what is there so far stays, and the same command goes on with it.
+    """
+    import requests
+    from tqdm import tqdm
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, failures, total = path.with_name(path.name + ".part"), 0, None
+    while True:
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        reason, wait = "", 2.0**failures
+        try:
+            with requests.get(url, stream=True, headers=headers, timeout=(20, 60)) as r:
+                if r.status_code == 416 and have:  # nothing behind what is there
+                    total = int(r.headers.get("Content-Range", "").rpartition("/")[2] or -1)
+                elif r.status_code in (408, 429) or r.status_code >= 500:
+                    reason = f"{r.status_code} {r.reason}"
+                    wait = max(wait, min(60.0, float(r.headers.get("Retry-After", "0").strip() or 0)))
+                elif r.status_code not in (200, 206):
+                    raise ValueError(f"{url}: {r.status_code} {r.reason}")
+                else:
+                    have = have if r.status_code == 206 else 0  # a server that knows no ranges begins again
+                    length = r.headers.get("Content-Length")
+                    total = have + int(length) if length else None
+                    free = shutil.disk_usage(path.parent).free
+                    if total and total - have > free:
+                        need = (total - have) / 2**20
+                        raise ValueError(f"{path}: {need:,.0f} MiB are still to come, {free / 2**20:,.0f} MiB are free")
+                    bar = tqdm(desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None)
+                    with writing(part), open(part, "ab" if have else "wb") as f, bar:
+                        for block in r.iter_content(1 << 16):
+                            f.write(block)
+                            bar.update(len(block))
+                            failures = 0
+        except requests.RequestException as e:
+            reason = type(e).__name__
+        size = part.stat().st_size if part.exists() else 0
+        if not reason and total in (None, size):
+            break
+        if total is not None and size > total:  # of another file
+            part.unlink()
+        failures += 1
+        if failures == 6:
+            raise ValueError(
+                f"{url}: {reason or 'it ends too early'}, six times; the same command goes on from {size:,} bytes"
+            )
+        print(f"{path.name}: {reason or 'it ended too early'} at {size:,} bytes, trying again in {wait:.0f} s")
+        time.sleep(wait)
+    if sha256 and file_sha256(part) != sha256:
+        part.unlink()
+        raise ValueError(f"{url}: what came is not the file that is known by this name (sha256)")
+    os.replace(part, path)
 
 
 # -----------------------------------------------------------------------------
@@ -473,6 +758,8 @@ def how_to_make(name: str) -> str:
     """The command that makes a dataset of this name."""
     if name == "tinystories_synthetic":
         return "make it with python prepare_tinystories.py --synthetic=True"
+    if name in ("tinystories", "tinystories_v2"):
+        return "make it with python prepare_tinystories.py" + (" --version=v2" if name.endswith("_v2") else "")
     tokenizer = " --tokenizer=char" if name.endswith("_char") else ""
     return f"make it with python prepare_text.py --input=FILE --dataset={name}{tokenizer}, or choose another --dataset"
 

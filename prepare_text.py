@@ -9,6 +9,7 @@ A bpe tokenizer is trained on the training part alone.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -19,14 +20,10 @@ import numpy as np
 from configurator import configure, short_errors
 from data import (
     EOT,
-    CharTokenizer,
-    Tokenizer,
     check_free,
     finish_dataset,
-    gpt2_tokenizer,
-    read_tokenizer,
+    learn_tokenizer,
     start_dataset,
-    train_bpe,
     write_shards,
 )
 
@@ -40,8 +37,6 @@ text_field = ""  # the text's key in .jsonl; empty: $LOCAL_TEXT_FIELD or text
 shard_tokens = 100_000_000  # tokens in a shard file
 seed = 1337  # which documents are for validation
 overwrite = False  # replace a dataset that is there
-
-SAMPLE_CHARACTERS = 50_000_000  # what a bpe tokenizer is trained on at most
 
 
 def input_files(paths: str) -> list[Path]:
@@ -118,37 +113,6 @@ def split_documents(files: list[Path], field: str, fraction: float, seed: int):
     return lambda: part(False), lambda: part(True), False
 
 
-def learn_tokenizer(kind: str, train: Iterable[str], val: Iterable[str], single: bool) -> Tokenizer:
-    """The tokenizer of a name. A char alphabet has every character of both splits, so that validation can be encoded."""
-    if kind == "gpt2":
-        return gpt2_tokenizer()
-    if kind == "char":
-        chars = set()
-        for texts in (train, val):
-            for text in texts:
-                chars.update(text)
-        return CharTokenizer("".join(sorted(chars)), eot=not single)
-    if kind == "bpe":
-        return train_bpe(sample(train), vocab_size)
-    if Path(kind).is_dir() or "/" in kind:
-        from model import download_pretrained
-
-        made = read_tokenizer(Path(kind) if Path(kind).is_dir() else download_pretrained(kind))
-        if made.eot is None:
-            raise ValueError(f"--tokenizer={kind}: it has no end-of-text token to separate documents")
-        return made
-    raise ValueError(f"--tokenizer={kind}: choose gpt2, char, bpe, or a folder with a tokenizer.json")
-
-
-def sample(texts: Iterable[str]) -> Iterator[str]:
-    left = SAMPLE_CHARACTERS
-    for text in texts:
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
-            return
-
-
 def main() -> None:
     paths = input or os.environ.get("LOCAL_TEXT_DATA_PATH", "")
     if not paths:
@@ -161,7 +125,7 @@ def main() -> None:
     field = text_field or os.environ.get("LOCAL_TEXT_FIELD", "text")
     check_free(folder, overwrite)
     train, val, single = split_documents(files, field, val_fraction, seed)
-    made = learn_tokenizer(tokenizer, train(), val(), single)
+    made = learn_tokenizer(tokenizer, vocab_size, lambda: itertools.chain(train(), val()), train, eot=not single)
     start_dataset(folder, overwrite)
 
     def encoded(texts: Iterable[str]) -> Iterator[np.ndarray]:

@@ -1,28 +1,56 @@
 """Children's stories as token shards.
 
+    python prepare_tinystories.py                       TinyStories in GPT-2's tokens: downloads 2 GB, writes 1 GB
+    python prepare_tinystories.py --version=v2 --tokenizer=bpe --vocab_size=4096 --data_fraction=0.1
     python prepare_tinystories.py --synthetic=True      our own stories, written by a grammar in seconds, no download
 
-The grammar knows people, animals, things, places and a dozen small plots in which one thing follows from another.
+TinyStories (https://arxiv.org/abs/2305.07759) are two million short stories written by GPT-3.5 and GPT-4, version v2 by
+GPT-4 alone. The files stay in data_dir/downloads. What an interrupted attempt left is continued.
+
+The grammar of the synthetic stories knows people, animals, things, places and a dozen small plots in which one thing follows from another.
 What a model has to learn is who did what: each story binds its names, pronouns, things, colours and places anew.
 """
 
+import json
 import random
 import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from configurator import configure, short_errors
-from data import finish_dataset, start_dataset, word_tokenizer, write_shards
+from data import (
+    DatasetWriter,
+    check_free,
+    download,
+    finish_dataset,
+    learn_tokenizer,
+    split_text,
+    start_dataset,
+    word_tokenizer,
+    write_shards,
+)
 
-synthetic = False  # write the embedded stories
-dataset = ""  # folder to write under data_dir; empty: tinystories_synthetic
+synthetic = False  # write the embedded stories instead
+version = "v1"  # v1: the original stories | v2: those by GPT-4
+source = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"  # where the files are, or a folder
+dataset = ""  # folder to write under data_dir; empty: tinystories, tinystories_v2 or tinystories_synthetic
 data_dir = "data"  # where datasets are
-max_docs = 12_000  # stories to write
-val_fraction = 0.05  # of the stories, for validation
-vocab_size = 2048  # at most so many ids; the stories' words are fewer
-seed = 1337  # the same seed writes the same stories
+tokenizer = "gpt2"  # gpt2 | char | bpe (trained on the stories)
+vocab_size = 4096  # ids of a bpe tokenizer
+max_docs = 0  # stories for training at most, a tenth as many for validation; 0: all, of the synthetic 12,000
+data_fraction = 1.0  # of the training stories, from the front
+shard_tokens = 100_000_000  # tokens in a shard file
+seed = 1337  # of the synthetic stories
 overwrite = False  # replace a dataset that is there
+
+FILES = {
+    "v1": {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"},
+    "v2": {"train": "TinyStoriesV2-GPT4-train.txt", "val": "TinyStoriesV2-GPT4-valid.txt"},
+}
 
 GIRLS = "Lily Mia Anna Sara Lucy Emma Rose Ella Nora Zoe Amy Jane".split()
 BOYS = "Tom Ben Max Sam Leo Jack Tim Finn Noah Paul Dan Oscar".split()
@@ -243,8 +271,10 @@ def story(rng: random.Random) -> str:
 def make_synthetic(
     folder: Path, stories=12_000, val_fraction=0.05, vocab_size=2048, seed=1337, overwrite=False
 ) -> None:
-    """Write the embedded stories as a dataset. Raises ValueError if the folder holds one already."""
+    """Write the embedded stories as a dataset. Raises ValueError if the folder holds one already, or for too few stories."""
     begin = time.perf_counter()
+    if stories < 2:
+        raise ValueError(f"--max_docs={stories}: at least 2 stories")
     rng = random.Random(seed)
     told = list(dict.fromkeys(story(rng) for _ in range(stories)))  # no story twice, so none is in both splits
     tokenizer = word_tokenizer("\n\n".join(told), vocab_size)
@@ -270,15 +300,71 @@ def make_synthetic(
     )
 
 
+def make_tinystories(folder: Path) -> None:
+    """Download the stories, tokenize them in their order, and write the dataset."""
+    begin = time.perf_counter()
+    arguments = {k: globals()[k] for k in ("version", "tokenizer", "vocab_size", "max_docs", "data_fraction")}
+    if (folder / "meta.json").exists() and not overwrite:
+        if json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("arguments") == arguments:
+            print(f"{folder} is there already, with these settings: nothing to do (--overwrite=True makes it again)")
+            return
+    check_free(folder, overwrite)
+    files = {}
+    for split, name in FILES[version].items():
+        files[split] = Path(source) / name if Path(source).is_dir() else Path(data_dir) / "downloads" / name
+        if not files[split].exists():
+            if Path(source).is_dir():
+                raise ValueError(f"--source={source}: there is no {name} in this folder")
+            download(f"{source}/{name}", files[split])
+    docs = {"train": max_docs, "val": -(-max_docs // 10)}
+    fraction = {"train": data_fraction, "val": 1.0}
+    read = {split: partial(stories, path, docs[split], fraction[split]) for split, path in files.items()}
+    if next(iter(read["train"](None)), None) is None:
+        raise ValueError(f"{files['train']} holds no story")
+
+    def made():
+        texts = {split: lambda each=each: (text for _, text in each(None)) for split, each in read.items()}
+        return learn_tokenizer(tokenizer, vocab_size, lambda: chain(texts["train"](), texts["val"]()), texts["train"])
+
+    writer = DatasetWriter(folder, arguments, made, overwrite)
+    for split in ("val", "train"):
+        writer.write(split, read[split], shard_tokens)
+    tokens = writer.finish(f"TinyStories {version}")
+    print(
+        f"{folder}: {tokens['train']:,} + {tokens['val']:,} tokens, vocabulary {writer.tokenizer.n_vocab:,}, "
+        f"{time.perf_counter() - begin:.0f} s"
+    )
+    print(f"Train on it: python train.py config/baby_cpu.py --dataset={folder.name}")
+
+
+def stories(path: Path, limit: int, fraction: float, position) -> Iterator[tuple[list[int], str]]:
+    """The stories of a file from a position, [byte, stories before it], on, each with the position behind it.
+
+    limit: stories at most, 0 all. fraction: of the file's bytes, from the front.
+    """
+    begin, count = position or (0, 0)
+    end = path.stat().st_size * fraction
+    for behind, text in split_text(path, begin):
+        if (limit and count >= limit) or begin >= end:
+            return
+        begin, count = behind, count + 1
+        yield [begin, count], text
+
+
 def main() -> None:
-    if not synthetic:
-        raise ValueError("only the embedded stories can be made so far: --synthetic=True")
-    if max_docs < 2 or not 0 < val_fraction < 1:
+    if version not in FILES:
+        raise ValueError(f"--version={version}: choose v1 or v2")
+    if max_docs < 0 or not 0 < data_fraction <= 1 or shard_tokens < 1:
         raise ValueError(
-            f"--max_docs={max_docs}, --val_fraction={val_fraction}: at least 2 stories, a fraction in (0, 1)"
+            f"--max_docs={max_docs}, --data_fraction={data_fraction}, --shard_tokens={shard_tokens}: "
+            "at least 0, above 0 and at most 1, and at least 1"
         )
-    folder = Path(data_dir) / (dataset or "tinystories_synthetic")
-    make_synthetic(folder, max_docs, val_fraction, vocab_size, seed, overwrite)
+    name = dataset or ("tinystories_synthetic" if synthetic else "tinystories" + {"v1": "", "v2": "_v2"}[version])
+    folder = Path(data_dir) / name
+    if synthetic:
+        make_synthetic(folder, max_docs or 12_000, seed=seed, overwrite=overwrite)
+    else:
+        make_tinystories(folder)
 
 
 if __name__ == "__main__":

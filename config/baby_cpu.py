@@ -1,7 +1,7 @@
 # TinyStories on a laptop without a GPU. 4 layers, 4 heads, width 256, vocabulary 50,257: 16,144,896 parameters
 # (3.1 million of them in the blocks).
 #
-#     python prepare_text.py --input=TinyStories.txt --dataset=tinystories --tokenizer=gpt2
+#     python prepare_tinystories.py
 #     python train.py config/baby_cpu.py
 out_dir = "out/baby_cpu"
 dataset = "tinystories"

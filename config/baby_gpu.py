@@ -1,7 +1,7 @@
 # TinyStories on one GPU. 6 layers, 6 heads, width 384, vocabulary 50,257: 30,117,120 parameters
 # (10.6 million of them in the blocks).
 #
-#     python prepare_text.py --input=TinyStories.txt --dataset=tinystories --tokenizer=gpt2
+#     python prepare_tinystories.py
 #     python train.py config/baby_gpu.py
 out_dir = "out/baby_gpu"
 dataset = "tinystories"

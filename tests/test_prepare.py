@@ -1,15 +1,20 @@
 """prepare_text.py and prepare_tinystories.py: what they write, and what they refuse."""
 
+import hashlib
+import http.server
 import json
 import random
 import re
+import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SMALL, TEXT
+from conftest import SMALL, TEXT, Script, call
 
 import prepare_tinystories
-from data import load_dataset, tokenizer_from_dict
+from data import DatasetWriter, download, load_dataset, tokenizer_from_dict, word_tokenizer
 
 
 def read(dataset, split):
@@ -149,5 +154,191 @@ def test_stories_are_varied_and_agree_with_themselves():
             assert not re.search(r"\b([Hh]e|[Hh]is|him)\b", text), text
 
 
-def test_only_the_embedded_stories_are_made_so_far_and_it_says_so(refused):
-    assert "--synthetic=True" in refused("prepare_tinystories.py")
+# -----------------------------------------------------------------------------
+# A server that misbehaves, and TinyStories from it
+
+
+class Faulty(http.server.BaseHTTPRequestHandler):
+    """Serves server.files; server.faults are the misdeeds of the next answers, each done once."""
+
+    def do_GET(self):
+        server = self.server
+        server.asked.append((self.path, self.headers.get("Range")))
+        fault = server.faults.pop(0) if server.faults else "none"
+        data = server.files.get(self.path.lstrip("/"))
+        if data is None or fault.isdigit():
+            self.send_response(404 if data is None else int(fault))
+            if fault == "429":
+                self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        begin = 0
+        if (wanted := self.headers.get("Range")) and fault != "no ranges":
+            begin = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if begin >= len(data):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(data)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+        body = data[begin:]
+        self.send_response(206 if begin else 200)
+        if fault != "no length":
+            self.send_header("Content-Length", str(len(body) + (1000 if fault == "lies" else 0)))
+        self.end_headers()
+        if fault in ("cuts", "lies"):
+            body = body[: len(body) // 2] if fault == "cuts" else body
+        self.wfile.write(body)
+
+    def log_message(self, *a):
+        pass
+
+
+@pytest.fixture
+def web(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    server.files, server.faults, server.asked = {}, [], []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("data.time.sleep", lambda seconds: None)
+    yield server
+    server.shutdown()
+
+
+BLOB = random.Random(0).randbytes(3_000_000)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [],
+        ["cuts"],
+        ["cuts", "cuts", "503", "cuts", "429"],
+        ["cuts", "no ranges"],
+        ["lies"],
+        ["no length"],
+        ["500", "502", "504", "408"],
+        ["cuts", "cuts", "cuts", "cuts", "cuts", "cuts", "cuts", "cuts"],  # progress each time
+    ],
+    ids=" ".join,
+)
+def test_a_download_survives_what_servers_do(web, tmp_path, faults):
+    web.files["f"], web.faults = BLOB, list(faults)
+    download(f"{web.url}/f", tmp_path / "sub" / "f", hashlib.sha256(BLOB).hexdigest())
+    assert (tmp_path / "sub" / "f").read_bytes() == BLOB and not list(tmp_path.rglob("*.part"))
+    if "cuts" in faults:
+        assert any(asked for _, asked in web.asked)  # went on from where it was
+
+
+def test_a_download_that_cannot_be_mended_says_so_and_goes_on_next_time(web, tmp_path):
+    web.files["f"] = BLOB
+    with pytest.raises(ValueError, match="/g: 404"):
+        download(f"{web.url}/g", tmp_path / "g")
+    web.faults = ["cuts"] + ["500"] * 6
+    with pytest.raises(ValueError, match="500 .*, six times; the same command goes on from 1,441,792 bytes"):
+        download(f"{web.url}/f", tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+    download(f"{web.url}/f", tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == BLOB and web.asked[-1][1] == "bytes=1441792-"
+    with pytest.raises(ValueError, match="not the file that is known by this name"):
+        download(f"{web.url}/f", tmp_path / "h", sha256="0" * 64)
+    assert not list(tmp_path.glob("h*"))
+    (tmp_path / "i.part").write_bytes(BLOB + b"more")  # of another, longer file
+    download(f"{web.url}/f", tmp_path / "i")
+    assert (tmp_path / "i").read_bytes() == BLOB
+
+
+def test_a_download_larger_than_the_disk_is_refused_first(web, tmp_path, monkeypatch):
+    web.files["f"] = BLOB
+    monkeypatch.setattr("data.shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(ValueError, match="3 MiB are still to come, 1 MiB are free"):
+        download(f"{web.url}/f", tmp_path / "f")
+
+
+def tell(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [f"Story {n}. " + " ".join(rng.choice(words) for _ in range(rng.randrange(5, 60))) for n in range(count)]
+
+
+@pytest.fixture
+def tinystories(web):
+    """The four files, small, in the originals' form."""
+    told = {"train": tell(3000, 1), "val": tell(60, 2)}
+    for names in prepare_tinystories.FILES.values():
+        for split, name in names.items():
+            web.files[name] = "\n<|endoftext|>\n".join(told[split]).encode() + b"\n<|endoftext|>\n"
+    return web, told
+
+
+def documents_of(dataset, split) -> list[str]:
+    tokenizer = tokenizer_from_dict(dataset.tokenizer)
+    text = tokenizer.decode(read(dataset, split))
+    assert text.startswith("<|endoftext|>")
+    return text.split("<|endoftext|>")[1:]
+
+
+@pytest.mark.parametrize("options", ["", "--tokenizer=char --version=v2", "--tokenizer=bpe --vocab_size=300"])
+def test_tinystories_are_downloaded_and_tokenized_whole(run, tinystories, tmp_path, options):
+    web, told = tinystories
+    printed = run("prepare_tinystories.py", f"--source={web.url}", "--shard_tokens=20000", *options.split())
+    name = "tinystories_v2" if "v2" in options else "tinystories"
+    dataset = load_dataset(name, tmp_path / "data")
+    assert len(dataset.train) > 1 and {s.tokens for s in dataset.train[:-1]} == {20000}
+    assert documents_of(dataset, "train") == told["train"] and documents_of(dataset, "val") == told["val"]
+    assert dataset.vocab_size == {"": 50257, "--tokenizer=b": 300}.get(options[:13], dataset.vocab_size)
+    asked = len(web.asked)
+    printed = run("prepare_tinystories.py", f"--source={web.url}", "--shard_tokens=20000", *options.split())
+    assert "nothing to do" in printed and len(web.asked) == asked
+    assert "another --dataset" in call("prepare_tinystories.py", "--max_docs=7", *options.split(), cwd=tmp_path).stderr
+
+
+def test_tinystories_in_part(run, tinystories, tmp_path):
+    web, told = tinystories
+    run("prepare_tinystories.py", f"--source={web.url}", "--max_docs=50", "--dataset=few")
+    dataset = load_dataset("few", tmp_path / "data")
+    assert documents_of(dataset, "train") == told["train"][:50] and documents_of(dataset, "val") == told["val"][:5]
+    run("prepare_tinystories.py", f"--source={web.url}", "--data_fraction=0.25", "--dataset=quarter")
+    part = documents_of(load_dataset("quarter", tmp_path / "data"), "train")
+    assert part == told["train"][: len(part)] and 0.2 < len(part) / 3000 < 0.3
+
+
+def test_preparing_killed_anywhere_goes_on_without_a_repeated_or_missing_story(run, tinystories, tmp_path):
+    """Killed twenty times at random instants, while it downloads, tokenizes and writes."""
+    web, told = tinystories
+    keys = [f"--source={web.url}", "--shard_tokens=2000"]
+    run("prepare_tinystories.py", *keys, "--dataset=whole")
+    seconds, dice = 0.6, random.Random(3)
+    for _ in range(20):
+        script = Script("prepare_tinystories.py", *keys, "--dataset=parts", cwd=tmp_path)
+        time.sleep(dice.random() * seconds)
+        script.kill()
+        script.wait()
+    printed = run("prepare_tinystories.py", *keys, "--dataset=parts")
+    dataset = load_dataset("parts", tmp_path / "data")
+    assert documents_of(dataset, "train") == told["train"], printed
+    whole = load_dataset("whole", tmp_path / "data")
+    assert [s.path.read_bytes() for s in dataset.train] == [s.path.read_bytes() for s in whole.train]
+    assert not list((tmp_path / "data" / "parts").glob("*.part"))
+
+
+def test_another_setting_does_not_go_on_with_what_is_there(tmp_path, monkeypatch):
+    tokenizer = word_tokenizer(TEXT, 500)
+    folder = tmp_path / "d"
+    first = DatasetWriter(folder, {"a": 1}, lambda: tokenizer)
+    first.write("val", lambda position: [(1, "one two")], 100)
+    again = DatasetWriter(folder, {"a": 1}, lambda: pytest.fail("made again"))
+    assert again.state["splits"]["val"]["done"]
+    other = DatasetWriter(folder, {"a": 2}, lambda: tokenizer)
+    assert other.state["splits"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--version=v3"], "--version=v3: choose v1 or v2"),
+        (["--data_fraction=0.0"], "--data_fraction=0.0"),
+        (["--synthetic=True", "--max_docs=1"], "at least 2 stories"),
+        (["--source=."], "--source=.: there is no TinyStories-train.txt"),
+    ],
+)
+def test_tinystories_bad_input(refused, arguments, words, monkeypatch):
+    assert words in refused("prepare_tinystories.py", *arguments)
