@@ -255,7 +255,7 @@ def test_a_download_larger_than_the_disk_is_refused_first(web, tmp_path, monkeyp
 
 
 def tell(count: int, seed: int) -> list[str]:
-    rng = random.Random(seed)
+    rng, words = random.Random(seed), TEXT.split()
     return [f"Story {n}. " + " ".join(rng.choice(words) for _ in range(rng.randrange(5, 60))) for n in range(count)]
 
 
