@@ -442,11 +442,17 @@ def split_text(path: Path, byte: int = 0) -> Iterator[tuple[int, str]]:
                 return
 
 
-def encode_documents(tokenizer: Tokenizer, source: Source, position=None, threads: int = 0):
+def encode_documents(tokenizer: Tokenizer, source: Source, position=None, threads: int = 0, separated: bool = True):
     """The documents of a source as arrays of ids in their order: yields (position before, position behind, ids).
 
-    About a megabyte of text at a time, each on a thread of its own: tokenizers leave Python while they work.
+    About a megabyte of text at a time, each on a thread of its own: tokenizers leave Python while they work. separated:
+    with an end-of-text id before each document.
     """
+
+    def encode(texts):
+        ids = tokenizer.encode_batch(texts)
+        return ids if separated or tokenizer.eot is None else ids[ids != tokenizer.eot]
+
     if not threads:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -464,7 +470,7 @@ def encode_documents(tokenizer: Tokenizer, source: Source, position=None, thread
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         for before, behind, texts in batches():
-            waiting.append((before, behind, pool.submit(tokenizer.encode_batch, texts)))
+            waiting.append((before, behind, pool.submit(encode, texts)))
             if len(waiting) > 2 * threads:
                 before, behind, ids = waiting.popleft()
                 yield before, behind, ids.result()
@@ -497,8 +503,10 @@ class DatasetWriter:
     def save(self) -> None:
         atomic_write(self.file, json.dumps(self.state))
 
-    def write(self, split: str, source: Source, shard_tokens: int = CHUNK, max_tokens: int = 0, split_of=None) -> None:
-        """Write the documents of a source as a split, max_tokens of them at most (0: all)."""
+    def write(
+        self, split: str, source: Source, shard_tokens: int = CHUNK, max_tokens: int = 0, split_of=None, separated=True
+    ) -> None:
+        """Write the documents of a source as a split, max_tokens of them at most (0: all). See encode_documents."""
         so_far = self.state["splits"].setdefault(split, {"shards": [], "position": None, "skip": 0, "done": False})
         if so_far["done"]:
             return
@@ -507,7 +515,7 @@ class DatasetWriter:
         )
         written, skip = sum(s["tokens"] for s in writer.shards), so_far["skip"]
         begin, clock, total = written, time.perf_counter(), 0
-        for before, _, ids in encode_documents(self.tokenizer, source, so_far["position"]):
+        for before, _, ids in encode_documents(self.tokenizer, source, so_far["position"], separated=separated):
             fresh = ids[skip:]
             fresh = fresh[: max_tokens - written] if max_tokens else fresh
             for used in writer.add(fresh):

@@ -12,19 +12,15 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from configurator import configure, short_errors
 from data import (
     EOT,
+    DatasetWriter,
     check_free,
-    finish_dataset,
     learn_tokenizer,
-    start_dataset,
-    write_shards,
 )
 
 input = ""  # files or folders of .txt and .jsonl, separated by commas; empty: $LOCAL_TEXT_DATA_PATH
@@ -125,21 +121,22 @@ def main() -> None:
     field = text_field or os.environ.get("LOCAL_TEXT_FIELD", "text")
     check_free(folder, overwrite)
     train, val, single = split_documents(files, field, val_fraction, seed)
-    made = learn_tokenizer(tokenizer, vocab_size, lambda: itertools.chain(train(), val()), train, eot=not single)
-    start_dataset(folder, overwrite)
+    stamps = [[str(p), p.stat().st_size, p.stat().st_mtime] for p in files]
+    arguments = {k: globals()[k] for k in ("tokenizer", "vocab_size", "val_fraction", "seed")} | {"text_field": field}
 
-    def encoded(texts: Iterable[str]) -> Iterator[np.ndarray]:
-        begin = [] if single else [made.eot]  # the end-of-text token separates documents; one text needs none
-        for text in texts:
-            yield np.array(begin + made.encode(text), dtype=np.uint32)
+    def made():
+        return learn_tokenizer(tokenizer, vocab_size, lambda: itertools.chain(train(), val()), train, eot=not single)
 
-    shards = {}
-    for split, texts in (("train", train()), ("val", val())):
-        shards[split] = write_shards(folder, name, split, encoded(texts), made.n_vocab, shard_tokens)
-    arguments = {"tokenizer": tokenizer, "val_fraction": val_fraction, "seed": seed}
-    finish_dataset(folder, made, shards, ", ".join(p.name for p in files), arguments)
-    counts = " and ".join(f"{sum(s['tokens'] for s in found):,} {split}" for split, found in shards.items())
-    print(f"{folder}: {counts} tokens, {tokenizer} vocabulary of {made.n_vocab:,}")
+    writer = DatasetWriter(folder, arguments | {"files": stamps}, made, overwrite)
+    for split, texts in (("train", train), ("val", val)):
+
+        def source(position, texts=texts):
+            return itertools.islice(enumerate(texts(), 1), position or 0, None)
+
+        writer.write(split, source, shard_tokens, separated=not single)
+    counts = writer.finish(", ".join(p.name for p in files))
+    told = " and ".join(f"{counts[split]:,} {split}" for split in ("train", "val"))
+    print(f"{folder}: {told} tokens, {tokenizer} vocabulary of {writer.tokenizer.n_vocab:,}")
     print(
         f"Train on it: python train.py config/quickstart.py --dataset={name} --data_dir={data_dir} --out_dir=out/{name}"
     )
