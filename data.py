@@ -347,18 +347,23 @@ class ShardWriter:
     """Token ids in shards {name}_{split}_{000000}.npy of shard_tokens each, the last one shorter.
 
     Ids go to the disk as they come; a shard appears under its name when it is whole, and in `shards` as {file, tokens,
-    sha256}. split_of: the split of a shard by its number, where one stream fills several.
+    sha256}. split: its name, or a function of a shard's number, where one stream fills several. number_of: a shard's number
+    by how many were before it, where several machines write one dataset.
     """
 
     HEADER = 128  # bytes, so that it can be written last, when the number of tokens is known
 
-    def __init__(self, folder: Path, name: str, split, vocab_size: int, shard_tokens: int = CHUNK, shards=()):
+    def __init__(
+        self, folder: Path, name: str, split, vocab_size: int, shard_tokens: int = CHUNK, shards=(), number_of=None
+    ):
         self.folder, self.name, self.vocab_size, self.shard_tokens = folder, name, vocab_size, shard_tokens
         self.split_of = split if callable(split) else lambda number: split
+        self.number_of = number_of or (lambda count: count)
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.shards, self.filled, self.file = list(shards), 0, None
 
-    def path(self, number: int) -> Path:
+    def path(self, count: int) -> Path:
+        number = self.number_of(count)
         return self.folder / f"{self.name}_{self.split_of(number)}_{number:06d}.npy"
 
     def add(self, ids) -> Iterator[int]:
@@ -409,9 +414,8 @@ def write_shards(folder: Path, name: str, split: str, documents: Iterable, vocab
     return writer.shards
 
 
-Source = Callable[
-    [object], Iterable[tuple[object, str]]
-]  # from a position (None: the start): (position behind it, document)
+# From a position (None: the start), documents, each with the position behind it or a function that tells it at that moment.
+Source = Callable[[object], Iterable[tuple[object, str]]]
 
 
 def split_text(path: Path, byte: int = 0) -> Iterator[tuple[int, str]]:
@@ -462,10 +466,11 @@ def encode_documents(tokenizer: Tokenizer, source: Source, position=None, thread
             texts.append(text)
             size += len(text)
             if size >= 2**19:
+                behind = behind() if callable(behind) else behind
                 yield before, behind, texts
                 before, texts, size = behind, [], 0
         if texts:
-            yield before, behind, texts
+            yield before, None, texts
 
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
@@ -485,9 +490,11 @@ class DatasetWriter:
     progress.json says after each shard how far the source was read, so that no document is repeated or missing.
     """
 
-    def __init__(self, folder: Path, arguments: dict, make_tokenizer: Callable[[], Tokenizer], overwrite: bool = False):
-        check_free(folder, overwrite)
-        self.folder, self.arguments = folder, json.loads(json.dumps(arguments))
+    def __init__(
+        self, folder: Path, arguments: dict, make_tokenizer: Callable, overwrite: bool = False, name: str = ""
+    ):
+        check_free(folder, overwrite, name)
+        self.folder, self.name, self.arguments = folder, name or folder.name, json.loads(json.dumps(arguments))
         self.file = folder / "progress.json"
         self.state = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         if self.state.get("arguments") == self.arguments:
@@ -496,7 +503,7 @@ class DatasetWriter:
             print(f"{folder}: going on after {done:,} tokens")
             return
         self.tokenizer = make_tokenizer()
-        start_dataset(folder, overwrite)
+        start_dataset(folder, overwrite, name)
         self.state = {"arguments": self.arguments, "tokenizer": self.tokenizer.to_dict(), "splits": {}}
         self.save()
 
@@ -504,14 +511,15 @@ class DatasetWriter:
         atomic_write(self.file, json.dumps(self.state))
 
     def write(
-        self, split: str, source: Source, shard_tokens: int = CHUNK, max_tokens: int = 0, split_of=None, separated=True
-    ) -> None:
+        self, split: str, source: Source, shard_tokens: int = CHUNK, max_tokens: int = 0, split_of=None, number_of=None,
+        separated=True,
+    ) -> None:  # fmt: skip
         """Write the documents of a source as a split, max_tokens of them at most (0: all). See encode_documents."""
         so_far = self.state["splits"].setdefault(split, {"shards": [], "position": None, "skip": 0, "done": False})
         if so_far["done"]:
             return
         writer = ShardWriter(
-            self.folder, self.folder.name, split_of or split, self.tokenizer.n_vocab, shard_tokens, so_far["shards"]
+            self.folder, self.name, split_of or split, self.tokenizer.n_vocab, shard_tokens, so_far["shards"], number_of
         )
         written, skip = sum(s["tokens"] for s in writer.shards), so_far["skip"]
         begin, clock, total = written, time.perf_counter(), 0
@@ -553,23 +561,27 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def start_dataset(folder: Path, overwrite: bool = False) -> None:
+def start_dataset(folder: Path, overwrite: bool = False, name: str = "") -> None:
     """A folder to write shards to, cleared of what an interrupted attempt left. Raises ValueError if a dataset is there."""
-    check_free(folder, overwrite)
+    check_free(folder, overwrite, name)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("meta.json", "progress.json"):
         (folder / name).unlink(missing_ok=True)
-    for old in own_shards(folder):
+    for old in own_shards(folder, name):
         old.unlink()
 
 
-def own_shards(folder: Path) -> set[Path]:
-    return {p for p in folder.glob(f"{folder.name}_*.npy*") if re.search(r"_(train|val)_\d{6}\.npy(\.part)?$", p.name)}
+def own_shards(folder: Path, name: str = "") -> set[Path]:
+    found = folder.glob(f"{name or folder.name}_*.npy*")
+    return {p for p in found if re.search(r"_(train|val)_\d{6}\.npy(\.part)?$", p.name)}
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Raises ValueError if the folder holds a dataset that may not be replaced: ours without overwrite, or a foreign one."""
-    foreign = {*folder.glob("*.npy"), *folder.glob("*.bin")} - own_shards(folder)
+def check_free(folder: Path, overwrite: bool, name: str = "") -> None:
+    """Raises ValueError if the folder holds a dataset that may not be replaced: ours without overwrite, or a foreign one.
+
+    name: of its shards, if not the folder's.
+    """
+    foreign = {*folder.glob("*.npy"), *folder.glob("*.bin")} - own_shards(folder, name)
     if foreign:
         raise ValueError(f"{folder} holds {min(foreign).name}, which is not ours to replace: choose another --dataset")
     if (folder / "meta.json").exists() and not overwrite:
@@ -768,6 +780,8 @@ def how_to_make(name: str) -> str:
         return "make it with python prepare_tinystories.py --synthetic=True"
     if name in ("tinystories", "tinystories_v2"):
         return "make it with python prepare_tinystories.py" + (" --version=v2" if name.endswith("_v2") else "")
+    if name.startswith("edu_fineweb"):
+        return "make it with python build_fineweb_shards.py"
     tokenizer = " --tokenizer=char" if name.endswith("_char") else ""
     return f"make it with python prepare_text.py --input=FILE --dataset={name}{tokenizer}, or choose another --dataset"
 

@@ -225,7 +225,7 @@ def test_a_shard_that_meta_lists_but_is_gone_or_other_is_named(tmp_path):
     ("name", "command"),
     [
         ("tinystories_synthetic", "prepare_tinystories.py --synthetic=True"),
-        ("edu_fineweb10B", "prepare_text.py --input=FILE --dataset=edu_fineweb10B"),
+        ("edu_fineweb10B", "build_fineweb_shards.py"),
         ("shakespeare_char", "prepare_text.py --input=FILE --dataset=shakespeare_char --tokenizer=char"),
     ],
 )

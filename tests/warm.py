@@ -46,10 +46,12 @@ def child(request: dict) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import datasets  # noqa: F401
     import requests  # noqa: F401
     import torch._dynamo  # noqa: F401, an optimizer imports it
     import tqdm  # noqa: F401
 
+    import build_fineweb_shards  # noqa: F401
     import prepare_text  # noqa: F401
     import prepare_tinystories  # noqa: F401
     import sample  # noqa: F401

@@ -1,0 +1,147 @@
+"""build_fineweb_shards.py over real parquet and JSONL files, read by the real `datasets`."""
+
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+from conftest import SMALL, TEXT, Script, call
+from test_prepare import web  # noqa: F401, a fixture
+
+from data import HEADERS, load_dataset, tokenizer_from_dict
+
+
+def pages(count: int) -> list[str]:
+    rng, words = random.Random(5), TEXT.split()
+    return [f"Page {n}. " + " ".join(rng.choice(words) for _ in range(rng.randrange(20, 400))) for n in range(count)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Six files of 250 pages, of each kind; returns the pages by file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    told = pages(1500)
+    files = [told[n : n + 250] for n in range(0, 1500, 250)]
+    for kind in ("parquet", "jsonl"):
+        (tmp_path / kind).mkdir()
+    for n, texts in enumerate(files):
+        table = pyarrow.table({"text": texts, "score": [1.0] * len(texts)})
+        pyarrow.parquet.write_table(table, tmp_path / "parquet" / f"{n:03d}.parquet", row_group_size=100)
+        (tmp_path / "jsonl" / f"{n:03d}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return files
+
+
+def documents(folder) -> list[str]:
+    """The documents in the order of the shards' numbers, validation first."""
+    meta = json.loads((folder / "meta.json").read_text())
+    names = sorted((s["file"] for split in meta["shards"].values() for s in split), key=lambda name: name[-10:])
+    ids = np.concatenate([np.load(folder / name) for name in names])
+    return tokenizer_from_dict(meta["tokenizer"]).decode(ids).split("<|endoftext|>")[1:]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_pages_become_shards_of_one_size_the_first_for_validation(run, corpus, tmp_path, kind):
+    printed = run("build_fineweb_shards.py", f"--source={kind}", "--shard_tokens=50000")
+    folder = tmp_path / "data" / kind
+    dataset = load_dataset(kind, tmp_path / "data")
+    assert [s.path.name for s in dataset.val] == [f"{kind}_val_000000.npy"]
+    assert [s.path.name for s in dataset.train] == [
+        f"{kind}_train_{n:06d}.npy" for n in range(1, len(dataset.train) + 1)
+    ]
+    assert {s.tokens for s in (*dataset.val, *dataset.train[:-1])} == {50000} and len(dataset.train) > 2
+    assert documents(folder) == [t for file in corpus for t in file]
+    assert "the text ended in" in printed and dataset.train[-1].path.name in printed
+    assert "nothing to do" in run("build_fineweb_shards.py", f"--source={kind}", "--shard_tokens=50000")
+    run("train.py", *SMALL, f"--dataset={kind}")
+
+
+def test_killed_anywhere_it_goes_on_without_a_repeated_or_missing_page(run, corpus, tmp_path):
+    keys = ["--source=parquet", "--shard_tokens=10000"]
+    start = time.monotonic()
+    run("build_fineweb_shards.py", *keys, "--dataset=whole")
+    seconds, dice, on_the_way = time.monotonic() - start, random.Random(7), 0
+    for _ in range(12):
+        script = Script("build_fineweb_shards.py", *keys, "--dataset=parts", cwd=tmp_path)
+        time.sleep(dice.random() * seconds)
+        script.kill()
+        on_the_way += "going on after" in script.wait().stdout
+    run("build_fineweb_shards.py", *keys, "--dataset=parts")
+    assert documents(tmp_path / "data" / "parts") == documents(tmp_path / "data" / "whole")
+    assert documents(tmp_path / "data" / "parts") == [t for file in corpus for t in file]
+    assert on_the_way > 0 and not list((tmp_path / "data" / "parts").glob("*.part"))
+
+
+def test_every_shard_is_a_place_to_go_on_from(run, corpus, tmp_path):
+    """Stopped behind each shard in turn, by a limit on tokens that is lifted."""
+    keys = ["--source=jsonl", "--shard_tokens=30000"]
+    run("build_fineweb_shards.py", *keys, "--dataset=whole")
+    whole = tmp_path / "data" / "whole"
+    parts = tmp_path / "data" / "parts"
+    for shard in range(1, 5):
+        run("build_fineweb_shards.py", *keys, "--dataset=parts", f"--max_tokens={shard * 30000}", "--overwrite=True")
+        assert len(list(parts.glob("*.npy"))) == shard
+        for path in parts.glob("*.npy"):
+            assert np.array_equal(np.load(path), np.load(whole / path.name.replace("parts", "whole")))
+
+
+def test_workers_share_the_pages_and_write_other_shards(run, refused, corpus, tmp_path):
+    found, names = [], set()
+    for worker in range(3):
+        keys = [f"--worker={worker}", "--num_workers=3", f"--data_dir=machine{worker}", "--dataset=d"]
+        run("build_fineweb_shards.py", "--source=parquet", "--shard_tokens=20000", *keys)
+        folder = tmp_path / f"machine{worker}" / "d"
+        found += documents(folder)
+        mine = {p.name for p in folder.glob("*.npy")}
+        assert not mine & names
+        names |= mine
+    assert sorted(found) == sorted(t for file in corpus for t in file)
+    assert [n for n in names if "val" in n] == ["d_val_000000.npy"]
+    assert "there are 6 files" in refused("build_fineweb_shards.py", "--source=parquet", "--num_workers=7")
+
+
+def test_public_shards_are_fetched_checked_and_kept(run, refused, web, tmp_path):  # noqa: F811
+    magic = next(m for m, dtype in HEADERS.items() if dtype == "uint16")
+    ids = np.arange(3000, dtype=np.uint16)
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, 1, len(ids)
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"):
+        web.files[name] = header.tobytes() + ids.tobytes()
+    keys = ["--pretokenized=fineweb10B", f"--pretokenized_source={web.url}"]
+    run("build_fineweb_shards.py", *keys, "--max_tokens=300_000_000")
+    dataset = load_dataset("fineweb10B", tmp_path / "data")
+    assert sum(s.tokens for s in dataset.train) == 6000 and dataset.vocab_size == 50257
+    asked = len(web.asked)
+    run("build_fineweb_shards.py", *keys, "--max_tokens=300_000_000")
+    assert len(web.asked) == asked
+    web.files["fineweb_train_000003.bin"] = header.tobytes()
+    assert "is truncated" in refused("build_fineweb_shards.py", *keys, "--max_tokens=400_000_000")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sample=1T"], "--sample=1T: choose one of 10BT"),
+        (["--worker=2", "--num_workers=2"], "--worker=2 --num_workers=2"),
+        (["--pretokenized=c4"], "--pretokenized=c4: choose one of"),
+        (["--source=none"], "there is no .parquet or .jsonl file"),
+        (["--source=jsonl,parquet"], "give files of one kind"),
+        (["--source=jsonl", "--text_field=body"], "a document has no text under 'body', only ['text']"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(refused, corpus, arguments, words):
+    assert words in refused("build_fineweb_shards.py", *arguments)
+
+
+def test_a_disk_too_small_is_told_before_the_start(corpus, tmp_path):
+    done = call("build_fineweb_shards.py", "--sample=350BT", cwd=tmp_path)
+    assert done.returncode == 2 and "are to be written" in done.stderr and not (tmp_path / "data").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_told(refused):
+    offline = {"HF_HUB_OFFLINE": "1"}
+    assert "HuggingFaceFW/fineweb-edu cannot be read" in refused(
+        "build_fineweb_shards.py", "--max_tokens=1000", env=offline
+    )
