@@ -4,6 +4,7 @@ A checkpoint is a dict of tensors and JSON-able values: model, optimizers, scale
 model_args, config, tokenizer, wandb_id. nanoGPT's ckpt.pt loads as well.
 """
 
+import math
 import os
 import re
 import shutil
@@ -14,9 +15,14 @@ from pathlib import Path
 import torch
 
 from data import read_tokenizer
+from machine import first_line
 from model import GPT, GPT2_NAMES, GPTConfig, read_pretrained
 
 PREVIOUS = "ckpt_previous.pt"  # the one before ckpt.pt, for when that is damaged
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not whole or not what was written, as against one that cannot be read just now."""
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
@@ -30,14 +36,14 @@ def save_checkpoint(path: Path, payload: dict) -> None:
             torch.save(payload, f)
             f.flush()
             os.fsync(f.fileno())
+        if path.name == "ckpt.pt" and path.exists():
+            link(path, path.with_name(PREVIOUS))
+        os.replace(part, path)
     except BaseException as e:
         part.unlink(missing_ok=True)
         if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # torch's writer hides the reason
             raise e.__context__ from None
         raise
-    if path.name == "ckpt.pt" and path.exists():
-        link(path, path.with_name(PREVIOUS))
-    os.replace(part, path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the renames themselves
@@ -95,12 +101,11 @@ class Saver:
             self.steps[path.name] = payload["step"]
             if also:
                 link(path, also)
-                kept = sorted(also.parent.glob("step_*.pt"), key=lambda p: int(p.stem[5:]))
-                for old in kept[:-keep]:
+                for old in kept_steps(also.parent)[:-keep]:
                     old.unlink()
         except OSError as e:
             need = sum(t.numel() * t.element_size() for t in tensors(payload)) / 2**20
-            free = shutil.disk_usage(path.parent).free / 2**20
+            free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else math.nan
             old = f"; {path} is still the one before" if path.exists() else ""
             print(
                 f"warning: the checkpoint of step {payload['step']:,} is not saved ({e.strerror or e}): it needs "
@@ -114,6 +119,12 @@ class Saver:
             self.thread = None
 
 
+def kept_steps(folder: Path) -> list[Path]:
+    """The step_N.pt of a folder, oldest first."""
+    found = [p for p in folder.glob("step_*.pt") if p.stem[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
 def tensors(value):
     """Every tensor in nested dicts and lists."""
     if isinstance(value, torch.Tensor):
@@ -124,15 +135,20 @@ def tensors(value):
 
 
 def load_checkpoint(path: Path, map_location="cpu") -> dict:
-    """Read a checkpoint of ours or of nanoGPT. Raises ValueError if it is damaged or holds anything but plain data."""
+    """Read a checkpoint of ours or of nanoGPT.
+
+    Raises Damaged if it is not whole, ValueError if it cannot be read now or holds anything but plain data.
+    """
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: train first, or set --out_dir to a run's folder")
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
                 if wrong := archive.testzip():
-                    raise ValueError(f"the checksum of {wrong} in it is wrong")
+                    raise Damaged(f"{path} is damaged: the checksum of {wrong} in it is wrong")
         payload = torch.load(path, map_location=map_location, weights_only=True)
+    except Damaged:
+        raise
     except Exception as e:
         if code := re.search(r"GLOBAL (\S+)", str(e)):
             raise ValueError(
@@ -140,9 +156,10 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
                 "where that object is known: p = torch.load(path, weights_only=False); p['config'] = vars(p['config']); "
                 "torch.save(p, path)"
             ) from None
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-        raise ValueError(f"{path} cannot be read: {reason}") from None
-    if not isinstance(payload, dict) or "model" not in payload:
+        if isinstance(e, (OSError, MemoryError)) or "allocate memory" in str(e) or "out of memory" in str(e):
+            raise ValueError(f"{path} cannot be read now: {first_line(e)}") from None
+        raise Damaged(f"{path} is damaged: {first_line(e)}") from None
+    if not isinstance(payload, dict) or not isinstance(payload.get("model"), dict):
         raise ValueError(f"{path} is not a checkpoint: it has no model and model_args")
     if "model_args" not in payload:  # build-nanogpt's, converted: GPT-2's tanh GELU and biases
         known = GPTConfig.__dataclass_fields__
@@ -150,6 +167,9 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
         if "n_layer" not in payload["model_args"]:
             raise ValueError(f"{path} is not a checkpoint: it has no model_args")
         payload["config"] = {}
+    sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    if not all(isinstance(payload["model_args"].get(k), int) for k in sizes):
+        raise ValueError(f"{path} is not a checkpoint: its model_args lack one of {', '.join(sizes)}")
     if "iter_num" in payload:  # nanoGPT's, whose GELU is the exact one and whose optimizer is one AdamW
         payload["step"] = payload["iter_num"]
         payload["model_args"] = {"mlp": "gelu_erf", **payload["model_args"]}
@@ -161,22 +181,21 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
 def load_latest(folder: Path) -> dict | None:
     """The newest checkpoint of a run that can be read, or None if there is no file of one.
 
-    A damaged one is told and put aside as *.damaged, and the one before it is taken. Raises ValueError if all are.
+    A damaged one is told and put aside as *.damaged, and the one before it is taken. Raises ValueError if all are, and for
+    one that cannot be read now.
     """
-    found = [folder / "ckpt.pt", folder / PREVIOUS]
-    found += sorted(folder.glob("step_*.pt"), key=lambda p: int(p.stem[5:]), reverse=True)
-    found = [p for p in found if p.exists()]
+    found = [p for p in (folder / "ckpt.pt", folder / PREVIOUS, *reversed(kept_steps(folder))) if p.exists()]
     for path in found:
         try:
             return load_checkpoint(path)
-        except ValueError as e:
-            if "cannot be read" not in str(e):
-                raise
-            reason = e
+        except Damaged as e:
             print(f"warning: {e}")
         os.replace(path, path.with_name(path.name + ".damaged"))
-    if found:
-        raise ValueError(f"no checkpoint in {folder} can be read; they are kept as *.damaged; the last: {reason}")
+    if damaged := sorted(folder.glob("*.pt.damaged")):
+        names = ", ".join(p.name for p in damaged)
+        raise ValueError(
+            f"no checkpoint in {folder} can be read, there is only {names}: remove them to begin the run again"
+        )
     return None
 
 

@@ -318,20 +318,6 @@ def first_characters(texts: Iterable[str]) -> Iterator[str]:
 # Writing
 
 
-def atomic_write(path: Path, data: str | bytes) -> None:
-    """The whole file or the old one: written beside it under another name, synced, then renamed."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    os.replace(part, path)
-
-
 @contextlib.contextmanager
 def writing(path):
     """An error of the disk names the file, as it does where a file is opened."""
@@ -341,6 +327,20 @@ def writing(path):
         if e.errno and not e.filename:
             raise OSError(e.errno, f"{e.strerror}; make room, and the same command goes on", str(path)) from None
         raise
+
+
+def atomic_write(path: Path, data: str | bytes) -> None:
+    """The whole file or the old one: written beside it under another name, synced, then renamed."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with writing(path), open(part, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    os.replace(part, path)
 
 
 class ShardWriter:
@@ -742,7 +742,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False)
             listed = [
                 (split, s["file"], s["tokens"], s["sha256"]) for split in splits for s in meta["shards"].get(split, [])
             ]
-            tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
+            tokenizer, vocab_size = meta["tokenizer"], int(meta["vocab_size"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{folder / 'meta.json'} is damaged; make the dataset again") from None
         verify = verify or sum(tokens for _, _, tokens, _ in listed) < VERIFIED_TOKENS

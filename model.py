@@ -469,6 +469,8 @@ def read_pretrained(name: str) -> tuple[dict, dict[str, torch.Tensor], Path]:
         arguments = pretrained_arguments(theirs, str(folder))
     except KeyError as e:
         raise ValueError(f"{folder}/config.json lacks {e.args[0]}") from None
+    except (TypeError, AttributeError, ZeroDivisionError) as e:
+        raise ValueError(f"{folder}/config.json is not understood: {e}") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no *.safetensors; save the model with safe_serialization=True")
@@ -517,6 +519,10 @@ def pretrained_arguments(theirs: dict, where: str) -> dict:
             raise ValueError(f"{where}: {key}={theirs[key]!r} is not supported, only {allowed[0]!r}")
 
     kind = theirs.get("model_type")
+    for key, value in theirs.items():
+        if key.startswith(("n_", "num_", "hidden_size", "intermediate", "vocab", "max_pos")) and value is not None:
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{where}: {key}={value!r} is not a size")
     must_be("quantization_config", None)
     if kind == "gpt2":
         must_be("scale_attn_weights", True)

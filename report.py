@@ -66,7 +66,7 @@ class Log:
         self.flops = run.model.flops_per_token(config["block_size"])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not first_step:
+            if not first_step and not config["resume"]:
                 put_aside(self.folder)
             atomic_write(self.folder / "config.json", json.dumps(config, indent=1))
         except OSError as e:
@@ -82,15 +82,26 @@ class Log:
             except ImportError:
                 raise ImportError("--wandb_log needs the wandb package: pip install wandb") from None
             name, again = config["wandb_run_name"], dict(id=wandb_id, resume="allow") if wandb_id else {}
-            self.wandb = wandb.init(project=config["wandb_project"], name=name, config=config, dir=self.folder, **again)
+            try:
+                self.wandb = wandb.init(
+                    project=config["wandb_project"], name=name, config=config, dir=self.folder, **again
+                )
+            except Exception as e:
+                raise ValueError(f"--wandb_log: {e}; run wandb login, or set WANDB_MODE=offline") from None
             self.wandb_id = self.wandb.id
 
     def rewind(self, name: str, step_of, first_step: int):
         """Open a log for appending, without what it says of steps after first_step, which come again."""
         path = self.folder / name
         lines = path.read_text(encoding="utf-8").splitlines(True) if first_step and path.exists() else []
-        whole = (line for line in lines if line.endswith("\n"))  # the last may be half: the run died writing it
-        atomic_write(path, "".join(line for line in whole if step_of(line) <= first_step))
+
+        def before(line: str) -> bool:  # a line may be half: the run died writing it
+            try:
+                return line.endswith("\n") and step_of(line) <= first_step
+            except (ValueError, LookupError, TypeError):
+                return False
+
+        atomic_write(path, "".join(filter(before, lines)))
         return Lines(path)
 
     def record(self, step: int, **values) -> None:
@@ -187,6 +198,7 @@ class Log:
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
             "git_commit": git_commit(),
         }
+        results = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in results.items()}
         atomic_write(self.folder / "results.json", json.dumps(results, indent=1))
         text = self.sample(self.steps)
         if text:
@@ -194,7 +206,8 @@ class Log:
         if self.wandb:
             self.wandb.summary.update(results)
             self.wandb.finish()
-        files = "results.json, loss.png, metrics.jsonl, best.pt, ckpt.pt" + (", samples/" if text else "")
+        names = ("results.json", "loss.png", "metrics.jsonl", "best.pt", "ckpt.pt", "samples")
+        files = ", ".join(n for n in names if (self.folder / n).exists())
         print(f"val loss {val_loss:.4f} after {tokens:,} tokens in {total:.0f} s. {self.folder}/ has {files}")
         start = shlex.quote(self.config["sample_prompt"] or " ".join(text.split()[:3])[:40])
         print("Try next:")
@@ -221,8 +234,12 @@ def put_aside(folder: Path) -> None:
         "loss.png",
         "samples",
     )
-    found = [p for p in (*map(folder.joinpath, names), *folder.glob("step_*.pt")) if p.exists()]
-    if any(p.suffix == ".pt" for p in found):
+    found = [
+        p
+        for p in (*map(folder.joinpath, names), *folder.glob("step_*.pt"), *folder.glob("bad_step_*.pt"))
+        if p.exists()
+    ]
+    if any(p.suffix == ".pt" or p.name == "metrics.jsonl" for p in found):
         number = next(n for n in range(1, 10**6) if not (folder / f"previous-{n}").exists())
         aside = folder / f"previous-{number}"
         aside.mkdir()

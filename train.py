@@ -180,7 +180,10 @@ def train_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         run.scaler.unscale_(each)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip or math.inf)
     hold = ~torch.isfinite(norm)
-    overflow = torch.isfinite(total) & run.scaler.is_enabled()  # float16's, which the scaler mends
+    known = total.clone()
+    if run.world > 1 and run.scaler.is_enabled():  # the ranks agree on what is an overflow
+        dist.all_reduce(known)
+    overflow = torch.isfinite(known) & run.scaler.is_enabled()  # float16's, which the scaler mends
     run.bad += hold & ~overflow
     hold |= run.bad > skip_bad_steps
     for each in run.optimizers:
@@ -197,26 +200,30 @@ def train_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def evaluate(run: Run, shards: list, limit: int) -> tuple[float, float]:
-    """Mean loss (nats a token) and accuracy over `limit` fixed validation windows (0: all), shared out over the ranks."""
+def evaluate(run: Run, shards: list, limit: int, asked=lambda: False) -> tuple[float, float] | None:
+    """Mean loss (nats a token) and accuracy over `limit` fixed validation windows (0: all), shared out over the ranks.
+
+    None if asked() became true on a rank, before all was done.
+    """
     found = validation_windows(shards, block_size, limit)
     # Its own graph on a GPU; on a CPU compiling one takes longer than it saves.
     model = getattr(run.step_model, "module", run.step_model) if run.device.type == "cuda" else run.model
     model.eval()
-    sums = []
+    sums = [torch.zeros(3, device=run.device)]
     for x, y in validation_batches(found, block_size, run.windows.vocab_size, batch_size, run.rank, run.world):
+        if asked():
+            break
         x, y = run.to_device(x, y)
         with run.autocast():
             logits, loss = model(x, y)
         known = (y >= 0).sum()
         sums.append(torch.stack((loss.float() * known, ((logits.argmax(-1) == y) & (y >= 0)).sum(), known)))
     model.train()
-    total = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(3, dtype=torch.float64)
+    total = torch.cat((torch.stack(sums).cpu().double().sum(0), torch.tensor([float(asked())], dtype=torch.float64)))
     if run.world > 1:
-        total = total.to(run.device)
-        dist.all_reduce(total)
-    loss_sum, correct, tokens = total.tolist()
-    return loss_sum / tokens, correct / tokens
+        dist.all_reduce(total)  # gloo's, on the CPU
+    loss_sum, correct, tokens, stopped = total.tolist()
+    return None if stopped else (loss_sum / tokens, correct / tokens)
 
 
 def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
@@ -253,10 +260,11 @@ def find_dataset(rank: int) -> Dataset:
     return load_dataset(dataset, data_dir, verify_data and rank == 0)
 
 
-def find_payload(rank: int, world: int) -> dict:
+def find_payload(config: dict, rank: int, world: int) -> dict:
     """The checkpoint to go on from or to start from, {} from scratch. A run's own is read by rank 0 for all.
 
-    --resume goes on if there is anything to go on from, and so does a job that torchrun started again.
+    --resume goes on if there is anything to go on from, and so does a job that torchrun started again, from a checkpoint
+    that was asked for with the same keys.
     """
     global init_from
     payload, again = None, resume or init_from == "resume"
@@ -266,8 +274,12 @@ def find_payload(rank: int, world: int) -> dict:
     if again or attempt:
         if rank == 0:
             payload = load_latest(Path(out_dir))
-            if payload and not again and payload.get("job") != os.environ.get("TORCHELASTIC_RUN_ID"):
-                payload = None  # another job's, which this one was not asked to go on with
+            if (
+                payload
+                and not again
+                and any(payload.get("asked", {}).get(k) != config[k] for k in config if k != "wandb_run_name")
+            ):
+                payload = None  # another run's, which this one was not asked to go on with
         if world > 1:
             box = [payload]
             dist.broadcast_object_list(box, device=torch.device("cpu"))
@@ -329,7 +341,7 @@ def compile_model(run: Run) -> torch.nn.Module:
         run.model.zero_grad(set_to_none=True)
         return compiled
     except Exception as e:
-        if compile is True or isinstance(e, torch.OutOfMemoryError):
+        if compile is True or is_out_of_memory(e):
             raise
         reason = str(e).strip().splitlines()[0][:150] if str(e).strip() else type(e).__name__
         print(f"torch.compile does not work here, going on without it ({reason}); --compile=True shows all")
@@ -339,6 +351,11 @@ def compile_model(run: Run) -> torch.nn.Module:
 
 def check_keys() -> None:
     """What a key may not be, said before anything is loaded. Raises ValueError."""
+    for key, value in globals().items():
+        if type(value) is float and key.islower() and not math.isfinite(value):
+            raise ValueError(f"--{key}={value}: must be a finite number")
+    if seed >= 2**63:
+        raise ValueError(f"--seed={seed}: must be less than 2**63")
     for key in ("block_size", "gradient_accumulation_steps", "max_iters", "log_interval", "eval_iters", "timeout"):
         if globals()[key] < 1:
             raise ValueError(f"--{key}={globals()[key]}: must be at least 1")
@@ -351,15 +368,20 @@ def check_keys() -> None:
         "learning_rate",
         "min_lr",
         "weight_decay",
-        "momentum",
         "warmup_iters",
         "eval_interval",
         "grad_clip",
         "skip_bad_steps",
+        "keep_checkpoints",
+        "total_batch_tokens",
+        "max_epochs",
+        "final_eval_tokens",
+        "sample_temperature",
+        "norm_eps",
     ):
         if globals()[key] < 0:
             raise ValueError(f"--{key}={globals()[key]}: must be at least 0")
-    for key in ("beta1", "beta2", "label_smoothing"):
+    for key in ("beta1", "beta2", "momentum", "label_smoothing"):
         if not 0 <= globals()[key] < 1:
             raise ValueError(f"--{key}={globals()[key]}: must be at least 0 and less than 1")
     for key, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -420,22 +442,23 @@ def describe(model: GPT, found: Dataset, on: torch.device, kind: torch.dtype, st
 
 def restore(optimizers: list, scaler: torch.amp.GradScaler, payload: dict, steps: int, micro_batches: int) -> None:
     """Put a checkpoint's state back; say which keys are not what they were. Raises ValueError where that cannot go on."""
-    before = payload["config"]
-    for key in ("optimizer", "block_size"):
-        if before.get(key, globals()[key]) != globals()[key]:
+    before = {"optimizer": "adamw", **payload.get("asked", payload["config"])}  # nanoGPT knows no other
+    fixed = GPTConfig.__dataclass_fields__.keys() - {"dropout", "attn", "activation_checkpointing"} | {"optimizer"}
+    for key in sorted(fixed & before.keys() & globals().keys()):
+        if before[key] != globals()[key] and ("asked" in payload or key in ("optimizer", "block_size")):
             raise ValueError(
                 f"--{key}={globals()[key]}: the run to resume had {before[key]}; keep it, or begin a run with "
                 f"--init_from={out_dir}"
             )
-    untold = ("resume", "init_from", "out_dir", "max_iters", "eval_only", "batch_size", "gradient_accumulation_steps")
+    untold = {"resume", "init_from", "out_dir", "max_iters", "lr_decay_iters", "eval_only", "batch_size", *fixed}
+    untold |= {"gradient_accumulation_steps", "total_batch_tokens"}
     changed = [f"{k} {v} -> {globals()[k]}" for k, v in before.items() if k not in untold and globals().get(k, v) != v]
-    sequences = batch_size * micro_batches
-    if before.get("gradient_accumulation_steps", 0) * before.get("batch_size", 0) not in (0, sequences):
-        changed.append(
-            f"sequences a step {before['gradient_accumulation_steps'] * before['batch_size']} -> {sequences}"
-        )
-    if decay_lr and schedule != "constant" and not lr_decay_iters and before.get("max_iters", steps) != steps:
-        changed.append(f"end of the learning rate's schedule {before['max_iters']} -> {steps}")
+    resolved, sequences = payload["config"], batch_size * micro_batches
+    if (past := resolved.get("gradient_accumulation_steps", 0) * resolved.get("batch_size", 0)) not in (0, sequences):
+        changed.append(f"sequences a step {past} -> {sequences}")
+    past, until = (resolved.get("lr_decay_iters") or resolved.get("max_iters", steps)), lr_decay_iters or steps
+    if decay_lr and schedule != "constant" and past != until:
+        changed.append(f"end of the learning rate's schedule {past} -> {until}")
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print(f"resumed with other keys than before: {', '.join(changed)}")
     for each, state in zip(optimizers, payload["optimizers"]):
@@ -480,16 +503,20 @@ def largest_batch(model: GPT, on: torch.device, kind: torch.dtype, world: int) -
         )
     peaks = []
     for rows in (1, 3):
-        x = torch.zeros(rows, block_size, dtype=torch.long, device=on)
-        with contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind):
-            _, loss = model(x, x, return_logits=False)
-        loss.backward()
-        peaks.append(peak_memory(on) or 0.0)
-        model.zero_grad(set_to_none=True)
-    a_sequence = max((peaks[1] - peaks[0]) / 2, 1e-3)
+        try:
+            peaks.append(peak_of(model, rows, on, kind))
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            peaks.append(math.inf)
+    a_sequence = max((peaks[1] - peaks[0]) / 2, 1e-3) if peaks[0] < math.inf else math.inf
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    base = peaks[0] - a_sequence + 2 * weights + (weights if world > 1 else 0)  # the optimizer's state, DDP's buckets
-    fits = torch.tensor(float(int((0.9 * free_memory(on) - base) / a_sequence)))
+    fits = torch.tensor(1.0 if peaks[0] < math.inf else 0.0)
+    if peaks[1] < math.inf:
+        base = (
+            peaks[0] - a_sequence + 2 * weights + (weights if world > 1 else 0)
+        )  # the optimizer's state, DDP's buckets
+        fits = torch.tensor(float(int((0.9 * free_memory(on) - base) / a_sequence)))
     if world > 1:
         dist.all_reduce(fits, dist.ReduceOp.MIN)  # gloo's, on the CPU
     if fits < 1:
@@ -500,27 +527,45 @@ def largest_batch(model: GPT, on: torch.device, kind: torch.dtype, world: int) -
     return max(d for d in range(1, sequences + 1) if sequences % d == 0 and d <= fits)
 
 
+def peak_of(model: GPT, rows: int, on: torch.device, kind: torch.dtype) -> float:
+    """MiB at the peak of a forward and a backward pass of so many sequences."""
+    x = torch.zeros(rows, block_size, dtype=torch.long, device=on)
+    try:
+        with contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind):
+            _, loss = model(x, x, return_logits=False)
+        loss.backward()
+        return peak_memory(on) or 0.0
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def is_out_of_memory(e: Exception) -> bool:
+    words = ("allocate memory", "out of memory")
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(w in str(e) for w in words)
+
+
 @contextlib.contextmanager
-def explained(run: Run):
+def explained():
     """Errors of the machine as a line that says what to change: memory that ran out, a rank that is gone."""
     try:
         yield
-    except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e) or "out of memory" in str(e):
+    except (RuntimeError, MemoryError) as e:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if is_out_of_memory(e):
             tips = ["--activation_checkpointing=True", "a smaller --block_size or model"]
-            micro_batches = run.accumulation * run.world
-            if batch_size > 1:
+            if isinstance(batch_size, int) and batch_size > 1:
                 part = next(d for d in range(2, batch_size + 1) if batch_size % d == 0)
-                keys = f"--batch_size={batch_size // part} --gradient_accumulation_steps={micro_batches * part}"
-                tips.insert(0, f"{keys} (the same {batch_size * block_size * micro_batches:,} tokens a step)")
+                keys = f"--batch_size={batch_size // part} --gradient_accumulation_steps={gradient_accumulation_steps * part}"
+                tokens = batch_size * block_size * gradient_accumulation_steps
+                tips.insert(0, f"{keys} (the same {tokens:,} tokens a step)")
             raise RuntimeError(
-                f"out of memory with micro-batches of {batch_size} x {block_size} tokens, {run.accumulation} a step on "
-                f"each rank ({first_line(e)[:100]}); try {', or '.join(tips)}"
+                f"out of memory with micro-batches of {batch_size} x {block_size} tokens ({first_line(e)[:100]}); try "
+                f"{', or '.join(tips)}"
             ) from None
-        if run.world > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
-            if int(os.environ.get("LOCAL_WORLD_SIZE", run.world)) < run.world:
+        if world > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            if int(os.environ.get("LOCAL_WORLD_SIZE", world)) < world:
                 time.sleep(5)  # until torchrun has noticed that a host is lost, it would start again with it (README)
-            raise RuntimeError(f"rank {run.rank}: another rank is gone ({first_line(e)})") from None
+            raise RuntimeError(f"rank {rank}: another rank is gone ({first_line(e)})") from None
         raise
 
 
@@ -541,25 +586,29 @@ def dump_bad_step(run: Run, step: int, rank: int, config: dict, tokenizer: dict)
             "tokenizer": tokenizer, "step": step, "rank": rank, "dropout_seed": dropout_seed(step, rank),
             "x": torch.from_numpy(np.stack(x)), "y": torch.from_numpy(np.stack(y)), "places": places,
         }  # fmt: skip
-        save_checkpoint(path, payload)
+        try:
+            save_checkpoint(path, payload)
+        except OSError as e:
+            print(f"warning: {path} could not be written: {e.strerror}")
     return path, f"{places[0][0]} at byte {places[0][1]:,} and {len(places) - 1} more"
 
 
 def main(config: dict) -> None:
-    global batch_size
-    started = time.perf_counter()
+    global batch_size, gradient_accumulation_steps
+    started, asked = time.perf_counter(), config
     signals = Signals()
     check_keys()
     on, kind, rank, world = set_up_device()
     master = rank == 0
     found = find_dataset(rank)
     windows = TrainingWindows(found.train, block_size, found.vocab_size, seed, data_fraction) if found.train else None
-    payload = find_payload(rank, world)
+    payload = find_payload(asked, rank, world)
     model = new_model(found, payload).to(on).train()
     eval_sequences = eval_iters * (batch_size if isinstance(batch_size, int) else 64)
     if batch_size == "auto":
         batch_size = largest_batch(model, on, kind, world)
     steps, micro_batches = steps_and_accumulation(world, windows)
+    gradient_accumulation_steps = micro_batches
     tokens_a_step = micro_batches * batch_size * block_size
     if master:
         describe(model, found, on, kind, steps, micro_batches)
@@ -568,27 +617,32 @@ def main(config: dict) -> None:
     validation_windows(found.val, block_size)  # too little text is said now, not after the first steps
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, beta1, beta2, momentum)
     scaler = torch.amp.GradScaler(on.type, enabled=kind == torch.float16)
-    first_step, best_val_loss, trained_seconds, bad_steps = 0, math.inf, 0.0, 0
+    first_step, best_val_loss, best_step, trained_seconds, bad_steps, wandb_id = 0, math.inf, None, 0.0, 0, None
     if init_from == "resume":
-        if "optimizers" not in payload:
+        if any(k not in payload for k in ("optimizers", "scaler", "step", "best_val_loss", "config")):
             raise ValueError(
                 f"{out_dir}/ckpt.pt has no state to go on from: begin a run with --init_from={out_dir}/ckpt.pt"
             )
         restore(optimizers, scaler, payload, steps, micro_batches)
         first_step, best_val_loss = payload["step"], float(payload["best_val_loss"])
         trained_seconds, bad_steps = payload.get("elapsed", 0.0), payload.get("bad_steps", 0)
+        wandb_id = payload.get("wandb_id")
+        if first_step > steps and not eval_only:
+            raise ValueError(f"--max_iters={steps}: the run to resume is at step {first_step:,} already")
+        if payload.get("asked", {}).get("eval_iters") == eval_iters:  # the same windows, whatever the batch size now
+            eval_sequences = payload["eval_sequences"]
     accumulation = micro_batches // world
     run = Run(model, model, optimizers, scaler, windows, on, kind, accumulation, rank, world, bad=bad_steps)
-    with explained(run):
-        run.step_model = compile_model(run)
+    run.step_model = compile_model(run)
     if world > 1:
         gpus = [on.index] if on.type == "cuda" else None
         run.step_model = DistributedDataParallel(run.step_model, gpus, gradient_as_bucket_view=True)
     log, saver = None, Saver()
     if master and not eval_only:
         resolved = {"max_iters": steps, "gradient_accumulation_steps": micro_batches, "batch_size": batch_size}
-        config = config | resolved | {"dataset": dataset}
-        log = Log(run, config, found.tokenizer, tokens_a_step, first_step, payload.get("wandb_id"))
+        real = {k: v for k, v in asdict(model.config).items() if k in config}
+        config = config | resolved | real | {"dataset": dataset}
+        log = Log(run, config, found.tokenizer, tokens_a_step, first_step, wandb_id)
         with contextlib.suppress(ValueError):  # there is none, or it is damaged
             best = load_checkpoint(Path(out_dir) / "best.pt") if first_step else {"step": math.inf}
             if best["step"] <= first_step:  # it may be of an evaluation just after the checkpoint
@@ -612,7 +666,8 @@ def main(config: dict) -> None:
             "config": config,
             "tokenizer": log.tokenizer.to_dict() if log.tokenizer else found.tokenizer,
             "wandb_id": log.wandb_id,
-            "job": os.environ.get("TORCHELASTIC_RUN_ID"),
+            "asked": asked,
+            "eval_sequences": eval_sequences,
         }
         if whole:
             state |= {"optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}
@@ -652,14 +707,15 @@ def main(config: dict) -> None:
                     print(f"warning: {about}: no update, {bad_steps} of {skip_bad_steps} tolerated")
                 return
             saver.wait()
-            good = f"of step {saver.steps.get('ckpt.pt', first_step):,}"
+            good = saver.steps.get("ckpt.pt", first_step)
+            good = f"the last good checkpoint is of step {good:,}" if good else "there is no checkpoint yet"
             path, places = dump_bad_step(run, at - 1, worst, config, found.tokenizer)
             raise RuntimeError(
-                f"{about}, batch from {places}. {path} reproduces it; the last good checkpoint is {good}. Lower "
+                f"{about}, batch from {places}. {path} reproduces it; {good}. Lower "
                 "--learning_rate or --grad_clip, try --dtype=float32, or tolerate some by --skip_bad_steps=N"
             )
 
-    signals.catch(True)
+    signals.catch(not eval_only)
     while True:
         last = step >= steps
         evaluate_now = last or eval_only or due(eval_interval)
@@ -674,13 +730,17 @@ def main(config: dict) -> None:
             if stop:
                 break
             if evaluate_now:
-                with explained(run):
-                    val_loss, accuracy = evaluate(run, found.val, eval_sequences)
+                measured = evaluate(run, found.val, eval_sequences, lambda: signals.number > 0)
+                if measured is None:
+                    stop = 1
+                    continue
+                val_loss, accuracy = measured
                 if eval_only:
                     break
                 if val_loss < best_val_loss:
                     best_val_loss = val_loss
                     if step or init_from != "scratch":
+                        best_step = step
                         save("best.pt", whole=False, val_loss=val_loss)
                 if master:
                     log.validation(step, val_loss, accuracy, best_val_loss)
@@ -696,20 +756,23 @@ def main(config: dict) -> None:
         for each in optimizers:
             for group in each.param_groups:
                 group["lr"] = lr
-        with explained(run):
-            loss, norm = train_step(run, step)
-            read_pending()
-            step += 1
-            asked = torch.full((), float(signals.number > 0), device=on)
-            numbers = torch.cat((torch.stack((loss, norm.float(), asked)), mine * ~torch.isfinite(loss)))
-            if world > 1:  # so that all ranks stop together
-                dist.all_reduce(numbers)
+        loss, norm = train_step(run, step)
+        read_pending()
+        step += 1
+        signalled = torch.full((), float(signals.number > 0), device=on)
+        numbers = torch.cat((torch.stack((loss, norm.float(), signalled)), mine * ~torch.isfinite(loss)))
+        if world > 1:  # so that all ranks stop together
+            dist.all_reduce(numbers)
         pending = (step, read_later(numbers), lr, step % log_interval == 0 or step == steps)
         if on.type != "cuda":
             read_pending()
     saver.wait()
     signals.catch(False)  # all that training made is on the disk
     if stop:
+        if master and step > first_step and saver.steps.get("ckpt.pt") != step:
+            raise OSError(
+                f"stopped at step {step:,}, which is not saved: make room, and --resume goes on from what there is"
+            )
         if master:
             print(f"stopped at step {step:,}: --resume goes on from there")
         raise SystemExit(128 + (signals.number or signal.SIGTERM))
@@ -721,6 +784,8 @@ def main(config: dict) -> None:
         if master:
             total = time.perf_counter() - started
             log.finish(val_loss, accuracy, best_val_loss, bad_steps, trained_seconds, total)
+            if best_step is not None and saver.steps.get("best.pt") != best_step:
+                raise OSError(f"{out_dir}/best.pt is not the best: that of step {best_step:,} could not be saved")
             if steps > first_step and saver.steps.get("ckpt.pt") != steps:
                 raise OSError(
                     f"the last checkpoint, of step {steps:,}, is not saved: make room, and --resume repeats the end"
@@ -732,5 +797,5 @@ def main(config: dict) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # what is printed is seen at once, in a file too
-    with short_errors():
+    with short_errors(), explained():
         main(configure(globals()))

@@ -106,7 +106,7 @@ def test_damaged_folders_are_refused_in_a_line(refused, tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rms_norm_eps"}))
     assert "config.json lacks rms_norm_eps" in refused(*ask)
     assert "there is no checkpoint gone" in refused("sample.py", "--init_from=gone")
-    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     assert "the hub does not give openai-community/gpt2-xl" in refused("sample.py", "--init_from=gpt2-xl", env=hub)
 
 

@@ -46,7 +46,8 @@ def child(request: dict) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import datasets  # noqa: F401
+    import pandas  # noqa: F401, part of `datasets`, which itself would read the environment once for all
+    import pyarrow.dataset  # noqa: F401
     import requests  # noqa: F401
     import torch._dynamo  # noqa: F401, an optimizer imports it
     import tqdm  # noqa: F401
