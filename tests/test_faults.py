@@ -194,6 +194,31 @@ def test_sigterm_during_a_save_and_an_evaluation_loses_nothing(run, chars):
     assert told(chars / "parts") == told(chars / "whole")
 
 
+def test_an_evaluation_heeds_a_signal(chars):
+    ids = np.fromfile(chars / "data" / "chars" / "val.bin", np.uint16)
+    np.tile(ids, 2000).tofile(chars / "data" / "chars" / "val.bin")
+    keys = [*SMALL, "--dataset=chars", "--eval_iters=20000", "--max_iters=2", "--eval_interval=2"]
+    for options in ([], ["--eval_only"]):
+        script = Script("train.py", *keys, *options, cwd=chars)
+        wait_for(lambda script=script: "step: " in script.stdout)
+        time.sleep(1.5)
+        start = time.monotonic()
+        script.kill(signal.SIGTERM)
+        assert script.wait().returncode in (143, -15) and time.monotonic() - start < 3
+
+
+def test_resume_keeps_the_model_and_the_validation_windows(run, refused, chars):
+    run("train.py", *SMALL, "--dataset=chars")
+    again = ["train.py", *SMALL, "--dataset=chars", "--resume", "--max_iters=8"]
+    for key in ("n_layer=3", "mlp=swiglu", "bias=True"):
+        assert f"--{key}: the run to resume had" in refused(*again, f"--{key}")
+    assert "is at step 6 already" in refused(*again, "--max_iters=3")
+    before = [m["val_loss"] for m in metrics(chars / "out") if "val_loss" in m][-1]
+    printed = run(*again, "--batch_size=2", "--gradient_accumulation_steps=2", "--eval_interval=6")
+    line = next(line for line in printed.splitlines() if line.strip().startswith("6/8  val"))
+    assert f"val loss {before:.4f}" in line
+
+
 def test_resume_before_the_first_checkpoint_begins_and_insisting_is_refused(run, refused, chars):
     printed = run("train.py", *SMALL, "--dataset=chars", "--resume")
     assert "there is no checkpoint in out to resume: the run begins" in printed
@@ -229,12 +254,25 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, refused, chars, 
     (out / "samples" / "step_18.txt").unlink()  # of the shorter run's end
     (out / "best.pt").write_bytes(damage((out / "best.pt").read_bytes()))
     done = call("train.py", *arguments(setting, "parts"), "--resume", cwd=chars)
-    assert done.returncode == 0 and "ckpt.pt cannot be read" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "ckpt.pt is damaged" in done.stdout, done.stdout + done.stderr
     assert (out / "ckpt.pt.damaged").exists()
     assert_same_run(out, chars / "whole")
     for path in {p.stat().st_ino: p for p in out.glob("*.pt")}.values():
         path.write_bytes(damage(path.read_bytes()))
-    assert "no checkpoint in parts can be read" in refused("train.py", *arguments(setting, "parts"), "--resume")
+    for _ in range(2):  # it does not begin anew over what may yet be mended
+        assert "no checkpoint in parts can be read" in refused("train.py", *arguments(setting, "parts"), "--resume")
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(run, refused, chars):
+    big = [*SMALL, "--dataset=chars", "--n_embd=1024", "--max_iters=2", "--eval_interval=1", "--final_eval_tokens=512"]
+    run("train.py", *big)
+    before = sorted(p.name for p in (chars / "out").iterdir())
+    for limit in (2200, 2600, 3000):
+        done = call("train.py", *big, "--max_iters=3", "--resume", cwd=chars, limits={"RLIMIT_AS": limit * 2**20})
+        if done.returncode:
+            assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+            assert sorted(p.name for p in (chars / "out").iterdir()) == before
+    assert "3/3" in run("train.py", *big, "--max_iters=3", "--resume")
 
 
 def test_no_flipped_bit_in_a_checkpoint_goes_unnoticed(tmp_path):
@@ -329,6 +367,18 @@ def test_a_limit_on_file_size_is_a_full_disk_too(chars):
     done = call("train.py", *arguments("", "parts"), cwd=chars, limits={"RLIMIT_FSIZE": limit})
     assert done.returncode == 2 and "File too large" in done.stdout
     assert told(chars / "parts") == told(chars / "whole")
+
+
+def test_stopped_where_nothing_can_be_saved_it_says_so(chars):
+    long = [*SMALL, "--dataset=chars", "--max_iters=100000", "--eval_interval=0"]
+    script = Script("train.py", *long, cwd=chars, limits={"RLIMIT_FSIZE": 100_000})
+    wait_for(lambda: (chars / "out" / "log.txt").exists() and len((chars / "out" / "log.txt").read_text()) > 500)
+    script.kill(signal.SIGTERM)
+    assert script.wait().returncode == 2 and "which is not saved: make room" in script.stderr
+    bad = [*SMALL, "--dataset=chars", "--learning_rate=1e12", "--optimizer=sgd", "--grad_clip=0.0", "--out_dir=bad"]
+    done = call("train.py", *bad, "--max_iters=40", "--eval_interval=0", cwd=chars, limits={"RLIMIT_FSIZE": 100_000})
+    assert done.returncode == 2 and "could not be written: File too large" in done.stdout
+    assert "loss nan" in done.stderr and "there is no checkpoint yet" in done.stderr
 
 
 @root
