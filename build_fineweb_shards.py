@@ -195,9 +195,7 @@ def main() -> None:
     if num_workers == 1:
         print(f"Train on it: python train.py --dataset={folder.name}")
     else:
-        print(
-            f"When all {num_workers} workers are done, put their shards into one folder, with worker 0's meta.json left out"
-        )
+        print(f"When all {num_workers} workers are done, put their shards into one folder, without the meta.json files")
 
 
 if __name__ == "__main__":

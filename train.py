@@ -513,9 +513,8 @@ def largest_batch(model: GPT, on: torch.device, kind: torch.dtype, world: int) -
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     fits = torch.tensor(1.0 if peaks[0] < math.inf else 0.0)
     if peaks[1] < math.inf:
-        base = (
-            peaks[0] - a_sequence + 2 * weights + (weights if world > 1 else 0)
-        )  # the optimizer's state, DDP's buckets
+        later = 2 * weights + (weights if world > 1 else 0)  # the optimizer's state, DDP's buckets
+        base = peaks[0] - a_sequence + later
         fits = torch.tensor(float(int((0.9 * free_memory(on) - base) / a_sequence)))
     if world > 1:
         dist.all_reduce(fits, dist.ReduceOp.MIN)  # gloo's, on the CPU
