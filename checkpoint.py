@@ -72,7 +72,7 @@ def copy_to_host(value, into=None):
         return value
     if not isinstance(into, torch.Tensor) or into.shape != value.shape or into.dtype != value.dtype:
         into = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
-    return into.copy_(value.detach(), non_blocking=True)
+    return into.copy_(value.detach(), non_blocking=value.is_cuda)
 
 
 class Saver:
