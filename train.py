@@ -767,6 +767,8 @@ def main(config: dict) -> None:
             read_pending()
     saver.wait()
     signals.catch(False)  # all that training made is on the disk
+    if world > 1:  # DDP goes before the process group: as its last owner it would wait for gloo's thread with the GIL held
+        run.step_model = run.step_model.module
     if stop:
         if master and step > first_step and saver.steps.get("ckpt.pt") != step:
             raise OSError(
