@@ -10,15 +10,15 @@ The first shard is validation, the others are training, 100 million tokens each.
 FineWeb-Edu (https://arxiv.org/abs/2406.17557): web pages of educational value, 10, 100 or 350 billion tokens of them.
 """
 
-import json
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from configurator import configure, short_errors
-from data import DatasetWriter, Source, check_free, download, learn_tokenizer, open_shard
+from corpus import DatasetWriter, check_free, check_room, download, is_made, open_stream, stream_rows, text_of
+from data import open_shard
+from tokenizer import learn_tokenizer
 
 sample = "10BT"  # of FineWeb-Edu: 10BT | 100BT | 350BT
 source = ""  # files or folders of .parquet and .jsonl instead, separated by commas
@@ -54,105 +54,56 @@ def find_files(paths: str) -> list[Path]:
 
 def stream(files: list[Path]):
     """The documents as a stream of `datasets`, this worker's part of them. Raises ValueError where they cannot be had."""
-    import datasets
-
-    try:
-        if files:
-            kind = {".parquet": "parquet", ".jsonl": "json"}[files[0].suffix]
-            found = datasets.load_dataset(kind, data_files=list(map(str, files)), split="train", streaming=True)
-        else:
-            found = datasets.load_dataset(HUB, name=f"sample-{sample}", split="train", streaming=True)
-    except Exception as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-        raise ValueError(
-            f"{source or HUB} cannot be read ({reason}); started again, this goes on where it stopped"
-        ) from None
-    if num_workers > 1:
-        if num_workers > found.num_shards:
-            raise ValueError(f"--num_workers={num_workers}: there are {found.num_shards} files to share out")
-        found = found.shard(num_workers, worker, contiguous=False)
-    return found
-
-
-def documents(files: list[Path]) -> Source:
-    """A source whose positions are the stream's own state, taken only where they are asked for."""
-
-    def read(position) -> Iterator[tuple[Callable[[], dict], str]]:
-        found = stream(files)
-        if position:
-            found.load_state_dict(position)
-        each = iter(found)
-        while True:
-            try:
-                document = next(each, None)
-            except Exception as e:
-                reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-                raise ValueError(f"{source or HUB}: {reason}; started again, this goes on where it stopped") from None
-            if document is None:
-                return
-            text = document.get(text_field)
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"a document has no text under {text_field!r}, only {list(document)}: set --text_field"
-                )
-            if text.strip():
-                yield found.state_dict, text
-
-    return read
+    if files:
+        kind = {".parquet": "parquet", ".jsonl": "json"}[files[0].suffix]
+        found = open_stream(kind, source, data_files=[str(p) for p in files], split="train")
+    else:
+        found = open_stream(HUB, name=f"sample-{sample}", split="train")
+    if num_workers == 1:
+        return found
+    if num_workers > found.num_shards:
+        raise ValueError(f"--num_workers={num_workers}: there are {found.num_shards} files to share out")
+    return found.shard(num_workers, worker, contiguous=False)
 
 
 def build(folder: Path, files: list[Path]) -> None:
-    arguments = {
-        k: globals()[k] for k in ("text_field", "tokenizer", "max_tokens", "shard_tokens", "worker", "num_workers")
-    }
-    arguments |= {"files": [[str(p), p.stat().st_size] for p in files]} if files else {"hub": HUB, "sample": sample}
-    name = "edufineweb" if not source else folder.name
-    if already(folder, arguments):
-        return
-    check_free(folder, overwrite, name)
-    expected = (
-        sum(p.stat().st_size for p in files) if files else 2 * TOKENS[sample]
-    )  # bytes; text is larger than tokens
-    need = min(expected / num_workers, 2 * max_tokens or expected) / 2**20
-    there = folder if folder.exists() else next(p for p in folder.resolve().parents if p.exists())
-    done = sum(p.stat().st_size for p in folder.glob(f"{name}_*.npy")) / 2**20
-    free = shutil.disk_usage(there).free / 2**20
-    if need - done > free:
-        raise ValueError(
-            f"{folder}: about {need - done:,.0f} MiB are to be written, {free:,.0f} MiB are free: --max_tokens, or another "
-            "--data_dir"
-        )
+    """Tokenize the documents in their order into shards of one size; the first of all workers' is validation."""
     began = time.perf_counter()
-    writer = DatasetWriter(folder, arguments, lambda: learn_tokenizer(tokenizer, 0, lambda: ()), overwrite, name)
+    keys = ("text_field", "tokenizer", "max_tokens", "shard_tokens", "worker", "num_workers")
+    arguments = {k: globals()[k] for k in keys}
+    arguments |= {"files": [[str(p), p.stat().st_size] for p in files]} if files else {"hub": HUB, "sample": sample}
+    if not overwrite and is_made(folder, arguments):
+        return
+    name = folder.name if source else "edufineweb"
+    check_free(folder, overwrite, name)
+    # Text takes more bytes than its tokens, parquet about as many.
+    expected = sum(p.stat().st_size for p in files) if files else 2 * TOKENS[sample]
+    expected = min(expected / num_workers, 2 * max_tokens or expected)
+    there = sum(p.stat().st_size for p in folder.glob(f"{name}_*.npy*"))
+    check_room(folder, expected - there, ": --max_tokens, or another --data_dir")
 
-    def split_of(number: int) -> str:
-        return "val" if number == 0 and worker == 0 else "train"
+    def name_of(_, count: int) -> str:
+        number = count * num_workers + worker
+        return f"{name}_{'train' if number else 'val'}_{number:06d}.npy"
 
-    def number_of(count: int) -> int:
-        return count * num_workers + worker
+    def documents(position) -> Iterator[tuple[str, object]]:
+        found = stream(files)
+        for row in stream_rows(found, source or HUB, position):
+            text = text_of(row, text_field, source or HUB)
+            if text.strip():
+                yield text, found.state_dict  # called only where the position is wanted
 
-    writer.write("all", documents(files), shard_tokens, max_tokens, split_of, number_of)
-    last = writer.state["splits"]["all"]["shards"][-1:]
-    tokens = writer.finish(f"{source or HUB + ' ' + sample}")
-    print(
-        f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens, {time.perf_counter() - began:.0f} s"
-        + (
-            f"; the text ended in {last[0]['file']}, which is shorter"
-            if last and last[0]["tokens"] < shard_tokens
-            else ""
-        )
+    writer = DatasetWriter(
+        folder, arguments, lambda: learn_tokenizer(tokenizer, 0, lambda: ()), overwrite, name, shard_tokens, name_of
     )
+    writer.write(documents, "all", max_tokens=max_tokens)
+    tokens = writer.finish(source or f"{HUB} {sample}")
+    print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens, {time.perf_counter() - began:.0f} s")
+    last = writer.writers["all"].shards[-1] if writer.writers else {"tokens": shard_tokens}
+    if last["tokens"] < shard_tokens and not max_tokens:
+        print(f"the text ended in {last['file']}, which is shorter than the others and used as they are")
     if worker == 0 and not tokens["train"]:
         print("all of it fits into the validation shard: lower --shard_tokens to have training shards too")
-
-
-def already(folder: Path, arguments: dict) -> bool:
-    if (folder / "meta.json").exists() and not overwrite:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta.get("arguments") == json.loads(json.dumps(arguments)):
-            print(f"{folder} is there already, with these settings: nothing to do (--overwrite=True makes it again)")
-            return True
-    return False
 
 
 def fetch_pretokenized(folder: Path) -> None:

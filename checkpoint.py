@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from data import read_tokenizer
-from machine import first_line
+from configurator import first_line
+from machine import is_out_of_memory
 from model import GPT, GPT2_NAMES, GPTConfig, read_pretrained
+from tokenizer import read_tokenizer
 
 PREVIOUS = "ckpt_previous.pt"  # the one before ckpt.pt, for when that is damaged
 
@@ -156,7 +157,7 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
                 "where that object is known: p = torch.load(path, weights_only=False); p['config'] = vars(p['config']); "
                 "torch.save(p, path)"
             ) from None
-        if isinstance(e, (OSError, MemoryError)) or "allocate memory" in str(e) or "out of memory" in str(e):
+        if isinstance(e, OSError) or is_out_of_memory(e):
             raise ValueError(f"{path} cannot be read now: {first_line(e)}") from None
         raise Damaged(f"{path} is damaged: {first_line(e)}") from None
     if not isinstance(payload, dict) or not isinstance(payload.get("model"), dict):

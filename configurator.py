@@ -180,6 +180,10 @@ def print_help(namespace: dict, comments: dict[str, str], defaults: dict) -> Non
             print(f"  --{key + '=' + value:<38} {comment}".rstrip())
 
 
+def first_line(e: BaseException) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
 @contextmanager
 def short_errors():
     """What a user can mend ends the script with one message and exit code 2; a bug keeps its traceback.

@@ -1,4 +1,4 @@
-"""The machine under a run: its device and dtype, memory, the other ranks, and signals. Needs torch alone."""
+"""The machine under a run: its device and dtype, memory, the other ranks, and signals."""
 
 import math
 import os
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from configurator import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -124,8 +126,9 @@ def greet(on: torch.device, rank: int, world: int) -> None:
         print(f"ranks: {world} ({hosts}), all-reduce {moved / min(times) / 1e9:.2f} GB/s a rank")
 
 
-def first_line(e: BaseException) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+def is_out_of_memory(e: Exception) -> bool:
+    words = ("allocate memory", "out of memory")
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(w in str(e) for w in words)
 
 
 class Signals:

@@ -7,11 +7,11 @@
 TinyStories (https://arxiv.org/abs/2305.07759) are two million short stories written by GPT-3.5 and GPT-4, version v2 by
 GPT-4 alone. The files stay in data_dir/downloads. What an interrupted attempt left is continued.
 
-The grammar of the synthetic stories knows people, animals, things, places and a dozen small plots in which one thing follows from another.
-What a model has to learn is who did what: each story binds its names, pronouns, things, colours and places anew.
+The grammar of the synthetic stories knows people, animals, things, places and a dozen small plots in which one thing
+follows from another. What a model has to learn is who did what: each story binds its names, pronouns, things, colours and
+places anew.
 """
 
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -19,20 +19,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from configurator import configure, short_errors
-from data import (
-    DatasetWriter,
-    check_free,
-    download,
-    finish_dataset,
-    learn_tokenizer,
-    split_text,
-    start_dataset,
-    word_tokenizer,
-    write_shards,
-)
+from corpus import DatasetWriter, check_free, download, is_made, split_text
+from tokenizer import learn_tokenizer, word_tokenizer
 
 synthetic = False  # write the embedded stories instead
 version = "v1"  # v1: the original stories | v2: those by GPT-4
@@ -268,35 +257,22 @@ def story(rng: random.Random) -> str:
     return "\n".join(paragraph.format(**words) for paragraph in paragraphs)
 
 
-def make_synthetic(
-    folder: Path, stories=12_000, val_fraction=0.05, vocab_size=2048, seed=1337, overwrite=False
-) -> None:
-    """Write the embedded stories as a dataset. Raises ValueError if the folder holds one already, or for too few stories."""
+def make_synthetic(folder: Path, count=12_000, val_fraction=0.05, vocab_size=2048, seed=1337, overwrite=False) -> None:
+    """Write so many embedded stories as a dataset. Raises ValueError if the folder holds one already, or for too few."""
     begin = time.perf_counter()
-    if stories < 2:
-        raise ValueError(f"--max_docs={stories}: at least 2 stories")
+    if count < 2:
+        raise ValueError(f"--max_docs={count}: at least 2 stories")
     rng = random.Random(seed)
-    told = list(dict.fromkeys(story(rng) for _ in range(stories)))  # no story twice, so none is in both splits
-    tokenizer = word_tokenizer("\n\n".join(told), vocab_size)
-    start_dataset(folder, overwrite)
+    told = list(dict.fromkeys(story(rng) for _ in range(count)))  # no story twice, so none is in both splits
     held_out = max(1, round(len(told) * val_fraction))
-    splits = {"val": told[:held_out], "train": told[held_out:]}
-    shards = {
-        split: write_shards(
-            folder,
-            folder.name,
-            split,
-            (np.array([tokenizer.eot] + tokenizer.encode(text)) for text in texts),
-            tokenizer.n_vocab,
-        )
-        for split, texts in splits.items()
-    }
-    arguments = {"synthetic": True, "max_docs": stories, "val_fraction": val_fraction, "seed": seed}
-    finish_dataset(folder, tokenizer, shards, "the story grammar of prepare_tinystories.py", arguments)
-    tokens = {split: sum(s["tokens"] for s in found) for split, found in shards.items()}
+    arguments = {"synthetic": True, "max_docs": count, "val_fraction": val_fraction, "seed": seed}
+    writer = DatasetWriter(folder, arguments, lambda: word_tokenizer("\n\n".join(told), vocab_size), overwrite)
+    writer.write(lambda position: ((text, None) for text in told[:held_out]), "val")
+    writer.write(lambda position: ((text, None) for text in told[held_out:]), "train")
+    tokens = writer.finish("the story grammar of prepare_tinystories.py")
     print(
         f"{folder}: {len(told):,} stories, {tokens['train']:,} + {tokens['val']:,} tokens, "
-        f"vocabulary {tokenizer.n_vocab:,}, {time.perf_counter() - begin:.1f} s"
+        f"vocabulary {writer.tokenizer.n_vocab:,}, {time.perf_counter() - begin:.1f} s"
     )
 
 
@@ -304,10 +280,8 @@ def make_tinystories(folder: Path) -> None:
     """Download the stories, tokenize them in their order, and write the dataset."""
     begin = time.perf_counter()
     arguments = {k: globals()[k] for k in ("version", "tokenizer", "vocab_size", "max_docs", "data_fraction")}
-    if (folder / "meta.json").exists() and not overwrite:
-        if json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("arguments") == arguments:
-            print(f"{folder} is there already, with these settings: nothing to do (--overwrite=True makes it again)")
-            return
+    if not overwrite and is_made(folder, arguments):
+        return
     check_free(folder, overwrite)
     files = {}
     for split, name in FILES[version].items():
@@ -323,12 +297,12 @@ def make_tinystories(folder: Path) -> None:
         raise ValueError(f"{files['train']} holds no story")
 
     def made():
-        texts = {split: lambda each=each: (text for _, text in each(None)) for split, each in read.items()}
+        texts = {split: lambda each=each: (text for text, _ in each(None)) for split, each in read.items()}
         return learn_tokenizer(tokenizer, vocab_size, lambda: chain(texts["train"](), texts["val"]()), texts["train"])
 
-    writer = DatasetWriter(folder, arguments, made, overwrite)
+    writer = DatasetWriter(folder, arguments, made, overwrite, shard_tokens=shard_tokens)
     for split in ("val", "train"):
-        writer.write(split, read[split], shard_tokens)
+        writer.write(read[split], split)
     tokens = writer.finish(f"TinyStories {version}")
     print(
         f"{folder}: {tokens['train']:,} + {tokens['val']:,} tokens, vocabulary {writer.tokenizer.n_vocab:,}, "
@@ -337,18 +311,18 @@ def make_tinystories(folder: Path) -> None:
     print(f"Train on it: python train.py config/baby_cpu.py --dataset={folder.name}")
 
 
-def stories(path: Path, limit: int, fraction: float, position) -> Iterator[tuple[list[int], str]]:
+def stories(path: Path, limit: int, fraction: float, position) -> Iterator[tuple[str, list[int]]]:
     """The stories of a file from a position, [byte, stories before it], on, each with the position behind it.
 
     limit: stories at most, 0 all. fraction: of the file's bytes, from the front.
     """
     begin, count = position or (0, 0)
     end = path.stat().st_size * fraction
-    for behind, text in split_text(path, begin):
+    for text, behind in split_text(path, begin):
         if (limit and count >= limit) or begin >= end:
             return
         begin, count = behind, count + 1
-        yield [begin, count], text
+        yield text, [begin, count]
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import atomic_write, tokenizer_from_dict
+from data import atomic_write
 from machine import peak_flops, peak_memory
+from tokenizer import tokenizer_from_dict
 
 
 @contextlib.contextmanager
@@ -105,7 +106,7 @@ class Log:
         return Lines(path)
 
     def record(self, step: int, **values) -> None:
-        values = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+        values = finite(values)
         entry = {"step": step, "tokens": step * self.tokens_a_step, **values}
         self.metrics.write(json.dumps(entry) + "\n")
         if self.wandb:
@@ -126,11 +127,14 @@ class Log:
             f"{per_second:,.0f} tok/s  mfu {f'{mfu:.1%}' if mfu else 'n/a'}  eta {int(left) // 60}:{int(left) % 60:02d}"
         )
 
-    def validation(self, step: int, loss: float, accuracy: float, best: float) -> None:
+    def validation(self, step: int, loss: float, accuracy: float, best: float, by_source: dict[str, float]) -> None:
+        """by_source: the loss on each dataset of a mixture, if it is one."""
         if step not in self.evaluated:  # else a resumed run repeats what its log has
-            self.record(step, val_loss=loss, val_accuracy=accuracy)
+            more = {"val_loss_by_source": by_source} if by_source else {}
+            self.record(step, val_loss=loss, val_accuracy=accuracy, **more)
             self.text.write(f"{step} val {loss:.6f}\n")
-        note = "  (best)" if loss <= best else f"  (best {best:.4f})"
+        note = "".join(f"  {name} {value:.4f}" for name, value in by_source.items())
+        note += "  (best)" if loss <= best else f"  (best {best:.4f})"
         print(
             f"{step:>6,}/{self.steps:,}  val loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}  "
             f"accuracy {accuracy:.1%}{note}"
@@ -171,7 +175,9 @@ class Log:
         self.metrics.sync()
         self.text.sync()
 
-    def finish(self, val_loss: float, accuracy: float, best: float, skipped: int, trained: float, total: float) -> None:
+    def finish(
+        self, val_loss: float, accuracy: float, by_source: dict, best: float, skipped: int, trained: float, total: float
+    ) -> None:
         run, tokens = self.run, self.steps * self.tokens_a_step
         history = read_metrics(self.folder)
         speeds = sorted(h["tokens_per_sec"] for h in history if "tokens_per_sec" in h)
@@ -198,8 +204,9 @@ class Log:
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
             "git_commit": git_commit(),
         }
-        results = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in results.items()}
-        atomic_write(self.folder / "results.json", json.dumps(results, indent=1))
+        if by_source:
+            results["final_val_loss_by_source"] = by_source
+        atomic_write(self.folder / "results.json", json.dumps(finite(results), indent=1))
         text = self.sample(self.steps)
         if text:
             print(f"\n{text}\n")
@@ -214,6 +221,11 @@ class Log:
         print(f"  python sample.py --out_dir={self.folder} --start={start}")
         print(f"  python sample.py --out_dir={self.folder} --num_samples=5 --temperature=1.0")
         print("  python prepare_text.py --input=my.txt --dataset=mine --tokenizer=char      (train on your own text)")
+
+
+def finite(values: dict) -> dict:
+    """JSON knows no infinity: such a number becomes None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -15,8 +15,9 @@ import torch
 
 from checkpoint import load_model
 from configurator import configure, short_errors
-from data import load_dataset, tokenizer_from_dict
+from data import load_dataset
 from machine import pick_device, pick_dtype
+from tokenizer import tokenizer_from_dict
 
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id

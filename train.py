@@ -12,6 +12,7 @@ import contextlib
 import gc
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -24,9 +25,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Saver, build_model, load_checkpoint, load_latest, load_payload, save_checkpoint
-from configurator import configure, short_errors
-from data import Dataset, TrainingWindows, load_dataset, validation_batches, validation_windows
-from machine import Signals, first_line, free_memory, join_ranks, peak_memory, pick_device, pick_dtype
+from configurator import configure, first_line, short_errors
+from data import Dataset, MixedWindows, TrainingWindows, load_mixture, validation_batches, validation_windows
+from machine import Signals, free_memory, is_out_of_memory, join_ranks, peak_memory, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
 from report import Log
@@ -39,7 +40,7 @@ seed = 1337  # of the weights, the batch order and dropout
 dry_run = False  # print sizes, FLOPs and memory, and stop before training
 eval_only = False  # evaluate once and stop
 # Data
-dataset = "edu_fineweb10B"  # folder under data_dir
+dataset = "edu_fineweb10B"  # folder under data_dir, or several with weights: tinystories:0.7,chat:0.3
 data_dir = "data"  # where datasets are
 data_fraction = 1.0  # train on the first part of the tokens only
 verify_data = False  # hold every shard against its sha256 first; small datasets always are
@@ -115,7 +116,7 @@ class Run:
     step_model: torch.nn.Module  # the same weights, compiled and wrapped as the device asks
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
-    windows: TrainingWindows
+    windows: TrainingWindows | MixedWindows
     device: torch.device
     dtype: torch.dtype
     accumulation: int  # micro-batches of a step on this rank
@@ -226,6 +227,18 @@ def evaluate(run: Run, shards: list, limit: int, asked=lambda: False) -> tuple[f
     return None if stopped else (loss_sum / tokens, correct / tokens)
 
 
+def evaluate_all(run: Run, found: list[tuple[Dataset, float]], limit: int, asked=lambda: False) -> tuple | None:
+    """evaluate() on each dataset: loss and accuracy, weighted by their shares, and the losses by name if they are several."""
+    losses, accuracy = {}, 0.0
+    for each, share in found:
+        measured = evaluate(run, each.val, limit, asked)
+        if measured is None:
+            return None
+        losses[each.name], accuracy = measured[0], accuracy + share * measured[1]
+    loss = sum(share * losses[each.name] for each, share in found)
+    return loss, accuracy, losses if len(found) > 1 else {}
+
+
 def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
     """Resolve device, then dtype; join the other ranks. Returns (device, dtype, rank, world size)."""
     on = pick_device(device)
@@ -237,16 +250,16 @@ def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
     return on, pick_dtype(dtype, on), rank, world
 
 
-def find_dataset(rank: int) -> Dataset:
-    """The dataset; the quickstart's own stories are made where they are missing."""
+def find_datasets(rank: int) -> list[tuple[Dataset, float]]:
+    """The datasets and their shares; the quickstart's own stories are made where they are missing."""
     global dataset
-    folder = Path(data_dir) / dataset
-    if dataset == "edu_fineweb10B" and not folder.is_dir() and (Path(data_dir) / "openwebtext").is_dir():
+    root = Path(data_dir)
+    if dataset == "edu_fineweb10B" and not (root / dataset).is_dir() and (root / "openwebtext").is_dir():
         dataset = "openwebtext"  # nanoGPT's default, which its config files lean on
-        folder = Path(data_dir) / dataset
         if rank == 0:
-            print(f"there is no {data_dir}/edu_fineweb10B, so this trains on {folder}; --dataset chooses")
-    if dataset == "tinystories_synthetic":
+            print(f"there is no {data_dir}/edu_fineweb10B, so this trains on {root / dataset}; --dataset chooses")
+    if "tinystories_synthetic" in re.split("[:,]", dataset):
+        folder = root / "tinystories_synthetic"
         if rank == 0 and not (folder / "meta.json").exists():
             from prepare_tinystories import make_synthetic
 
@@ -254,10 +267,15 @@ def find_dataset(rank: int) -> Dataset:
             make_synthetic(folder)
         if dist.is_initialized():
             dist.barrier()
-    if dry_run and not folder.is_dir():
-        print(f"there is no dataset {folder}: sizes assume GPT-2's vocabulary")
-        return Dataset(dataset, [], [], None, 50257)
-    return load_dataset(dataset, data_dir, verify_data and rank == 0)
+    if dry_run and "," not in dataset and not (root / dataset).is_dir():
+        print(f"there is no dataset {root / dataset}: sizes assume GPT-2's vocabulary")
+        return [(Dataset(dataset, [], [], None, 50257), 1.0)]
+    return load_mixture(dataset, data_dir, verify_data and rank == 0)
+
+
+def training_windows(found: list[tuple[Dataset, float]]) -> TrainingWindows | MixedWindows:
+    parts = [TrainingWindows(d.train, block_size, d.vocab_size, seed, data_fraction) for d, _ in found]
+    return MixedWindows(parts, [share for _, share in found], seed) if len(found) > 1 else parts[0]
 
 
 def find_payload(config: dict, rank: int, world: int) -> dict:
@@ -343,10 +361,21 @@ def compile_model(run: Run) -> torch.nn.Module:
     except Exception as e:
         if compile is True or is_out_of_memory(e):
             raise
-        reason = str(e).strip().splitlines()[0][:150] if str(e).strip() else type(e).__name__
-        print(f"torch.compile does not work here, going on without it ({reason}); --compile=True shows all")
+        print(f"torch.compile does not work here, going on without it ({first_line(e)}); --compile=True shows all")
         run.model.zero_grad(set_to_none=True)
         return run.model
+
+
+BOUNDS = {  # what a key's value is at least, and less than
+    (1, math.inf): "block_size gradient_accumulation_steps max_iters log_interval eval_iters timeout",
+    (0, 2**63): "seed",
+    (
+        0,
+        math.inf,
+    ): "learning_rate min_lr weight_decay warmup_iters eval_interval grad_clip skip_bad_steps keep_checkpoints "
+    "total_batch_tokens max_epochs final_eval_tokens sample_temperature norm_eps checkpoint_interval sample_interval",
+    (0, 1): "beta1 beta2 momentum label_smoothing",
+}
 
 
 def check_keys() -> None:
@@ -354,36 +383,15 @@ def check_keys() -> None:
     for key, value in globals().items():
         if type(value) is float and key.islower() and not math.isfinite(value):
             raise ValueError(f"--{key}={value}: must be a finite number")
-    if seed >= 2**63:
-        raise ValueError(f"--seed={seed}: must be less than 2**63")
-    for key in ("block_size", "gradient_accumulation_steps", "max_iters", "log_interval", "eval_iters", "timeout"):
-        if globals()[key] < 1:
-            raise ValueError(f"--{key}={globals()[key]}: must be at least 1")
+    for (least, below), keys in BOUNDS.items():
+        for key in keys.split():
+            if not least <= globals()[key] < below:
+                most = f" and less than {below}" if below < math.inf else ""
+                raise ValueError(f"--{key}={globals()[key]}: must be at least {least}{most}")
     if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
         raise ValueError(f"--batch_size={batch_size}: must be at least 1, or auto")
     if batch_size == "auto" and not total_batch_tokens:
         raise ValueError("--batch_size=auto needs --total_batch_tokens, the tokens of a step it divides")
-    for key in (
-        "seed",
-        "learning_rate",
-        "min_lr",
-        "weight_decay",
-        "warmup_iters",
-        "eval_interval",
-        "grad_clip",
-        "skip_bad_steps",
-        "keep_checkpoints",
-        "total_batch_tokens",
-        "max_epochs",
-        "final_eval_tokens",
-        "sample_temperature",
-        "norm_eps",
-    ):
-        if globals()[key] < 0:
-            raise ValueError(f"--{key}={globals()[key]}: must be at least 0")
-    for key in ("beta1", "beta2", "momentum", "label_smoothing"):
-        if not 0 <= globals()[key] < 1:
-            raise ValueError(f"--{key}={globals()[key]}: must be at least 0 and less than 1")
     for key, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         if globals()[key] not in choices:
             raise ValueError(f"--{key}={globals()[key]}: choose one of {', '.join(choices)}")
@@ -410,7 +418,7 @@ def steps_and_accumulation(world: int, windows: TrainingWindows | None) -> tuple
     return steps, micro_batches
 
 
-def describe(model: GPT, found: Dataset, on: torch.device, kind: torch.dtype, steps: int, micro_batches: int) -> None:
+def describe(model: GPT, found: list, on: torch.device, kind: torch.dtype, steps: int, micro_batches: int) -> None:
     """Print what is about to be trained."""
     tokens = micro_batches * batch_size * block_size
     c, B, T = model.config, batch_size, block_size
@@ -419,8 +427,10 @@ def describe(model: GPT, found: Dataset, on: torch.device, kind: torch.dtype, st
     )
     print(f"model: {model.num_params():,} parameters: {sizes}")
     print(f"device: {on}, {str(kind).removeprefix('torch.')}, torch {torch.__version__}")
-    have = ", ".join(f"{sum(s.tokens for s in x):,} {n}" for n, x in (("train", found.train), ("val", found.val)))
-    print(f"data: {dataset}, {have} tokens")
+    for each, share in found:
+        train, val = (sum(s.tokens for s in shards) for shards in (each.train, each.val))
+        part = f" ({share:.1%})" if len(found) > 1 else ""
+        print(f"data: {each.name}{part}, {train:,} train, {val:,} val tokens")
     print(
         f"step: {B} x {T} tokens x {micro_batches} micro-batch{'es' * (micro_batches > 1)} = {tokens:,} tokens; {steps:,} steps, {steps * tokens:,}"
     )
@@ -538,11 +548,6 @@ def peak_of(model: GPT, rows: int, on: torch.device, kind: torch.dtype) -> float
         model.zero_grad(set_to_none=True)
 
 
-def is_out_of_memory(e: Exception) -> bool:
-    words = ("allocate memory", "out of memory")
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(w in str(e) for w in words)
-
-
 @contextlib.contextmanager
 def explained():
     """Errors of the machine as a line that says what to change: memory that ran out, a rank that is gone."""
@@ -599,10 +604,11 @@ def main(config: dict) -> None:
     check_keys()
     on, kind, rank, world = set_up_device()
     master = rank == 0
-    found = find_dataset(rank)
-    windows = TrainingWindows(found.train, block_size, found.vocab_size, seed, data_fraction) if found.train else None
+    found = find_datasets(rank)
+    first_found = found[0][0]  # its vocabulary is that of all
+    windows = training_windows(found) if first_found.train else None
     payload = find_payload(asked, rank, world)
-    model = new_model(found, payload).to(on).train()
+    model = new_model(first_found, payload).to(on).train()
     eval_sequences = eval_iters * (batch_size if isinstance(batch_size, int) else 64)
     if batch_size == "auto":
         batch_size = largest_batch(model, on, kind, world)
@@ -613,7 +619,8 @@ def main(config: dict) -> None:
         describe(model, found, on, kind, steps, micro_batches)
     if dry_run:
         return
-    validation_windows(found.val, block_size)  # too little text is said now, not after the first steps
+    for each, _ in found:
+        validation_windows(each.val, block_size)  # too little text is said now, not after the first steps
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, beta1, beta2, momentum)
     scaler = torch.amp.GradScaler(on.type, enabled=kind == torch.float16)
     first_step, best_val_loss, best_step, trained_seconds, bad_steps, wandb_id = 0, math.inf, None, 0.0, 0, None
@@ -641,7 +648,7 @@ def main(config: dict) -> None:
         resolved = {"max_iters": steps, "gradient_accumulation_steps": micro_batches, "batch_size": batch_size}
         real = {k: v for k, v in asdict(model.config).items() if k in config}
         config = config | resolved | real | {"dataset": dataset}
-        log = Log(run, config, found.tokenizer, tokens_a_step, first_step, wandb_id)
+        log = Log(run, config, first_found.tokenizer, tokens_a_step, first_step, wandb_id)
         with contextlib.suppress(ValueError):  # there is none, or it is damaged
             best = load_checkpoint(Path(out_dir) / "best.pt") if first_step else {"step": math.inf}
             if best["step"] <= first_step:  # it may be of an evaluation just after the checkpoint
@@ -663,7 +670,7 @@ def main(config: dict) -> None:
             "elapsed": trained_seconds,
             "bad_steps": bad_steps,
             "config": config,
-            "tokenizer": log.tokenizer.to_dict() if log.tokenizer else found.tokenizer,
+            "tokenizer": log.tokenizer.to_dict() if log.tokenizer else first_found.tokenizer,
             "wandb_id": log.wandb_id,
             "asked": asked,
             "eval_sequences": eval_sequences,
@@ -708,7 +715,7 @@ def main(config: dict) -> None:
             saver.wait()
             good = saver.steps.get("ckpt.pt", first_step)
             good = f"the last good checkpoint is of step {good:,}" if good else "there is no checkpoint yet"
-            path, places = dump_bad_step(run, at - 1, worst, config, found.tokenizer)
+            path, places = dump_bad_step(run, at - 1, worst, config, first_found.tokenizer)
             raise RuntimeError(
                 f"{about}, batch from {places}. {path} reproduces it; {good}. Lower "
                 "--learning_rate or --grad_clip, try --dtype=float32, or tolerate some by --skip_bad_steps=N"
@@ -729,11 +736,11 @@ def main(config: dict) -> None:
             if stop:
                 break
             if evaluate_now:
-                measured = evaluate(run, found.val, eval_sequences, lambda: signals.number > 0)
+                measured = evaluate_all(run, found, eval_sequences, lambda: signals.number > 0)
                 if measured is None:
                     stop = 1
                     continue
-                val_loss, accuracy = measured
+                val_loss, accuracy, by_source = measured
                 if eval_only:
                     break
                 if val_loss < best_val_loss:
@@ -742,7 +749,7 @@ def main(config: dict) -> None:
                         best_step = step
                         save("best.pt", whole=False, val_loss=val_loss)
                 if master:
-                    log.validation(step, val_loss, accuracy, best_val_loss)
+                    log.validation(step, val_loss, accuracy, best_val_loss, by_source)
             if master and sample_now:
                 log.sample(step)
             paused += time.perf_counter() - aside
@@ -767,7 +774,9 @@ def main(config: dict) -> None:
             read_pending()
     saver.wait()
     signals.catch(False)  # all that training made is on the disk
-    if world > 1:  # DDP goes before the process group: as its last owner it would wait for gloo's thread with the GIL held
+    if (
+        world > 1
+    ):  # DDP goes before the process group: as its last owner it would wait for gloo's thread with the GIL held
         run.step_model = run.step_model.module
     if stop:
         if master and step > first_step and saver.steps.get("ckpt.pt") != step:
@@ -779,12 +788,15 @@ def main(config: dict) -> None:
         raise SystemExit(128 + (signals.number or signal.SIGTERM))
     if eval_only:
         if master:
-            print(f"val loss {val_loss:.4f}  perplexity {math.exp(min(val_loss, 700)):.2f}  accuracy {accuracy:.1%}")
+            sources = "".join(f"  {name} {loss:.4f}" for name, loss in by_source.items())
+            print(
+                f"val loss {val_loss:.4f}  perplexity {math.exp(min(val_loss, 700)):.2f}  accuracy {accuracy:.1%}{sources}"
+            )
     else:  # the last word is said on more of the split
-        val_loss, accuracy = evaluate(run, found.val, -(-final_eval_tokens // block_size))
+        val_loss, accuracy, by_source = evaluate_all(run, found, -(-final_eval_tokens // block_size))
         if master:
             total = time.perf_counter() - started
-            log.finish(val_loss, accuracy, best_val_loss, bad_steps, trained_seconds, total)
+            log.finish(val_loss, accuracy, by_source, best_val_loss, bad_steps, trained_seconds, total)
             if best_step is not None and saver.steps.get("best.pt") != best_step:
                 raise OSError(f"{out_dir}/best.pt is not the best: that of step {best_step:,} could not be saved")
             if steps > first_step and saver.steps.get("ckpt.pt") != steps:

@@ -6,113 +6,34 @@ import numpy as np
 import pytest
 from conftest import TEXT, make_nanogpt_chars
 
+from corpus import DatasetWriter, check_free
 from data import (
-    EOT,
-    BPETokenizer,
-    CharTokenizer,
+    MixedWindows,
+    ShardWriter,
     TrainingWindows,
     cut,
-    finish_dataset,
-    gpt2_tokenizer,
     load_dataset,
+    load_mixture,
     open_shard,
-    start_dataset,
-    tokenizer_from_dict,
-    train_bpe,
     validation_batches,
     validation_windows,
-    word_tokenizer,
-    write_shards,
 )  # fmt: skip
-
-STRANGE = "naïve café — “quotes” 日本語 🙂\t\n\r\n  spaces   " + EOT
+from tokenizer import tokenizer_from_dict, word_tokenizer
 
 
 def write(folder, arrays, vocab=1000, split="train", shard_tokens=100):
     folder.mkdir(exist_ok=True)
-    return write_shards(folder, "d", split, arrays, vocab, shard_tokens)
+    writer = ShardWriter(folder, lambda n: f"{folder.name}_{split}_{n:06d}.npy", vocab, shard_tokens)
+    for ids in arrays:
+        writer.add(ids)
+    writer.finish()
+    return writer.shards
 
 
-# --- tokenizers
-
-
-def test_gpt2_tokenizer_is_tiktokens():
-    import tiktoken
-
-    ours, theirs = gpt2_tokenizer(), tiktoken.get_encoding("gpt2")
-    assert (ours.n_vocab, ours.eot) == (50257, 50256)
-    assert ours.encode(STRANGE) == theirs.encode_ordinary(STRANGE)
-    assert ours.encode("a" + EOT, special=True) == [64, 50256]
-    assert ours.decode(ours.encode(STRANGE)) == STRANGE
-
-
-def test_trained_bpe_decodes_every_byte_string_it_encodes():
-    tokenizer = train_bpe([TEXT], 300)
-    assert tokenizer.n_vocab == 300
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        text = rng.integers(0, 256, 40, dtype=np.uint8).tobytes().decode("utf-8", errors="replace")
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode(tokenizer.encode(STRANGE)) == STRANGE
-    assert b"".join(map(tokenizer.token_bytes, range(256, 299))).isascii()
-    assert len(tokenizer.encode(TEXT)) < len(TEXT) / 2
-
-
-def test_trained_bpe_equals_the_tokenizers_library():
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from data import GPT2_PATTERN
-
-    theirs = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated")
-    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    theirs.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    theirs.train_from_iterator(
-        [TEXT], trainers.BpeTrainer(vocab_size=349, initial_alphabet=alphabet, show_progress=False)
-    )
-    ours = train_bpe([TEXT], 350)
-    assert ours.encode(TEXT + STRANGE) == theirs.encode(TEXT + STRANGE).ids
-
-
-@pytest.mark.parametrize("texts", [[], [""], ["  \n"]])
-def test_bpe_refuses_to_train_on_nothing(texts):
-    with pytest.raises(ValueError, match="no text"):
-        train_bpe(texts, 300)
-
-
-def test_bpe_vocabulary_out_of_reach_is_refused():
-    with pytest.raises(ValueError, match="257"):
-        train_bpe([TEXT], 100)
-    with pytest.raises(ValueError, match="at most"):
-        train_bpe(["ab ab"], 300)
-
-
-@pytest.mark.parametrize(
-    "tokenizer",
-    [CharTokenizer("abc \n"), CharTokenizer("abc \n", eot=True), word_tokenizer("abc cab abc", 300)],
-    ids=["char", "char+eot", "word"],
-)
-def test_a_tokenizer_survives_json(tokenizer):
-    again = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
-    assert again.to_dict() == tokenizer.to_dict() and again.n_vocab == tokenizer.n_vocab and again.eot == tokenizer.eot
-    ids = again.encode("abc cab\n")
-    assert again.decode(ids) == "abc cab\n" and b"".join(map(again.token_bytes, ids)) == b"abc cab\n"
-    if again.eot is not None:
-        assert again.encode("a" + EOT + "b", special=True)[1] == again.eot
-
-
-def test_a_character_outside_the_vocabulary_is_named():
-    with pytest.raises(ValueError, match="'é' is not among the 3"):
-        CharTokenizer("abc").encode("abcé")
-
-
-def test_an_incomplete_byte_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="256 bytes"):
-        BPETokenizer("bpe", ".", [b"a"])
-
-
-# --- shards
+def write_meta(folder, **shards):
+    tokenizer = word_tokenizer("", 300)
+    meta = {"tokenizer": tokenizer.to_dict(), "vocab_size": tokenizer.n_vocab, "shards": shards}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def test_shards_hold_the_documents_in_order_and_meta_describes_them(tmp_path):
@@ -122,11 +43,11 @@ def test_shards_hold_the_documents_in_order_and_meta_describes_them(tmp_path):
     assert [s["file"] for s in shards] == [f"d_train_{i:06d}.npy" for i in range(3)]
     read = np.concatenate([np.load(tmp_path / "d" / s["file"]) for s in shards])
     assert read.dtype == np.uint16 and np.array_equal(read, np.concatenate(documents))
-    finish_dataset(tmp_path / "d", word_tokenizer("", 300), {"train": shards}, "test", {})
+    write_meta(tmp_path / "d", train=shards)
     dataset = load_dataset("d", tmp_path)
     assert sum(s.tokens for s in dataset.train) == 300 and dataset.vocab_size == 257
     with pytest.raises(ValueError, match="--overwrite"):
-        start_dataset(tmp_path / "d")
+        check_free(tmp_path / "d", overwrite=False)
 
 
 def test_large_vocabularies_get_four_bytes_and_ids_outside_are_refused(tmp_path):
@@ -167,12 +88,7 @@ def test_nanogpt_characters_are_read(tmp_path):
 
 def test_names_that_contain_the_other_split_do_not_mix_them(tmp_path):
     folder = tmp_path / "train"
-    shards = {
-        s: write_shards(folder, "train", s, [np.arange(50)], 300)
-        for s in ("train", "val")
-        if not folder.mkdir(exist_ok=True)
-    }
-    finish_dataset(folder, word_tokenizer("", 300), shards, "test", {})
+    write_meta(folder, **{s: write(folder, [np.arange(50)], 300, s) for s in ("train", "val")})
     dataset = load_dataset("train", tmp_path)
     assert [s.path.name for s in dataset.train] == ["train_train_000000.npy"]
     assert [s.path.name for s in dataset.val] == ["train_val_000000.npy"]
@@ -183,7 +99,7 @@ def test_foreign_files_are_never_cleared_away(tmp_path):
     folder.mkdir()
     np.save(folder / "edufineweb_train_000001.npy", np.arange(9))
     with pytest.raises(ValueError, match="not ours to replace"):
-        start_dataset(folder, overwrite=True)
+        DatasetWriter(folder, {}, lambda: word_tokenizer("", 300), overwrite=True)
     assert (folder / "edufineweb_train_000001.npy").exists()
 
 
@@ -212,7 +128,7 @@ def test_a_truncated_shard_is_named(tmp_path, keep):
 def test_a_shard_that_meta_lists_but_is_gone_or_other_is_named(tmp_path):
     folder = tmp_path / "d"
     shards = write(folder, [np.arange(300)])
-    finish_dataset(folder, word_tokenizer("", 300), {"train": shards}, "test", {})
+    write_meta(folder, train=shards)
     np.save(folder / "d_train_000001.npy", np.zeros(50, np.uint16))
     with pytest.raises(ValueError, match="000001.npy holds 50 tokens, meta.json says 100"):
         load_dataset("d", tmp_path)
@@ -338,3 +254,86 @@ def test_headers_that_lie_are_refused(tmp_path):
     path.write_bytes(struct.pack("<3i", 20240520, 1, 1000) + bytes(1012) + bytes(100))
     with pytest.raises(ValueError, match="truncated"):
         open_shard(path)
+
+
+def test_a_shard_writer_goes_on_at_any_number_of_ids(tmp_path):
+    """Stopped after a save at `known` ids, having written `written`: what is not known is written again."""
+    ids = np.arange(1000) % 777
+    (tmp_path / "whole").mkdir()
+    whole = ShardWriter(tmp_path / "whole", "{:06d}.npy".format, 1000, 100)
+    whole.add(ids)
+    whole.finish()
+    for known, written in ((0, 50), (37, 37), (37, 70), (130, 199), (130, 420), (100, 100), (250, 1000)):
+        folder = tmp_path / f"{known}-{written}"
+        folder.mkdir()
+        first = ShardWriter(folder, "{:06d}.npy".format, 1000, 100)
+        first.add(ids[:known])
+        first.sync()
+        state = {"shards": list(first.shards), "filled": first.filled}
+        first.add(ids[known:written])
+        first.sync()
+        second = ShardWriter(folder, "{:06d}.npy".format, 1000, 100, **state)
+        assert second.tokens == known
+        second.add(ids[known:])
+        second.finish()
+        assert second.shards == whole.shards
+        for shard in whole.shards:
+            assert (folder / shard["file"]).read_bytes() == (tmp_path / "whole" / shard["file"]).read_bytes()
+        assert not list(folder.glob("*.part"))
+
+
+# --- mixtures
+
+
+def mixed(tmp_path, weights, T=8):
+    """Two datasets whose tokens tell where they are from: below 1000 and above."""
+    parts = []
+    for n, length in enumerate((900, 300)):
+        folder = tmp_path / f"m{n}"
+        folder.mkdir(exist_ok=True)
+        np.save(folder / f"m{n}_train_000000.npy", np.arange(1000 * n, 1000 * n + length, dtype=np.uint16))
+        shards = [open_shard(p) for p in folder.glob("*.npy")]
+        parts.append(TrainingWindows(shards, T, 2000))
+    return MixedWindows(parts, weights, seed=3)
+
+
+def test_a_mixture_has_the_weights_it_was_given_in_every_stretch(tmp_path):
+    windows = mixed(tmp_path, (0.7, 0.3))
+    rows = np.concatenate([windows.batch(n * 100, 100)[0] for n in range(100)])
+    second = rows[:, 0] >= 1000
+    assert second.mean() == pytest.approx(0.3, abs=0.001)
+    for stretch in second.reshape(-1, 500):
+        assert 0.2 < stretch.mean() < 0.4
+    with pytest.raises(ValueError):
+        mixed(tmp_path, (0.0, 0.0))
+
+
+def test_a_mixtures_windows_are_a_function_of_their_number_and_follow_each_parts_own_order(tmp_path):
+    windows = mixed(tmp_path, (3, 1))
+    each = np.concatenate([windows.batch(n, 1)[0] for n in range(3000)])
+    for part, chosen in enumerate((each[:, 0] < 1000, each[:, 0] >= 1000)):
+        own = each[chosen]
+        assert np.array_equal(own, windows.parts[part].batch(0, len(own))[0])
+    for first, count in ((0, 10), (500, 64), (2040, 20), (2900, 100)):  # over the ends of blocks and epochs
+        x, y = windows.batch(first, count)
+        assert np.array_equal(x[:, 1:], y[:, :-1])
+        assert sorted(map(tuple, x)) == sorted(map(tuple, each[first : first + count]))
+
+
+def test_mixtures_are_read_by_name_and_need_one_vocabulary(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        np.arange(100, dtype=np.uint16).tofile(tmp_path / name / "train.bin")
+    make_nanogpt_chars(tmp_path / "chars", TEXT)
+    found = load_mixture("a:3,b:1", tmp_path)
+    assert [(d.name, w) for d, w in found] == [("a", 0.75), ("b", 0.25)]
+    assert [(d.name, w) for d, w in load_mixture("a", tmp_path)] == [("a", 1.0)]
+    for wrong, words in (
+        ("a:1,chars:1", "a and chars have different vocabularies"),
+        ("a:1,b:x", "a number above 0"),
+        ("a:1,b:-1", "a number above 0"),
+        ("a:1,a:2", "is named twice"),
+        ("a,c", "there is no dataset"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_mixture(wrong, tmp_path)

@@ -9,7 +9,8 @@ import pytest
 from conftest import SMALL, TEXT, Script, call
 from test_prepare import web  # noqa: F401, a fixture
 
-from data import HEADERS, load_dataset, tokenizer_from_dict
+from data import HEADERS, load_dataset
+from tokenizer import tokenizer_from_dict
 
 
 def pages(count: int) -> list[str]:
@@ -131,7 +132,7 @@ def test_public_shards_are_fetched_checked_and_kept(run, refused, web, tmp_path)
         (["--pretokenized=c4"], "--pretokenized=c4: choose one of"),
         (["--source=none"], "there is no .parquet or .jsonl file"),
         (["--source=jsonl,parquet"], "give files of one kind"),
-        (["--source=jsonl", "--text_field=body"], "a document has no text under 'body', only ['text']"),
+        (["--source=jsonl", "--text_field=body"], "there is no text under 'body', only text: set --text_field"),
     ],
 )
 def test_bad_input_is_told_in_one_line(refused, corpus, arguments, words):

@@ -14,7 +14,9 @@ import pytest
 from conftest import SMALL, TEXT, Script, call
 
 import prepare_tinystories
-from data import DatasetWriter, download, load_dataset, tokenizer_from_dict, word_tokenizer
+from corpus import DatasetWriter, download
+from data import load_dataset
+from tokenizer import tokenizer_from_dict, word_tokenizer
 
 
 def read(dataset, split):
@@ -51,7 +53,7 @@ def test_documents_are_separated_and_none_is_in_both_splits(run, tmp_path, optio
         ids = read(dataset, split)
         assert ids[0] == tokenizer.eot
         found[split] = tokenizer.decode(ids.tolist()).split("<|endoftext|>")[1:]
-    assert sorted(found["train"] + found["val"]) == sorted(texts + texts[:10])
+    assert sorted(found["train"] + found["val"]) == sorted(texts)  # the ten that came twice are there once
     assert not set(found["train"]) & set(found["val"]) and found["val"]
 
 
@@ -118,7 +120,10 @@ def test_a_broken_line_of_jsonl_is_named(refused, tmp_path):
 def test_a_dataset_that_is_there_is_kept_unless_told(run, refused, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     run("prepare_text.py", "--input=a.txt", "--tokenizer=char")
-    assert "--overwrite" in refused("prepare_text.py", "--input=a.txt", "--tokenizer=char")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")}
+    assert "nothing to do" in run("prepare_text.py", "--input=a.txt", "--tokenizer=char")
+    assert "--overwrite" in refused("prepare_text.py", "--input=a.txt", "--tokenizer=bpe", "--vocab_size=280")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")} == before
     run("prepare_text.py", "--input=a.txt", "--tokenizer=char", "--overwrite=True")
 
 
@@ -199,7 +204,7 @@ def web(monkeypatch):
     server.files, server.faults, server.asked = {}, [], []
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("data.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("corpus.time.sleep", lambda seconds: None)
     yield server
     server.shutdown()
 
@@ -249,7 +254,7 @@ def test_a_download_that_cannot_be_mended_says_so_and_goes_on_next_time(web, tmp
 
 def test_a_download_larger_than_the_disk_is_refused_first(web, tmp_path, monkeypatch):
     web.files["f"] = BLOB
-    monkeypatch.setattr("data.shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
+    monkeypatch.setattr("corpus.shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
     with pytest.raises(ValueError, match="3 MiB are still to come, 1 MiB are free"):
         download(f"{web.url}/f", tmp_path / "f")
 
@@ -324,11 +329,11 @@ def test_another_setting_does_not_go_on_with_what_is_there(tmp_path, monkeypatch
     tokenizer = word_tokenizer(TEXT, 500)
     folder = tmp_path / "d"
     first = DatasetWriter(folder, {"a": 1}, lambda: tokenizer)
-    first.write("val", lambda position: [(1, "one two")], 100)
+    first.write(lambda position: [("one two", 1)], "val")
     again = DatasetWriter(folder, {"a": 1}, lambda: pytest.fail("made again"))
-    assert again.state["splits"]["val"]["done"]
+    assert again.sources["val"]["done"] and again.tokens == first.tokens > 0
     other = DatasetWriter(folder, {"a": 2}, lambda: tokenizer)
-    assert other.state["splits"] == {}
+    assert other.sources == {} and other.tokens == 0 and not list(folder.glob("*.part"))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import torch
 import transformers
 from conftest import SMALL, TEXT, make_nanogpt_chars
 
-from data import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
 from model import GPT, clean_state_dict, llama_to_gpt, pretrained_arguments
+from tokenizer import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
 
 LLAMA = dict(
     hidden_size=64, intermediate_size=144, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

@@ -366,3 +366,28 @@ def test_resuming_with_other_keys_is_told_or_refused(run, refused, chars):
     assert "resumed with other keys than before: weight_decay 0.1 -> 0.2" in printed
     groups = torch.load(chars / "out" / "ckpt.pt", weights_only=True)["optimizers"][0]["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.2, 0.0]
+
+
+def test_datasets_mix_and_each_has_its_validation_loss(run, refused, tmp_path):
+    make_nanogpt_chars(tmp_path / "data" / "a", TEXT)
+    make_nanogpt_chars(tmp_path / "data" / "b", "".join(reversed(TEXT)))
+    keys = [*SMALL, "--dataset=a:3,b:1", "--max_iters=40", "--eval_interval=20"]
+    printed = run("train.py", *keys, "--out_dir=whole")
+    assert "data: a (75.0%)" in printed and "data: b (25.0%)" in printed
+    metrics = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]
+    by_source = [m["val_loss_by_source"] for m in metrics if "val_loss" in m]
+    assert len(by_source) == 3 and all(set(m) == {"a", "b"} for m in by_source)
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    losses = results["final_val_loss_by_source"]
+    assert results["final_val_loss"] == pytest.approx(0.75 * losses["a"] + 0.25 * losses["b"])
+    alone = run(
+        "train.py", *SMALL, "--dataset=b", "--init_from=whole/ckpt.pt", "--eval_only=True", "--eval_iters=100000"
+    )
+    assert f"val loss {losses['b']:.4f}" in alone
+    # Stopped and gone on with, the mixture is the same.
+    run("train.py", *keys, "--out_dir=parts", "--max_iters=25", "--lr_decay_iters=40")
+    run("train.py", *keys, "--out_dir=parts", "--resume", "--lr_decay_iters=40")
+    parts = [json.loads(line) for line in open(tmp_path / "parts" / "metrics.jsonl")]
+    each = [[m["train_loss"] for m in found if "train_loss" in m] for found in (metrics, parts)]
+    assert each[0] == each[1]
+    assert "there is no dataset data/c" in refused("train.py", *SMALL, "--dataset=a:1,c:1")

@@ -1,0 +1,304 @@
+"""Corpora by name and the chat mix, from a hub of datasets on 127.0.0.1, through the real `datasets`."""
+
+import hashlib
+import http.server
+import io
+import json
+import random
+import threading
+import time
+import urllib.parse
+from itertools import islice
+
+import pytest
+from conftest import SMALL, TEXT, Script
+from test_prepare import documents_of
+
+import prepare_text
+from data import load_dataset
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub and datasets ask for. server.repos: {id: {path: bytes}}, a path of the parquet branch after @."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, body, code=200, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+        for repo, files in self.server.repos.items():
+            for kind in ("/api/datasets/", "/datasets/"):
+                if path.startswith(f"{kind}{repo}"):
+                    rest = path.removeprefix(f"{kind}{repo}").strip("/")
+                    parquet = "refs/convert/parquet" in rest or "1" * 40 in rest
+                    verb, _, rest = rest.partition("/")
+                    for name in ("refs/convert/parquet", "main", "0" * 40, "1" * 40):
+                        if f"{rest}/".startswith(f"{name}/"):
+                            rest = rest.removeprefix(name)
+                            break
+                    rest = f"{verb}/{rest.strip('/')}"
+                    ours = {p.lstrip("@"): data for p, data in files.items() if p.startswith("@") == parquet}
+                    return (self.api if "api" in kind else self.file)(repo, ours, rest, str(int(parquet)) * 40)
+        self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+
+    def do_POST(self):
+        self.asked = self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    do_HEAD = do_GET
+
+    def file(self, repo, files, rest, commit):
+        data = files.get(rest.removeprefix("resolve/"))
+        if data is None:
+            return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+        about = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": commit}
+        if not (wanted := self.headers.get("Range")):
+            return self.answer(data, **about)
+        self.server.ranges += 1
+        begin, end = wanted.removeprefix("bytes=").split("-")
+        end = min(int(end or len(data)), len(data) - 1)
+        part = data[int(begin) : end + 1]
+        self.answer(part, 206, Content_Range=f"bytes {begin}-{end}/{len(data)}", **about)
+
+    def api(self, repo, files, rest, commit):
+        def entry(path):
+            if path in files:
+                return {"type": "file", "path": path, "size": len(files[path]), "oid": "2" * 40}
+            return {"type": "directory", "path": path, "size": 0, "oid": "2" * 40}
+
+        folders = {"/".join(p.split("/")[:n]) for p in files for n in range(1, p.count("/") + 1)}
+        if rest.startswith("paths-info"):
+            paths = urllib.parse.parse_qs(self.asked.decode()).get("paths") or json.loads(self.asked)["paths"]
+            return self.answer([entry(p) for p in paths if p in files or p in folders])
+        if rest.startswith("tree"):
+            under = rest.removeprefix("tree").strip("/")
+            below = [p for p in [*files, *folders] if p != under and p.startswith(f"{under}/" if under else "")]
+            if "recursive=true" not in self.path.lower():
+                below = [p for p in below if "/" not in p[len(under) :].strip("/")]
+            return self.answer([entry(p) for p in below])
+        about = {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
+        self.answer({"id": repo, "sha": commit, "siblings": [{"rfilename": p} for p in files], **about})
+
+    def log_message(self, *a):
+        pass
+
+
+def parquet(rows: list[dict]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=100)
+    return file.getvalue()
+
+
+def tell(count: int) -> list[str]:
+    rng, words = random.Random(4), TEXT.split()
+    return [f"Page {n}. " + " ".join(rng.choice(words) for _ in range(rng.randrange(20, 300))) for n in range(count)]
+
+
+PAGES = tell(1500)
+ROWS = [{"text": t} for t in PAGES]
+WIKI = ["", " = One = \n", "\n", " = = Early life = = \n", " It began . \n", " = Two = \n", " It went on . \n"]
+CONFIGS = "---\nconfigs:\n- config_name: {0}\n  data_files:\n  - split: validation\n    path: {0}/validation*\n  - split: train\n    path: {0}/train*\n---\n"
+
+
+def message(n, parent, role, text, rank, tree="t", lang="en"):
+    return dict(message_id=n, parent_id=parent, role=role, text=text, rank=rank, message_tree_id=tree, lang=lang)
+
+
+OASST = [
+    message("a", None, "prompter", "Hello?", None),
+    message("b", "a", "assistant", "Second best.", 1),
+    message("c", "a", "assistant", "Best.", 0),
+    message("d", "c", "prompter", "And then?", None),
+    message("e", "d", "assistant", "The end.", 0),
+    message("f", None, "prompter", "Hola?", None, "u", "es"),
+    message("g", "f", "assistant", "Si.", 0, "u", "es"),
+]
+GSM8K = [
+    {"question": f"What is {n} + {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}"} for n in range(40)
+]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.ranges = 0
+    wiki = "wikitext-2-raw-v1"
+    server.repos = {
+        "Skylion007/openwebtext": {
+            f"plain_text/train-{n:05d}-of-00003.parquet": parquet(ROWS[500 * n : 500 * n + 500]) for n in range(3)
+        },
+        "stas/openwebtext-10k": {
+            "openwebtext-10k.py": b"raise SystemExit", "@plain_text/train/0000.parquet": parquet(ROWS[:300]),
+        },
+        "someone/scripted": {"scripted.py": b"raise SystemExit", "@default/train/0000.parquet": parquet(ROWS[:50])},
+        "Salesforce/wikitext": {
+            "README.md": CONFIGS.format(wiki).encode(),
+            f"{wiki}/validation-0.parquet": parquet([{"text": t} for t in WIKI[:5]]),
+            f"{wiki}/train-0.parquet": parquet([{"text": t} for t in WIKI + [" = Three = \n", " It ended . \n"]]),
+        },
+        "OpenAssistant/oasst1": {"data/train-0.parquet": parquet(OASST)},
+        "openai/gsm8k": {
+            "README.md": CONFIGS.format("main").encode(), "main/train-0.parquet": parquet(GSM8K),
+            "main/validation-0.parquet": parquet(GSM8K[:1]),
+        },
+        "HuggingFaceFW/fineweb-edu": {
+            "README.md": CONFIGS.format("sample-10BT").encode(),
+            **{f"sample-10BT/train-{n}.parquet": parquet(ROWS[500 * n : 500 * n + 500]) for n in range(3)},
+            "sample-10BT/validation-0.parquet": parquet(ROWS[:1]),
+        },
+    }  # fmt: skip
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.shutdown()
+
+
+def splits(tmp_path, name) -> dict[str, list[str]]:
+    dataset = load_dataset(name, tmp_path / "data")
+    return {split: documents_of(dataset, split) for split in ("train", "val")}
+
+
+def test_a_corpus_is_streamed_split_by_hash_and_rid_of_duplicates(run, hub, tmp_path):
+    hub.repos["Skylion007/openwebtext"]["plain_text/train-00003-of-00004.parquet"] = parquet(ROWS[100:150])
+    run("prepare_text.py", "--source=openwebtext", "--shard_tokens=20000", "--max_tokens=10_000_000")
+    found = splits(tmp_path, "openwebtext")
+    assert sorted(found["train"] + found["val"]) == sorted(PAGES)
+    assert 0.07 < len(found["val"]) / len(PAGES) < 0.13
+    assert found["train"] == [t for t in PAGES if t in set(found["train"])]  # in their order
+    assert not list((tmp_path / "data" / "openwebtext").glob("*.part"))
+    asked = hub.ranges
+    assert "nothing to do" in run(
+        "prepare_text.py", "--source=openwebtext", "--shard_tokens=20000", "--max_tokens=10_000_000"
+    )
+    assert hub.ranges == asked
+    run("prepare_text.py", "--source=openwebtext", "--dataset=few", "--max_docs=100")
+    few = splits(tmp_path, "few")
+    assert sorted(few["train"] + few["val"]) == sorted(PAGES[:100])
+    run("prepare_text.py", "--source=openwebtext", "--dataset=short", "--max_tokens=5000")
+    short = load_dataset("short", tmp_path / "data")
+    assert 400 < short.val[0].tokens < 600 and 4998 <= short.train[0].tokens + short.val[0].tokens <= 5000
+
+
+def test_killed_while_it_streams_it_goes_on_without_a_repeated_or_missing_document(run, hub, tmp_path):
+    hub.repos["Skylion007/openwebtext"]["plain_text/train-00003-of-00004.parquet"] = parquet(ROWS[::3])
+    keys = ["--source=Skylion007/openwebtext", "--shard_tokens=3000"]
+    run("prepare_text.py", *keys, "--dataset=whole")
+    dice, killed, shards = random.Random(5), 0, tmp_path / "data" / "parts"
+    while killed < 6 and not (shards / "meta.json").exists():
+        before = len(list(shards.glob("*.npy")))
+        script = Script("prepare_text.py", *keys, "--dataset=parts", cwd=tmp_path)
+        deadline = time.monotonic() + 30
+        while len(list(shards.glob("*.npy"))) == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.03 * dice.random())
+        script.kill()
+        killed += script.wait().returncode == -9
+    run("prepare_text.py", *keys, "--dataset=parts")
+    assert killed > 1 and splits(tmp_path, "parts") == splits(tmp_path, "whole")
+    for split in ("train", "val"):
+        one, two = (sorted((tmp_path / "data" / d).glob(f"*_{split}_*.npy")) for d in ("whole", "parts"))
+        assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+
+
+def test_no_script_of_a_corpus_is_run_its_parquet_files_are_read(run, hub, tmp_path):
+    run("prepare_text.py", "--source=openwebtext10k", "--tokenizer=bpe", "--vocab_size=300")
+    found = splits(tmp_path, "openwebtext10k")
+    assert sorted(found["train"] + found["val"]) == sorted(PAGES[:300])
+    run("prepare_text.py", "--source=someone/scripted", "--tokenizer=char")
+    found = splits(tmp_path, "scripted")
+    assert sorted(found["train"] + found["val"]) == sorted(PAGES[:50])
+
+
+def test_wikitext_is_read_by_article_with_its_own_validation(run, hub, tmp_path):
+    printed = run("prepare_text.py", "--source=wikitext2", "--preview=1", "--batch_size=2", "--block_size=8")
+    one = "= One = \n\n = = Early life = = \n It began ."
+    found = splits(tmp_path, "wikitext2")
+    assert found["val"] == [one]
+    assert found["train"] == ["= Two = \n It went on .", "= Three = \n It ended ."]  # without what is in validation
+    assert "batch 1: inputs (2, 8) int64, targets (2, 8) int64" in printed
+    again = run("prepare_text.py", "--dataset=wikitext2", "--preview=2", "--batch_size=2", "--block_size=8")
+    rows = [line for line in again.splitlines() if line.startswith("  '")]
+    assert len(rows) == 4 and any("It" in row for row in rows)
+
+
+def test_fineweb_edu_is_streamed_from_the_hub(run, hub, tmp_path):
+    printed = run("build_fineweb_shards.py", "--shard_tokens=30000", "--max_tokens=100_000")
+    dataset = load_dataset("edu_fineweb10B", tmp_path / "data")
+    assert [s.path.name for s in dataset.val] == ["edufineweb_val_000000.npy"]
+    assert sum(s.tokens for s in (*dataset.train, *dataset.val)) == 100_000 and "70,000 train" in printed
+    assert documents_of(dataset, "val")[:20] == PAGES[:20]
+
+
+def test_the_chat_mix_speaks_in_turns_and_names_what_it_lacks(run, refused, hub, tmp_path):
+    printed = run("prepare_text.py", "--source=chat", "--max_samples_per_source=30", "--val_fraction=0.2")
+    assert "chat: without sahil2801/CodeAlpaca-20k" in printed and "chat: 30 of openai/gsm8k" in printed
+    found = splits(tmp_path, "chat")
+    turns = found["train"] + found["val"]
+    assert "User: What is 7 + 7?\nAssistant: It is 14.\nThe answer is 14." in turns
+    assert "User: Hello?\nAssistant: Best." in turns and not any("Hola" in t or "Second" in t for t in turns)
+    asked, then = turns.index("User: Hello?\nAssistant: Best."), "User: And then?\nAssistant: The end."
+    assert turns[asked + 1] == then  # a conversation stays together
+    assert len(turns) == 30 + 2 + 3 and not set(found["train"]) & set(found["val"]) and found["val"]
+    numbers = [int(t.split()[3]) for t in turns if t.startswith("User: What is")]
+    assert numbers != sorted(numbers)  # shuffled
+    allowed = ["--source=chat", "--dataset=more", "--allow_synthetic=True", "--max_samples_per_source=50"]
+    assert "50 made-up sums instead of sahil2801/CodeAlpaca-20k" in run("prepare_text.py", *allowed)
+    hub.repos.clear()
+    assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", "--dataset=none")
+    assert not (tmp_path / "data" / "none").exists()
+    run("train.py", *SMALL, "--dataset=chat:0.5,more:0.5", "--block_size=16")
+
+
+def test_sums_are_right():
+    for (turn,) in islice(prepare_text.arithmetic_conversations(random.Random(1)), 300):
+        a, op, b, _, result = turn.rpartition("Assistant: ")[2].split()
+        assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(result)
+
+
+def test_the_list_names_every_corpus_and_fetches_nothing(run, hub):
+    printed = run("prepare_text.py", "--list")
+    assert all(
+        f"{name} " in printed and c.licence in printed and c.id in printed for name, c in prepare_text.CORPORA.items()
+    )
+    assert "chat" in printed and hub.ranges == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--source=nonsense"], "--source=nonsense: none of shakespeare"),
+        (["--source=nobody/nothing"], "nobody/nothing cannot be read"),
+        (["--source=openwebtext", "--text_field=body", "--max_docs=5"], "there is no text under 'body', only text"),
+        (["--source=c4", "--input=x.txt"], "give one of them"),
+        (["--source=openwebtext", "--special_tokens=<|user|>", "--max_docs=9"], "--special_tokens are for"),
+        (["--preview=2"], "which text?"),
+        (["--preview=2", "--dataset=gone"], "there is no dataset data/gone"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(refused, hub, arguments, words):
+    assert words in refused("prepare_text.py", *arguments)
+
+
+def test_a_disk_too_small_is_told_before_anything_is_fetched(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_text, "source", "c4")
+    monkeypatch.setattr(prepare_text, "data_dir", str(tmp_path))
+    monkeypatch.setattr("corpus.shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**30}))
+    with pytest.raises(ValueError, match="MiB are to be written, 1,024 MiB are free: --max_tokens"):
+        prepare_text.main()
+    assert hub.ranges == 0

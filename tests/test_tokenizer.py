@@ -1,0 +1,140 @@
+"""tokenizer.py: what each tokenizer encodes and decodes, beside tiktoken and the tokenizers library."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TEXT
+
+from tokenizer import (
+    EOT,
+    GPT2_PATTERN,
+    BPETokenizer,
+    CharTokenizer,
+    gpt2_tokenizer,
+    read_tokenizer,
+    tokenizer_from_dict,
+    train_bpe,
+    word_tokenizer,
+)  # fmt: skip
+
+STRANGE = "naïve café — “quotes” 日本語 🙂\t\n\r\n  spaces   " + EOT
+
+
+def test_gpt2_tokenizer_is_tiktokens():
+    import tiktoken
+
+    ours, theirs = gpt2_tokenizer(), tiktoken.get_encoding("gpt2")
+    assert (ours.n_vocab, ours.eot) == (50257, 50256)
+    assert ours.encode(STRANGE) == theirs.encode_ordinary(STRANGE)
+    assert ours.encode("a" + EOT, special=True) == [64, 50256]
+    assert ours.decode(ours.encode(STRANGE)) == STRANGE
+
+
+def test_trained_bpe_decodes_every_byte_string_it_encodes():
+    tokenizer = train_bpe([TEXT], 300)
+    assert tokenizer.n_vocab == 300
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        text = rng.integers(0, 256, 40, dtype=np.uint8).tobytes().decode("utf-8", errors="replace")
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(STRANGE)) == STRANGE
+    assert b"".join(map(tokenizer.token_bytes, range(256, 299))).isascii()
+    assert len(tokenizer.encode(TEXT)) < len(TEXT) / 2
+
+
+def test_trained_bpe_equals_the_tokenizers_library():
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    theirs = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated")
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    theirs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=349, initial_alphabet=alphabet, show_progress=False)
+    )
+    ours = train_bpe([TEXT], 350)
+    assert ours.encode(TEXT + STRANGE) == theirs.encode(TEXT + STRANGE).ids
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["  \n"]])
+def test_bpe_refuses_to_train_on_nothing(texts):
+    with pytest.raises(ValueError, match="no text"):
+        train_bpe(texts, 300)
+
+
+def test_bpe_vocabulary_out_of_reach_is_refused():
+    with pytest.raises(ValueError, match="257"):
+        train_bpe([TEXT], 100)
+    with pytest.raises(ValueError, match="at most"):
+        train_bpe(["ab ab"], 300)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        CharTokenizer("abc \n"),
+        CharTokenizer("abc \n", eot=True),
+        word_tokenizer("abc cab abc", 300),
+        train_bpe([TEXT], 300, ["<|user|>"]),
+    ],
+    ids=["char", "char+eot", "word", "bpe+special"],
+)
+def test_a_tokenizer_survives_json(tokenizer):
+    again = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert again.to_dict() == tokenizer.to_dict() and again.n_vocab == tokenizer.n_vocab and again.eot == tokenizer.eot
+    ids = again.encode("abc cab\n")
+    assert again.decode(ids) == "abc cab\n" and b"".join(map(again.token_bytes, ids)) == b"abc cab\n"
+    if again.eot is not None:
+        assert again.encode("a" + EOT + "b", special=True)[1] == again.eot
+
+
+def test_a_character_outside_the_vocabulary_is_named():
+    with pytest.raises(ValueError, match="'é' is not among the 3"):
+        CharTokenizer("abc").encode("abcé")
+
+
+def test_an_incomplete_byte_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="256 bytes"):
+        BPETokenizer("bpe", ".", [b"a"])
+
+
+def test_special_tokens_are_never_split_and_never_learned():
+    text = "<|user|>" + TEXT[:50] + "<|bot|>" + TEXT[50:90]
+    tokenizer = train_bpe([text * 20, TEXT], 300, ["<|user|>", "<|bot|>"])
+    assert tokenizer.n_vocab == 300 and tokenizer.eot == 297
+    ids = tokenizer.encode(text)
+    assert ids[0] == 298 and ids.count(299) == 1 and tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch([text]).tolist() == [297, *ids]
+    assert not any(b"user" in t or b"bot" in t for t in tokenizer.tokens)
+    with pytest.raises(ValueError, match="need 259"):
+        train_bpe([TEXT], 258, ["<|user|>", "<|bot|>"])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "bpe+special", "word", "char", "char+eot"])
+def test_the_tokenizers_library_reads_what_we_write(kind, tmp_path):
+    from tokenizers import Tokenizer
+
+    makers = {
+        "gpt2": gpt2_tokenizer,
+        "bpe": lambda: train_bpe([TEXT], 350),
+        "bpe+special": lambda: train_bpe([TEXT], 350, ["<|user|>"]),
+        "word": lambda: word_tokenizer(TEXT, 300),
+        "char": lambda: CharTokenizer("".join(sorted(set(TEXT)))),
+        "char+eot": lambda: CharTokenizer("".join(sorted(set(TEXT))), eot=True),
+    }
+    ours = makers[kind]()
+    text = TEXT[:3000] if "char" in kind else TEXT[:3000] + STRANGE.removesuffix(EOT) + " unheard-of words aabbabab"
+    theirs = Tokenizer.from_str(ours.to_json())
+    assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
+    assert theirs.decode(ours.encode(text)) == text and theirs.get_vocab_size() == ours.n_vocab
+    if ours.eot is not None:
+        assert theirs.encode(EOT).ids == [ours.eot]
+    if kind == "bpe+special":
+        assert theirs.encode("a<|user|>b").ids == ours.encode("a<|user|>b")
+    (tmp_path / "tokenizer.json").write_text(ours.to_json(), encoding="utf-8")
+    again = read_tokenizer(tmp_path)
+    assert again.encode(text) == ours.encode(text) and again.decode(again.encode(text)) == text
+    if kind in ("gpt2", "bpe"):
+        assert again.to_dict() | {"pattern": 0} == ours.to_dict() | {"pattern": 0}
