@@ -14,7 +14,7 @@ import pytest
 from conftest import SMALL, TEXT, Script, call
 
 import prepare_tinystories
-from corpus import DatasetWriter, download
+from corpus import DatasetWriter, Unique, download, split_text
 from data import load_dataset
 from tokenizer import tokenizer_from_dict, word_tokenizer
 
@@ -125,6 +125,66 @@ def test_a_dataset_that_is_there_is_kept_unless_told(run, refused, tmp_path):
     assert "--overwrite" in refused("prepare_text.py", "--input=a.txt", "--tokenizer=bpe", "--vocab_size=280")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")} == before
     run("prepare_text.py", "--input=a.txt", "--tokenizer=char", "--overwrite=True")
+
+
+def long_text(size: int) -> str:
+    rng, words = random.Random(2), TEXT.split() + ["naïve", "日本語", "don't", "1,234", "\n\n", "\t", "  ", "🙂"]
+    return " ".join(rng.choice(words) for _ in range(size))
+
+
+def test_a_text_read_in_pieces_tokenizes_as_the_whole(run, tmp_path):
+    """2.7 MB, which is read a megabyte at a time and tokenized half a megabyte at a time."""
+    import tiktoken
+
+    text = long_text(550_000)
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8", newline="")
+    run("prepare_text.py", "--input=long.txt")
+    cut = int(len(text) * 0.9)
+    dataset, gpt2 = load_dataset("long", tmp_path / "data"), tiktoken.get_encoding("gpt2")
+    assert len(text.encode()) > 2_600_000
+    assert read(dataset, "train").tolist() == gpt2.encode_ordinary(text[:cut])
+    assert read(dataset, "val").tolist() == gpt2.encode_ordinary(text[cut:])
+
+
+def test_a_document_too_long_for_memory_comes_as_several(tmp_path, monkeypatch):
+    monkeypatch.setattr("corpus.LONGEST", 1000)
+    text = long_text(300_000)
+    (tmp_path / "a.txt").write_text(f"short<|endoftext|>{text}<|endoftext|>end")
+    found = [t for t, _ in split_text(tmp_path / "a.txt")]
+    assert found[0] == "short" and found[-1] == "end" and len(found) > 1000
+    assert "".join("".join(found[1:-1]).split()) == "".join(text.split())
+    whole = [*split_text(tmp_path / "a.txt")]
+    for n in (0, 1, 700, len(whole) - 2):  # each position is one to go on from
+        assert [t for t, _ in split_text(tmp_path / "a.txt", whole[n][1])][:5] == [t for t, _ in whole[n + 1 : n + 6]]
+    (tmp_path / "b.txt").write_text("日本" * 3000)  # not a space in it
+    assert "".join(t for t, _ in split_text(tmp_path / "b.txt")) == "日本" * 3000
+
+
+def test_where_a_long_text_is_not_utf8_is_told(refused, tmp_path):
+    data = long_text(400_000).encode()
+    (tmp_path / "a.txt").write_bytes(data + b"\xff" + data)
+    assert f"a.txt is not UTF-8 text: byte {len(data)} is 0xff" in refused("prepare_text.py", "--input=a.txt")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
+    assert "b.jsonl is not UTF-8 text: byte 27" in refused("prepare_text.py", "--input=b.jsonl")
+
+
+def test_equal_documents_are_known_however_many_there_are():
+    unique, rng = Unique(), random.Random(0)
+    numbers = [rng.getrandbits(64) for _ in range(100_000)] + [0, 1, 2**64 - 1]
+    assert all(unique.add(n) for n in numbers[:-3])
+    assert not any(unique.add(n) for n in numbers[:-3]) and unique.count == 100_000
+    assert len(unique.table) == 2**18 and unique.fresh.tolist() == numbers[:-3]
+
+
+def test_a_trained_vocabulary_is_left_for_other_tools(run, tmp_path):
+    from tokenizers import Tokenizer
+
+    (tmp_path / "book.txt").write_text(TEXT)
+    run("prepare_text.py", "--input=book.txt", "--tokenizer=bpe", "--vocab_size=300", "--special_tokens=<|a|>,<|b|>")
+    dataset = load_dataset("book", tmp_path / "data")
+    theirs = Tokenizer.from_file(str(tmp_path / "data" / "book" / "tokenizer.json"))
+    ours = tokenizer_from_dict(dataset.tokenizer)
+    assert ours.n_vocab == 300 and theirs.encode("<|b|>the fox").ids == ours.encode("<|b|>the fox")
 
 
 # --- the stories
