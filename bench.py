@@ -83,7 +83,8 @@ def bench_data() -> None:
         tell("from text to shards, all cores", whole, [r * cores() for r in one_core], f"{cores()} cores of that")
 
         shards = load_dataset("d", folder).train
-        tokens = np.concatenate([s.map() for s in shards])
+        tokens, need = np.concatenate([s.map() for s in shards]), batch_size * (block_size + 1)
+        tokens = np.resize(tokens, max(len(tokens), need))
         windows = TrainingWindows(shards, block_size, tokenizer.n_vocab)
         count = max(1, 2 * 10**7 // (batch_size * block_size))
 
@@ -94,7 +95,8 @@ def bench_data() -> None:
 
         def copy() -> int:  # what any reader does at least: inputs and targets as int64
             for n in range(count):
-                part = tokens[n * 1000 :][: batch_size * (block_size + 1)].reshape(batch_size, -1)
+                begin = n * 1000 % (len(tokens) - need + 1)
+                part = tokens[begin : begin + need].reshape(batch_size, -1)
                 part[:, :-1].astype(np.int64), part[:, 1:].astype(np.int64)
             return count * batch_size * block_size
 
