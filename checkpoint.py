@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from configurator import first_line
+from data import load_dataset
 from machine import is_out_of_memory
 from model import GPT, GPT2_NAMES, GPTConfig, read_pretrained
-from tokenizer import read_tokenizer
+from tokenizer import Tokenizer, read_tokenizer, tokenizer_from_dict
 
 PREVIOUS = "ckpt_previous.pt"  # the one before ckpt.pt, for when that is damaged
 
@@ -257,3 +258,18 @@ def load_model(init_from: str | Path = "") -> tuple[GPT, dict]:
     """The model of a run or a pretrained one, in evaluation mode on the CPU, and its checkpoint. See load_payload."""
     payload = load_payload(init_from)
     return build_model(payload).eval(), payload
+
+
+def find_tokenizer(payload: dict, data_dir: str = "data") -> Tokenizer:
+    """The checkpoint's own tokenizer; for nanoGPT's, which has none, its dataset's, else GPT-2's.
+
+    Raises ValueError where none of them can be right.
+    """
+    if payload.get("tokenizer"):
+        return tokenizer_from_dict(payload["tokenizer"])
+    name = payload.get("config", {}).get("dataset", "")
+    if name and (Path(data_dir) / name / "meta.pkl").exists():
+        return tokenizer_from_dict(load_dataset(name, data_dir).tokenizer)
+    if payload["model_args"]["vocab_size"] < 50257:
+        raise ValueError(f"the checkpoint has no tokenizer and there is no {data_dir}/{name}/meta.pkl: set --data_dir")
+    return tokenizer_from_dict({"kind": "gpt2"})

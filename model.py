@@ -98,6 +98,7 @@ class KVCache:
     """Keys and values of every layer, (B, K, length, D) each, allocated once; the first `filled` positions are valid."""
 
     def __init__(self, config: GPTConfig, batch: int, length: int, device, dtype):
+        self.config = config
         shape = (batch, config.n_kv_head, length, config.head_size)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
@@ -109,6 +110,15 @@ class KVCache:
         self.keys[layer][:, :, self.filled : end] = k
         self.values[layer][:, :, self.filled : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def rows(self, chosen: torch.Tensor, length: int) -> "KVCache":
+        """A cache with the chosen rows, integer (n,), of this one, and room for `length` positions."""
+        first = self.keys[0]
+        other = KVCache(self.config, len(chosen), length, first.device, first.dtype)
+        other.filled = self.filled
+        for mine, new in zip(self.keys + self.values, other.keys + other.values):
+            new[:, :, : self.filled] = mine[chosen, :, : self.filled]
+        return other
 
 
 class CausalSelfAttention(nn.Module):
@@ -251,6 +261,18 @@ class GPT(nn.Module):
         (None, loss): the logits are its largest tensor, and compiled it need not be kept.
         With a cache, idx continues what the cache holds, and the logits are those of the last position, (B, 1, V).
         """
+        x = self.hidden(idx, cache)
+        logits = self.logits(x if cache is None else x[:, -1:])
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(
+            logits.reshape(-1, self.config.vocab_size).float(), targets.reshape(-1), ignore_index=-1,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+        return (logits if return_logits else None), loss
+
+    def hidden(self, idx, cache: KVCache | None = None):
+        """What the head sees, (B, T, C); with a cache, of the T tokens that continue what it holds."""
         config, T = self.config, idx.size(1)
         past = cache.filled if cache is not None else 0
         if past + T > config.block_size:
@@ -269,17 +291,13 @@ class GPT(nn.Module):
                 x = block(x, rotary, cache)
         if cache is not None:
             cache.filled += T
-            x = x[:, -1:]
-        logits = self.lm_head(self.transformer.ln_f(x))[..., : config.vocab_size]
-        if config.logit_softcap:
-            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(
-            logits.reshape(-1, config.vocab_size).float(), targets.reshape(-1), ignore_index=-1,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
-        return (logits if return_logits else None), loss
+        return self.transformer.ln_f(x)
+
+    def logits(self, x):
+        """(..., C) -> (..., vocab_size)"""
+        logits = self.lm_head(x)[..., : self.config.vocab_size]
+        c = self.config.logit_softcap
+        return c * torch.tanh(logits / c) if c else logits
 
     @torch.no_grad()
     def generate(

@@ -77,6 +77,8 @@ class Log:
         self.metrics = self.rewind("metrics.jsonl", lambda line: json.loads(line)["step"], first_step)
         self.text = self.rewind("log.txt", lambda line: int(line.split()[0]), first_step)
         self.evaluated = {h["step"] for h in read_metrics(self.folder) if "val_loss" in h}
+        self.scored = {h["step"] for h in read_metrics(self.folder) if "hellaswag_acc" in h}
+        self.score: dict[str, float] = {}  # the latest on HellaSwag, if it is looked at
         if config["wandb_log"]:
             try:
                 import wandb
@@ -143,6 +145,13 @@ class Log:
             with going_on("loss.png"):
                 plot_losses(self.folder)
 
+    def hellaswag(self, step: int, acc: float, acc_norm: float) -> None:
+        if step not in self.scored:
+            self.record(step, hellaswag_acc=acc, hellaswag_acc_norm=acc_norm)
+            self.text.write(f"{step} hella {acc_norm:.4f}\n")
+        self.score = {"hellaswag_acc": acc, "hellaswag_acc_norm": acc_norm}
+        print(f"{step:>6,}/{self.steps:,}  HellaSwag acc {acc:.4f} acc_norm {acc_norm:.4f}")
+
     def prompt(self) -> list[int]:
         if self.tokenizer is None:
             return []
@@ -204,6 +213,7 @@ class Log:
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
             "git_commit": git_commit(),
         }
+        results |= self.score
         if by_source:
             results["final_val_loss_by_source"] = by_source
         atomic_write(self.folder / "results.json", json.dumps(finite(results), indent=1))

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import find_tokenizer, load_model
 from configurator import configure, short_errors
-from data import load_dataset
 from machine import pick_device, pick_dtype
-from tokenizer import tokenizer_from_dict
 
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id
@@ -34,18 +32,6 @@ data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their data
 device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto (on a GPU what it does best, else float32) | float32 | bfloat16 | float16
 compile = False  # torch.compile the model
-
-
-def find_tokenizer(payload: dict):
-    """The checkpoint's own tokenizer; for nanoGPT's, which has none, its dataset's, else GPT-2's."""
-    if payload.get("tokenizer"):
-        return tokenizer_from_dict(payload["tokenizer"])
-    name = payload.get("config", {}).get("dataset", "")
-    if name and (Path(data_dir) / name / "meta.pkl").exists():
-        return tokenizer_from_dict(load_dataset(name, data_dir).tokenizer)
-    if payload["model_args"]["vocab_size"] < 50257:
-        raise ValueError(f"the checkpoint has no tokenizer and there is no {data_dir}/{name}/meta.pkl: set --data_dir")
-    return tokenizer_from_dict({"kind": "gpt2"})
 
 
 def text_pieces(tokenizer, ids):
@@ -75,7 +61,7 @@ def until(pieces, stop: str):
 def main() -> None:
     global top_k
     model, payload = load_model(out_dir if init_from == "resume" else init_from)
-    tokenizer = find_tokenizer(payload)
+    tokenizer = find_tokenizer(payload, data_dir)
     known = min(model.config.vocab_size, tokenizer.n_vocab)
     model.config.vocab_size = known  # ids that only pad the vocabulary are never sampled
     if top_k is None:

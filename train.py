@@ -27,10 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import Saver, build_model, load_checkpoint, load_latest, load_payload, save_checkpoint
 from configurator import configure, first_line, short_errors
 from data import Dataset, MixedWindows, TrainingWindows, load_mixture, validation_batches, validation_windows
+from eval_hellaswag import classic_accuracy, find_examples, read_examples
 from machine import Signals, free_memory, is_out_of_memory, join_ranks, peak_memory, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
 from report import Log
+from tokenizer import tokenizer_from_dict
 
 # Run
 out_dir = "out"  # folder of the run: checkpoints, logs, results
@@ -93,6 +95,9 @@ log_interval = 1  # steps between log lines
 always_save_checkpoint = True  # False: only best.pt at evaluations, ckpt.pt at the end
 checkpoint_interval = 0  # more checkpoints: every so many steps; 0: at evaluations
 keep_checkpoints = 0  # keep so many of them as step_N.pt
+hellaswag_interval = 0  # steps between scores on HellaSwag, and one at the end; 0: off
+hellaswag_limit = 0  # of its first so many examples; 0: all 10,042
+hellaswag_data = ""  # a file of examples instead of the validation split, which is downloaded
 sample_interval = 0  # steps between texts written to samples/; 0: only at the end
 sample_prompt = ""  # how they begin; empty: the start of a document
 sample_temperature = 0.7  # how freely they are written; 0: always the likeliest
@@ -314,6 +319,19 @@ def find_payload(config: dict, rank: int, world: int) -> dict:
     return {} if init_from == "scratch" else load_payload(init_from)
 
 
+def find_hellaswag(rank: int) -> list[dict]:
+    """The examples to score on while training, if that is asked for; rank 0 downloads them."""
+    if not hellaswag_interval:
+        return []
+    if hellaswag_data:
+        return read_examples(Path(hellaswag_data), hellaswag_limit)
+    if rank == 0:
+        find_examples("val", data_dir)
+    if dist.is_initialized():
+        dist.barrier()
+    return find_examples("val", data_dir, hellaswag_limit)
+
+
 def new_model(found: Dataset, payload: dict) -> GPT:
     """The model to train: of the keys, or of the checkpoint."""
     torch.manual_seed(seed)
@@ -373,7 +391,7 @@ BOUNDS = {  # what a key's value is at least, and less than
         0,
         math.inf,
     ): "learning_rate min_lr weight_decay warmup_iters eval_interval grad_clip skip_bad_steps keep_checkpoints "
-    "total_batch_tokens max_epochs final_eval_tokens sample_temperature norm_eps checkpoint_interval sample_interval",
+    "total_batch_tokens max_epochs final_eval_tokens sample_temperature norm_eps checkpoint_interval sample_interval hellaswag_interval hellaswag_limit",
     (0, 1): "beta1 beta2 momentum label_smoothing",
 }
 
@@ -607,6 +625,7 @@ def main(config: dict) -> None:
     found = find_datasets(rank)
     first_found = found[0][0]  # its vocabulary is that of all
     windows = training_windows(found) if first_found.train else None
+    examples = find_hellaswag(rank)
     payload = find_payload(asked, rank, world)
     model = new_model(first_found, payload).to(on).train()
     eval_sequences = eval_iters * (batch_size if isinstance(batch_size, int) else 64)
@@ -643,6 +662,7 @@ def main(config: dict) -> None:
     if world > 1:
         gpus = [on.index] if on.type == "cuda" else None
         run.step_model = DistributedDataParallel(run.step_model, gpus, gradient_as_bucket_view=True)
+    tokenizer = tokenizer_from_dict(first_found.tokenizer) if examples else None
     log, saver = None, Saver()
     if master and not eval_only:
         resolved = {"max_iters": steps, "gradient_accumulation_steps": micro_batches, "batch_size": batch_size}
@@ -727,7 +747,8 @@ def main(config: dict) -> None:
         evaluate_now = last or eval_only or due(eval_interval)
         save_now = last or (always_save_checkpoint and evaluate_now) or due(checkpoint_interval)
         sample_now = due(sample_interval) and not last
-        if evaluate_now or save_now or sample_now or stop:
+        score_now = examples and step > 0 and (due(hellaswag_interval) or last)
+        if evaluate_now or save_now or sample_now or score_now or stop:
             read_pending()
             aside = time.perf_counter()
             if (save_now or stop) and step > saved:  # before the evaluation, which may fail
@@ -750,6 +771,11 @@ def main(config: dict) -> None:
                         save("best.pt", whole=False, val_loss=val_loss)
                 if master:
                     log.validation(step, val_loss, accuracy, best_val_loss, by_source)
+            if score_now:
+                with run.autocast():
+                    scores = classic_accuracy(run.model, examples, tokenizer, rank, world)
+                if master:
+                    log.hellaswag(step, *scores)
             if master and sample_now:
                 log.sample(step)
             paused += time.perf_counter() - aside

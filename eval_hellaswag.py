@@ -1,0 +1,298 @@
+"""HellaSwag (https://arxiv.org/abs/1905.07830): which of four endings does the model find likeliest?
+
+    python eval_hellaswag.py                          the newest run under out/, all 10,042 validation examples
+    python eval_hellaswag.py -m gpt2 -d cuda          GPT-2 (or --init_from= a run, a checkpoint, a Hugging Face folder or id)
+    python eval_hellaswag.py --data=FILE --limit=200 --output=results.jsonl
+    torchrun --standalone --nproc_per_node=8 eval_hellaswag.py --init_from=gpt2-xl
+
+Two ways of scoring are common, and they differ: the text they show the model and what they divide by.
+
+    classic   the context and " " + ending as they are. acc: the least sum of the ending's token losses; acc_norm: the least
+              mean loss a token (build-nanogpt, llm.c).
+    harness   lm-evaluation-harness: activity label in front, brackets removed. acc: the greatest log-likelihood; acc_norm:
+              divided by the ending's length in characters.
+
+Chance is 0.25.
+"""
+
+import contextlib
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from checkpoint import find_tokenizer, load_model
+from configurator import configure, short_errors
+from corpus import download
+from data import atomic_write
+from machine import join_ranks, pick_device, pick_dtype
+from model import GPT, KVCache
+from tokenizer import Tokenizer
+
+out_dir = ""  # the run's folder; empty: the newest run
+init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id
+split = "val"  # val | train | test (which has no labels: only --output tells)
+data = ""  # a file of examples instead, .jsonl in the original's fields
+data_dir = "data"  # where the examples are kept, in hellaswag/
+source = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"  # where they are downloaded from
+scoring = "both"  # both | classic | harness
+limit = 0  # the first so many examples; 0: all
+batch_size = 0  # examples at a time, four endings each; 0: 8 on a CPU, 64 elsewhere
+output = ""  # a .jsonl file of every example's losses and choices
+device = "auto"  # auto | cpu | cuda | mps
+dtype = "auto"  # auto (bfloat16 where native) | float32 | bfloat16 | float16
+backend = "nccl"  # of torchrun's ranks on GPUs; the CPU's is gloo
+timeout = 600  # seconds that a rank waits for the others
+
+SPLITS = {"train": 39905, "val": 10042, "test": 10003}
+SCORINGS = ("classic", "harness")
+
+
+class Question(NamedTuple):
+    """An example as a model sees it. Its endings follow the context, each by itself."""
+
+    context: list[int]
+    endings: list[list[int]]
+    lengths: list[int]  # what acc_norm divides by
+
+
+def read_examples(path: Path, limit: int = 0) -> list[dict]:
+    """The examples of a .jsonl file. Raises ValueError naming the line that is not one."""
+    examples = []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if limit and len(examples) == limit:
+                break
+            if not line.strip():
+                continue
+            try:
+                example = json.loads(line)
+                texts = [example["ctx"], *example["endings"]]
+                label = example.get("label", "")
+                if len(texts) != 5 or not all(isinstance(t, str) and t.strip() for t in texts):
+                    raise ValueError("it takes a ctx and four endings, as text")
+                example["label"] = int(label) if label not in ("", None) else None
+                if example["label"] not in (None, 0, 1, 2, 3):
+                    raise ValueError(f"the label is {label!r}")
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                what = f"there is no {e}" if isinstance(e, KeyError) else e
+                raise ValueError(f"{path}, line {number}: not an example of HellaSwag: {what}") from None
+            examples.append(example)
+    if not examples:
+        raise ValueError(f"{path} holds no examples")
+    return examples
+
+
+def find_examples(split: str, data_dir: str, limit: int = 0) -> list[dict]:
+    """The examples of a split, downloaded once. Raises ValueError if they cannot be had or are not all there."""
+    path = Path(data_dir) / "hellaswag" / f"hellaswag_{split}.jsonl"
+    if not path.exists():
+        download(f"{source}/{path.name}", path)
+    examples = read_examples(path)
+    if len(examples) != SPLITS[split]:
+        raise ValueError(
+            f"{path} holds {len(examples):,} examples of {SPLITS[split]:,}: remove it to download it again"
+        )
+    return examples[: limit or None]
+
+
+def classic_question(example: dict, tokenizer: Tokenizer) -> Question:
+    endings = [tokenizer.encode(" " + e) for e in example["endings"]]
+    return Question(tokenizer.encode(example["ctx"]), endings, [len(e) for e in endings])
+
+
+def harness_question(example: dict, tokenizer: Tokenizer) -> Question:
+    def clean(text: str) -> str:
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+    first, second = (example["ctx_a"], example["ctx_b"]) if "ctx_a" in example else (example["ctx"], "")
+    context = clean(f"{example.get('activity_label', '')}: {first} {second.capitalize()}")
+    choices = [clean(e) for e in example["endings"]]
+    kept = context.rstrip()  # spaces at its end belong to the endings
+    endings = [context[len(kept) :] + " " + c for c in choices]
+    start = tokenizer.encode(kept)
+    whole = [tokenizer.encode(kept + e) for e in endings]
+    return Question(start, [w[len(start) :] for w in whole], [len(c) for c in choices])
+
+
+QUESTIONS = {"classic": classic_question, "harness": harness_question}
+
+
+@torch.no_grad()
+def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) -> Iterator[tuple[list[int], np.ndarray]]:
+    """The sum of every ending's token losses: yields (which questions, losses (len, 4) in nats), short ones first.
+
+    Questions with contexts of about one length go together: what all have room for is read once, into the KV cache. Their
+    endings, each behind the rest of its context (a token at least), are then read in batches of about one length, and the
+    head sees the endings alone. A context that is too long loses its front. Raises ValueError for an ending longer than the
+    model's context.
+    """
+    T, on = model.config.block_size, model.device
+    batch_size = batch_size or (8 if on.type == "cpu" else 64)
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].context))
+    for first in range(0, len(order), 4 * batch_size):
+        chosen = order[first : first + 4 * batch_size]
+        contexts = []
+        for i in chosen:
+            room = T + 1 - max(map(len, questions[i].endings))
+            if room < 1:
+                raise ValueError(f"an ending has more tokens than the model's context of {T}: this model is too small")
+            contexts.append(questions[i].context[-room:] or [0])
+        shared = min(map(len, contexts)) - 1
+        cache = KVCache(model.config, len(chosen), shared, on, model._cache_dtype())
+        if shared:
+            model.hidden(torch.tensor([c[:shared] for c in contexts], device=on), cache)
+        rows = [(n, c[shared:], e) for n, c in enumerate(contexts) for e in questions[chosen[n]].endings]
+        losses = torch.zeros(len(rows), device=on)
+        by_length = sorted(range(len(rows)), key=lambda r: len(rows[r][1]) + len(rows[r][2]))
+        for begin in range(0, len(rows), 4 * batch_size):
+            these = by_length[begin : begin + 4 * batch_size]
+            width = max(len(rows[r][1]) + len(rows[r][2]) for r in these) - 1
+            x, y = np.zeros((len(these), width), np.int64), np.full((len(these), width), -1, np.int64)
+            for row, r in enumerate(these):
+                _, c, e = rows[r]
+                x[row, : len(c) + len(e) - 1], y[row, len(c) - 1 : len(c) + len(e) - 1] = (c + e)[:-1], e
+            part = cache.rows(torch.tensor([rows[r][0] for r in these], device=on), shared + width)
+            x, y = torch.from_numpy(x).to(on), torch.from_numpy(y).to(on)
+            known = y >= 0
+            each = torch.zeros(y.shape, device=on)
+            each[known] = token_losses(model, model.hidden(x, part)[known], y[known])
+            losses[torch.tensor(these, device=on)] = each.sum(1)
+        yield chosen, losses.view(-1, 4).cpu().numpy()
+
+
+def token_losses(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p of targets (n,) after hidden (n, C), float32; on a CPU few at a time, whose logits stay in its cache."""
+    size, losses = 128 if hidden.device.type == "cpu" else 4096, []
+    for h, y in zip(hidden.split(size), targets.split(size)):
+        logits = model.logits(h).float()
+        losses.append(logits.logsumexp(-1) - logits.gather(-1, y[:, None])[:, 0])
+    return torch.cat(losses)
+
+
+class Score:
+    """Examples counted so far, and how many were right by acc and by acc_norm."""
+
+    def __init__(self):
+        self.count = np.zeros(3)
+
+    def add(self, losses: np.ndarray, lengths: list[int], label: int | None) -> tuple[int, int]:
+        """Returns the two choices. losses: (4,)"""
+        choices = int(losses.argmin()), int((losses / np.array(lengths)).argmin())
+        if label is not None:
+            self.count += (1, choices[0] == label, choices[1] == label)
+        return choices
+
+    @property
+    def accuracy(self) -> tuple[float, float]:
+        return tuple(self.count[1:] / self.count[0]) if self.count[0] else (math.nan, math.nan)
+
+    def __str__(self):
+        return "acc {:.4f} acc_norm {:.4f}".format(*self.accuracy)
+
+
+def classic_accuracy(model: GPT, examples: list[dict], tokenizer: Tokenizer, rank=0, world=1) -> tuple[float, float]:
+    """acc and acc_norm of the classic scoring, shared out over the ranks; the model is left as it was. For training."""
+    mine, score, training = examples[rank::world], Score(), model.training
+    questions = [classic_question(e, tokenizer) for e in mine]
+    model.eval()
+    for chosen, losses in ending_losses(model, questions):
+        for i, loss in zip(chosen, losses):
+            score.add(loss, questions[i].lengths, mine[i]["label"])
+    model.train(training)
+    count = torch.from_numpy(score.count)
+    if world > 1:
+        dist.all_reduce(count)
+    score.count = count.numpy()
+    return score.accuracy
+
+
+def main() -> None:
+    if split not in SPLITS:
+        raise ValueError(f"--split={split}: choose one of {', '.join(SPLITS)}")
+    if scoring not in (*SCORINGS, "both"):
+        raise ValueError(f"--scoring={scoring}: choose both, classic or harness")
+    if limit < 0 or batch_size < 0:
+        raise ValueError(f"--limit={limit}, --batch_size={batch_size}: must be at least 0")
+    on = pick_device(device)
+    rank, world = join_ranks(on, backend, timeout)
+    if data and not Path(data).is_file():
+        raise ValueError(f"--data={data}: there is no such file")
+    if not data and rank == 0:
+        find_examples(split, data_dir, 1)  # downloads
+    if world > 1:
+        dist.barrier()
+    examples = read_examples(Path(data), limit) if data else find_examples(split, data_dir, limit)
+    model, payload = load_model(out_dir if init_from == "resume" else init_from)
+    tokenizer = find_tokenizer(payload, data_dir)
+    kind = pick_dtype(dtype, on)
+    model.to(on)
+    amp = contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind)
+    mine = examples[rank::world]
+    if rank == 0:
+        print(
+            f"{len(examples):,} examples, {model.num_params():,} parameters, {on}, {str(kind).removeprefix('torch.')}"
+        )
+    results = [{"ind": e.get("ind", n), "label": e["label"]} for n, e in enumerate(mine)]
+    scores, began = {}, time.perf_counter()
+    for name in SCORINGS if scoring == "both" else (scoring,):
+        score, done, told, start = Score(), 0, time.perf_counter(), time.perf_counter()
+        questions = [QUESTIONS[name](e, tokenizer) for e in mine]
+        with amp:
+            for chosen, losses in ending_losses(model, questions, batch_size):
+                for i, loss in zip(chosen, losses):
+                    acc, acc_norm = score.add(loss, questions[i].lengths, mine[i]["label"])
+                    results[i][name] = {"losses": [round(float(x), 6) for x in loss], "lengths": questions[i].lengths}
+                    results[i][name] |= {"acc": acc, "acc_norm": acc_norm}
+                done += len(chosen)
+                if rank == 0 and time.perf_counter() - told > 5:
+                    told = time.perf_counter()
+                    print(
+                        f"{done * world:>7,}/{len(examples):,}  {name} {score}  {done * world / (told - start):.1f} examples/s"
+                    )
+        count = torch.from_numpy(score.count)
+        if world > 1:
+            dist.all_reduce(count)  # gloo's, on the CPU
+        score.count, scores[name] = count.numpy(), score
+        if rank == 0:
+            speed = len(examples) / (time.perf_counter() - start)
+            print(
+                f"{name:<8} {score}  ({speed:.1f} examples/s)"
+                if score.count[0]
+                else f"{name:<8} no labels ({speed:.1f} examples/s)"
+            )
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, results)
+        results = [everyone[n % world][n // world] for n in range(len(examples))]
+    if rank == 0 and output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(output), "".join(json.dumps(r) + "\n" for r in results))
+        print(f"{output}: {len(results):,} examples, {time.perf_counter() - began:.1f} s")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def long_options(argv: list[str]) -> list[str]:
+    """-m NAME and -d DEVICE, as eval_hellaswag.py scripts have taken them since build-nanogpt's, in our form."""
+    names = {"-m": "init_from", "--model_type": "init_from", "--model_name": "init_from", "-d": "device"}
+    found, rest = [], iter(argv)
+    for word in rest:
+        found.append(f"--{names[word]}={next(rest, '')}" if word in names else word)
+    return found
+
+
+if __name__ == "__main__":
+    with short_errors():
+        configure(globals(), long_options(sys.argv[1:]))
+        main()
