@@ -41,6 +41,8 @@ class GPTConfig:
     init: str = "gpt2"  # gpt2 | zero_proj (residual projections start at zero)
     attn: str = "sdpa"  # sdpa | manual (the formula written out)
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+    lora_rank: int = 0  # train low-rank additions to the blocks' matrices, and nothing else; 0: all weights
+    lora_alpha: float = 16.0  # they count lora_alpha / lora_rank times
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -58,6 +60,8 @@ class GPTConfig:
             raise ValueError(f"--n_head={self.n_head} is not divisible by --n_kv_head={self.n_kv_head}")
         if self.pos == "rope" and self.n_embd // self.n_head % 2:
             raise ValueError(f"--pos=rope needs an even head size, not n_embd/n_head = {self.n_embd // self.n_head}")
+        if self.lora_rank < 0 or self.lora_alpha <= 0:
+            raise ValueError(f"--lora_rank={self.lora_rank} --lora_alpha={self.lora_alpha}: at least 0, and above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout={self.dropout}: must be at least 0 and less than 1")
 
@@ -184,6 +188,28 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+class LoRALinear(nn.Linear):
+    """A frozen linear layer and a trained addition of low rank, zero at first (https://arxiv.org/abs/2106.09685)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
+        about = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_a = nn.Parameter(torch.randn(rank, base.in_features, **about) / math.sqrt(base.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **about))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+    def merged(self) -> nn.Linear:
+        """One plain layer that does the same."""
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(self.weight.detach() + self.scale * (self.lora_b @ self.lora_a).detach())
+        plain.bias = self.bias
+        return plain
+
+
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -237,6 +263,28 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
+        if config.lora_rank:
+            self.add_lora(config.lora_rank, config.lora_alpha)
+
+    def add_lora(self, rank: int, alpha: float) -> None:
+        """From here on only low-rank additions to the matrices of attention and MLP are trained; see LoRALinear."""
+        self.config.lora_rank, self.config.lora_alpha = rank, alpha
+        self.requires_grad_(False)
+        for block in self.transformer.h:
+            for part in (block.attn, block.mlp):
+                part.c_proj = LoRALinear(part.c_proj, rank, alpha)
+            block.attn.c_attn = LoRALinear(block.attn.c_attn, rank, alpha)
+            block.mlp.c_fc = LoRALinear(block.mlp.c_fc, rank, alpha)
+
+    def merge_lora(self) -> None:
+        """Add what add_lora's parameters learned to the matrices; all weights are trained again."""
+        for block in self.transformer.h:
+            for part in (block.attn, block.mlp):
+                for name, layer in [*part.named_children()]:
+                    if isinstance(layer, LoRALinear):
+                        setattr(part, name, layer.merged())
+        self.config.lora_rank = 0
+        self.requires_grad_(True)
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -546,11 +594,10 @@ def pretrained_arguments(theirs: dict, where: str) -> dict:
         must_be("scale_attn_weights", True)
         must_be("scale_attn_by_inverse_layer_idx", False)
         must_be("add_cross_attention", False)
-        must_be("tie_word_embeddings", True)
         must_be("activation_function", "gelu_new", "gelu_pytorch_tanh", "gelu")
         return dict(
             block_size=theirs["n_positions"], vocab_size=theirs["vocab_size"], n_layer=theirs["n_layer"],
-            n_head=theirs["n_head"], n_embd=theirs["n_embd"], norm_eps=theirs.get("layer_norm_epsilon", 1e-5), bias=True,
+            n_head=theirs["n_head"], n_embd=theirs["n_embd"], tie_weights=theirs.get("tie_word_embeddings", True), norm_eps=theirs.get("layer_norm_epsilon", 1e-5), bias=True,
             mlp="gelu_erf" if theirs.get("activation_function") == "gelu" else "gelu", mlp_hidden=theirs.get("n_inner") or 0,
         )  # fmt: skip
     if kind not in ("llama", "mistral"):

@@ -36,6 +36,8 @@ def make_optimizers(
         dict(params=[p for _, p in named if p.dim() < 2], weight_decay=0.0),
     ]
     groups = [g for g in groups if g["params"]]
+    if not groups:
+        return optimizers
     fused = groups[0]["params"][0].device.type in ("cuda", "cpu", "mps")
     if name in ("adamw", "muon"):
         rest = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=fused)

@@ -69,6 +69,8 @@ logit_softcap = 0.0  # bound the logits smoothly; 0: off
 init = "gpt2"  # gpt2 | zero_proj
 attn = "sdpa"  # sdpa | manual
 activation_checkpointing = False  # less memory for more time
+lora_rank = 0  # fine-tune by low-rank additions to the blocks' matrices alone; 0: all weights
+lora_alpha = 16.0  # which count lora_alpha / lora_rank times
 # Optimization
 optimizer = "adamw"  # adamw | adam | sgd | adafactor | muon
 learning_rate = 6e-4  # peak learning rate
@@ -336,6 +338,8 @@ def new_model(found: Dataset, payload: dict) -> GPT:
     """The model to train: of the keys, or of the checkpoint."""
     torch.manual_seed(seed)
     if not payload:
+        if lora_rank:
+            raise ValueError(f"--lora_rank={lora_rank} is for fine-tuning: give --init_from, the weights to start from")
         keys = GPTConfig.__dataclass_fields__.keys() & globals().keys()
         return GPT(GPTConfig(vocab_size=found.vocab_size, **{k: globals()[k] for k in keys}))
     arguments, trained_on = payload["model_args"], payload.get("tokenizer")
@@ -359,7 +363,12 @@ def new_model(found: Dataset, payload: dict) -> GPT:
         positions = "transformer.wpe.weight"
         payload["model"] = {n: t[:block_size] if n.endswith(positions) else t for n, t in payload["model"].items()}
     arguments |= dict(dropout=dropout, attn=attn, activation_checkpointing=activation_checkpointing)
-    return build_model(payload)
+    model = build_model(payload)
+    if init_from != "resume":
+        model.merge_lora()
+        if lora_rank:
+            model.add_lora(lora_rank, lora_alpha)
+    return model
 
 
 def compile_model(run: Run) -> torch.nn.Module:
@@ -444,6 +453,8 @@ def describe(model: GPT, found: list, on: torch.device, kind: torch.dtype, steps
         f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, vocabulary {c.vocab_size:,}"
     )
     print(f"model: {model.num_params():,} parameters: {sizes}")
+    if c.lora_rank:
+        print(f"LoRA: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of them are trained")
     print(f"device: {on}, {str(kind).removeprefix('torch.')}, torch {torch.__version__}")
     for each, share in found:
         train, val = (sum(s.tokens for s in shards) for shards in (each.train, each.val))
