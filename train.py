@@ -393,16 +393,18 @@ def compile_model(run: Run) -> torch.nn.Module:
         return run.model
 
 
-BOUNDS = {  # what a key's value is at least, and less than
-    (1, math.inf): "block_size gradient_accumulation_steps max_iters log_interval eval_iters timeout",
-    (0, 2**63): "seed",
+BOUNDS = (  # what values are at least, and less than
+    (1, math.inf, "block_size gradient_accumulation_steps max_iters log_interval eval_iters timeout"),
+    (0, 2**63, "seed"),
     (
         0,
         math.inf,
-    ): "learning_rate min_lr weight_decay warmup_iters eval_interval grad_clip skip_bad_steps keep_checkpoints "
-    "total_batch_tokens max_epochs final_eval_tokens sample_temperature norm_eps checkpoint_interval sample_interval hellaswag_interval hellaswag_limit",
-    (0, 1): "beta1 beta2 momentum label_smoothing",
-}
+        "learning_rate min_lr weight_decay warmup_iters eval_interval grad_clip skip_bad_steps max_epochs norm_eps",
+    ),
+    (0, math.inf, "keep_checkpoints total_batch_tokens final_eval_tokens sample_temperature checkpoint_interval"),
+    (0, math.inf, "sample_interval hellaswag_interval hellaswag_limit"),
+    (0, 1, "beta1 beta2 momentum label_smoothing"),
+)
 
 
 def check_keys() -> None:
@@ -410,7 +412,7 @@ def check_keys() -> None:
     for key, value in globals().items():
         if type(value) is float and key.islower() and not math.isfinite(value):
             raise ValueError(f"--{key}={value}: must be a finite number")
-    for (least, below), keys in BOUNDS.items():
+    for least, below, keys in BOUNDS:
         for key in keys.split():
             if not least <= globals()[key] < below:
                 most = f" and less than {below}" if below < math.inf else ""

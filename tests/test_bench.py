@@ -1,8 +1,13 @@
 """bench.py: it runs, and says what it measured. How fast is for people to read, not for tests to hold."""
 
+import json
 import re
 
 from conftest import TEXT
+
+import bench
+
+TINY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --gradient_accumulation_steps=2 --device=cpu".split()
 
 
 def test_data_mode_holds_our_way_beside_the_bare_tokenizer(run, tmp_path):
@@ -14,7 +19,35 @@ def test_data_mode_holds_our_way_beside_the_bare_tokenizer(run, tmp_path):
         assert re.search(r"[\d.]+ x \d+ cores? of that", printed)
 
 
-def test_bad_input_is_told_in_one_line(refused):
-    assert "--mode=speed: choose data" in refused("bench.py", "--mode=speed")
-    assert "--input=gone.txt: there is no such file" in refused("bench.py", "--input=gone.txt")
-    assert "at least 1" in refused("bench.py", "--megabytes=0")
+def test_training_and_decoding_print_and_keep_their_figures(run, tmp_path):
+    keys = [*TINY, "--steps=2", "--repeat=1", "--tokens=5", "--decode_batch=3", "--dtype=float32"]
+    printed = run("bench.py", *keys, "--output=one.json", "--profile=trace.json")
+    assert "128 x" not in printed and "2 x 32 tokens x 2, cpu, float32, attention: flash" in printed
+    figures = json.loads((tmp_path / "one.json").read_text())
+    assert figures["tokens_per_second"] * figures["ms_a_step"] / 1000 > 127.9
+    assert {"ms_batch", "ms_forward", "ms_of", "ms_backward", "ms_optimizer"} < set(figures)
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+    again = run("bench.py", *keys, "--compare=one.json")
+    assert re.search(r"tokens_per_second .* -> .* x as good", again)
+    decoded = run("bench.py", "--mode=decode", *keys, "--output=two.json")
+    figures = json.loads((tmp_path / "two.json").read_text())
+    assert set(figures) == {"decode_tokens_per_second_batch_1", "decode_tokens_per_second_batch_3"}
+    assert "batch 3" in decoded and "roofline" in printed
+
+
+def test_arguments_go_where_they_belong():
+    mine, theirs = bench.split_arguments(
+        ["config/baby_cpu.py", "--steps=3", "--n_layer=2", "--mode=train", "--real-data"]
+    )
+    assert mine == ["--steps=3", "--mode=train", "--real-data"] and theirs == ["config/baby_cpu.py", "--n_layer=2"]
+
+
+def test_bad_input_is_told_in_one_line(refused, tmp_path):
+    assert "--mode=speed: choose train, decode or data" in refused("bench.py", "--mode=speed", *TINY)
+    assert "--input=gone.txt: there is no such file" in refused("bench.py", "--mode=data", "--input=gone.txt")
+    assert "at least 1" in refused("bench.py", "--megabytes=0", *TINY)
+    assert "unknown key n_layr (did you mean n_layer?)" in refused("bench.py", "--n_layr=2")
+    assert "takes no key of train.py" in refused("bench.py", "--mode=data", "--n_layer=2")
+    (tmp_path / "bad.json").write_text("{")
+    assert "not a file that --output wrote" in refused("bench.py", "--compare=bad.json", *TINY)
+    assert "more than the context of 32" in refused("bench.py", "--mode=decode", *TINY)
