@@ -244,6 +244,46 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of logits x W^T that are never kept: a few rows at a time, while they are in a CPU's cache, become
+    their loss and, in the same pass, their gradient. x (N, C), W (padded V, C), targets (N,), of which -1 counts for nothing.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x, weight, targets, vocab_size: int, smoothing: float):
+        w = weight[:vocab_size].to(x.dtype)
+        known, total = targets >= 0, torch.zeros((), dtype=torch.float64)
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for rows in torch.arange(len(x)).split(1024):
+            gradient = torch.empty(len(rows), vocab_size, dtype=x.dtype)
+            for few in torch.arange(len(rows)).split(64):
+                at = rows[few]
+                logits, target = (x[at] @ w.t()).float(), targets[at].clamp(min=0)[:, None]
+                lse = logits.logsumexp(-1, keepdim=True)
+                loss = lse - (1 - smoothing) * logits.gather(1, target)
+                if smoothing:
+                    loss -= smoothing * logits.mean(-1, keepdim=True)
+                total += (loss[:, 0] * known[at]).sum()
+                slope = logits.sub_(lse).exp_()
+                slope -= smoothing / vocab_size
+                slope.scatter_add_(1, target, torch.full_like(lse, smoothing - 1))
+                gradient[few] = slope.mul_(known[at][:, None]).to(x.dtype)
+            dx[rows] = gradient @ w
+            if dw is not None:
+                dw[:vocab_size] += gradient.t() @ x[rows]
+        ctx.count = known.sum()
+        ctx.save_for_backward(dx, dw)
+        return (total / ctx.count).float()
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        scale = grad / ctx.count
+        return dx * scale, None if dw is None else dw.mul_(scale), None, None, None
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -310,6 +350,11 @@ class GPT(nn.Module):
         With a cache, idx continues what the cache holds, and the logits are those of the last position, (B, 1, V).
         """
         x = self.hidden(idx, cache)
+        plain = torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.config.logit_softcap
+        if targets is not None and not return_logits and x.device.type == "cpu" and not plain:
+            x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+            weight, V = self.lm_head.weight, self.config.vocab_size
+            return None, HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), V, label_smoothing)
         logits = self.logits(x if cache is None else x[:, -1:])
         if targets is None:
             return logits, None

@@ -274,3 +274,28 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_name():
         small(n_kv_head=2, tie_weights=False).load_weights(small(tie_weights=False).state_dict())
     with pytest.raises(ValueError, match="missing"):
         small().load_weights({})
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_that_keeps_no_logits_is_the_plain_one_with_its_gradients(kind, smoothing, tied):
+    torch.manual_seed(1)
+    sizes = dict(vocab_size=1000, n_layer=1, n_head=2, n_embd=32, block_size=700)
+    model = GPT(GPTConfig(**sizes, tie_weights=tied)).train()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)
+    x, y = torch.randint(1000, (3, 700)), torch.randint(1000, (3, 700))
+    y[0, 5:90] = -1
+    found = []
+    for return_logits in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+            logits, loss = model(x, y, return_logits=return_logits, label_smoothing=smoothing)
+        assert (logits is None) != return_logits
+        (3 * loss).backward()
+        found.append((loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    (plain, expected), (ours, gradients) = found
+    assert ours == pytest.approx(plain, rel=1e-6 if kind == torch.float32 else 1e-3)
+    for n, g in expected.items():
+        error = (gradients[n] - g).norm() / g.norm()
+        assert error < (1e-5 if kind == torch.float32 else 2e-2), (n, error)
