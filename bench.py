@@ -270,11 +270,13 @@ def bench_data() -> dict:
     with tempfile.TemporaryDirectory() as place:
         folder, text = Path(place), Path(place) / "text.txt"
         if input:
-            with open(input, encoding="utf-8") as f:
-                text.write_text(f.read(megabytes * 10**6), encoding="utf-8")
+            with open(input, "rb") as f:
+                text.write_text(f.read(megabytes * 10**6).decode("utf-8", errors="replace"), encoding="utf-8")
         else:
             made_up_stories(text, megabytes * 10**6)
         documents = [document for document, _ in split_text(text)]
+        if not documents:
+            raise ValueError(f"--input={input}: there is no text in it")
         size = sum(len(d.encode()) for d in documents)
         print(f"text: {len(documents):,} documents, {size / 1e6:.1f} MB; {cores()} cores; medians of {repeat}")
 

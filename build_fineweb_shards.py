@@ -129,6 +129,10 @@ def main() -> None:
         raise ValueError(f"--sample={sample}: choose one of {', '.join(TOKENS)}")
     if pretokenized and pretokenized not in READY:
         raise ValueError(f"--pretokenized={pretokenized}: choose one of {', '.join(READY)}")
+    if tokenizer in ("char", "bpe"):
+        raise ValueError(
+            f"--tokenizer={tokenizer}: choose gpt2, a folder or a hub id; prepare_text.py learns a vocabulary"
+        )
     if not 0 <= worker < num_workers or shard_tokens < 1 or max_tokens < 0:
         raise ValueError(
             f"--worker={worker} --num_workers={num_workers} --shard_tokens={shard_tokens} --max_tokens={max_tokens}: a "

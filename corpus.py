@@ -6,6 +6,7 @@ A position is a JSON-able value, or a function that tells it when called at that
 
 import array
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -57,6 +58,15 @@ class Unique:
                     place = place + 1 & mask
                 self.table[place] = number
         return True
+
+
+def counted(documents: Callable[[], Iterable[str]], limit: int = 0) -> Source:
+    """A source whose positions are the number of documents so far; going on reads them again, but tokenizes none twice."""
+
+    def read(position):
+        return itertools.islice(zip(documents(), itertools.count(1)), position or 0, limit or None)
+
+    return read
 
 
 def document_hash(text: str, seed: int = 0) -> int:
@@ -124,8 +134,13 @@ class DatasetWriter:
         self, folder: Path, arguments: dict, make_tokenizer: Callable[[], Tokenizer], overwrite: bool = False,
         name: str = "", shard_tokens: int = CHUNK, name_of: Callable[[str, int], str] | None = None,
     ):  # fmt: skip
+        if not re.fullmatch(r"\w[\w.+-]*", folder.name):
+            raise ValueError(f"--dataset={folder.name}: a name has letters, digits and _ . + - alone")
         check_free(folder, overwrite, name)
-        self.folder, self.name, self.shard_tokens = folder, name or folder.name, shard_tokens
+        self.final, self.name, self.shard_tokens = folder, name or folder.name, shard_tokens
+        if (folder / "meta.json").exists():  # stays until the new one is whole
+            folder = folder.with_name(folder.name + ".new")
+        self.folder = folder
         self.arguments = json.loads(json.dumps(arguments))
         self.name_of = name_of or (lambda split, number: f"{self.name}_{split}_{number:06d}.npy")
         self.file, self.hashes = folder / "progress.json", folder / "documents.part"
@@ -135,29 +150,49 @@ class DatasetWriter:
         if self.file.exists():
             try:
                 state = json.loads(self.file.read_text(encoding="utf-8"))
-            except ValueError:
+                same = state["arguments"] == self.arguments
+            except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{self.file} is damaged: remove {folder} to begin again") from None
-        if state.get("arguments") == self.arguments:
-            self.go_on(state)
-            return
+            if same:
+                return self.go_on(state)
+        if not overwrite and (state or own_shards(folder, self.name)):
+            raise ValueError(
+                f"{folder} holds an unfinished dataset, of other settings: finish it with those, choose another --dataset, or "
+                "--overwrite=True"
+            )
         self.tokenizer = make_tokenizer()
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (folder / "meta.json", folder / "tokenizer.json", self.file, self.hashes, *own_shards(folder, name)):
-            old.unlink(missing_ok=True)
         self.sources: dict[str, dict] = {}
+        self.hashes.unlink(missing_ok=True)
         self.save()
+        self.clear()
 
     def go_on(self, state: dict) -> None:
         self.tokenizer, self.sources = tokenizer_from_dict(state["tokenizer"]), state["sources"]
         for split, found in state["splits"].items():
             self.writers[split] = self.writer(split, **found)
-        if state["documents"]:
-            known = array.array("Q", self.hashes.read_bytes()[: 8 * state["documents"]])
-            for number in known:
-                self.unique.add(number)
-            self.hashes.write_bytes(known.tobytes())
-            self.unique.fresh = array.array("Q")
+        self.clear()
+        known = array.array("Q", self.hashes.read_bytes()[: 8 * state["documents"]] if self.hashes.exists() else b"")
+        for number in known:
+            self.unique.add(number)
+        self.hashes.write_bytes(known.tobytes())
+        self.unique.fresh = array.array("Q")
         print(f"{self.folder}: going on after {self.tokens:,} tokens")
+
+    def clear(self) -> None:
+        """Remove shards that are not of what was written so far."""
+        known = {s["file"] for w in self.writers.values() for s in w.shards}
+        known |= {w.paths()[1].name for w in self.writers.values() if w.filled}
+        for path in own_shards(self.folder, self.name):
+            if path.name not in known:
+                path.unlink()
+
+    def discard(self) -> None:
+        """Remove all that was written."""
+        for path in (self.file, self.hashes, *own_shards(self.folder, self.name)):
+            path.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def writer(self, split: str, **found) -> ShardWriter:
         def name_of(number: int) -> str:
@@ -235,7 +270,8 @@ class DatasetWriter:
         for writer in self.writers.values():
             writer.finish()
         found = [shard for writer in self.writers.values() for shard in writer.shards]
-        shards = {s: [x for x in found if f"_{s}_" in x["file"]] for s in ("train", "val")}
+        of_split = {s: re.compile(rf"_{s}_\d+\.npy$") for s in ("train", "val")}
+        shards = {s: [x for x in found if of_split[s].search(x["file"])] for s in of_split}
         tokens = {split: sum(s["tokens"] for s in each) for split, each in shards.items()}
         meta = {
             "source": source,
@@ -251,6 +287,14 @@ class DatasetWriter:
         atomic_write(self.folder / "meta.json", json.dumps(meta, indent=1))
         self.file.unlink()
         self.hashes.unlink(missing_ok=True)
+        if self.folder != self.final:  # in the place of the old one, meta.json first away and last there
+            for old in ("meta.json", "tokenizer.json"):
+                (self.final / old).unlink(missing_ok=True)
+            for old in own_shards(self.final, self.name):
+                old.unlink()
+            for new in sorted(self.folder.iterdir(), key=lambda p: p.name == "meta.json"):
+                os.replace(new, self.final / new.name)
+            self.folder.rmdir()
         return tokens
 
 
@@ -400,7 +444,8 @@ def download(url: str, path: Path, sha256: str = "") -> None:
                     total = int(r.headers.get("Content-Range", "").rpartition("/")[2] or -1)
                 elif r.status_code in (408, 429) or r.status_code >= 500:
                     reason = f"{r.status_code} {r.reason}"
-                    wait = max(wait, min(60.0, float(r.headers.get("Retry-After", "0").strip() or 0)))
+                    asked = r.headers.get("Retry-After", "").strip()  # seconds, or a date
+                    wait = max(wait, min(60.0, float(asked) if asked.isdigit() else 0.0))
                 elif r.status_code not in (200, 206):
                     raise ValueError(f"{url}: {r.status_code} {r.reason}")
                 else:

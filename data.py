@@ -256,6 +256,8 @@ def load_mixture(names: str, data_dir: str | Path = "data", verify: bool = False
     found = []
     for part in names.split(","):
         name, _, weight = part.partition(":")
+        if not name:
+            raise ValueError(f"--dataset={names}: a name is missing")
         try:
             share = float(weight or 1)
         except ValueError:

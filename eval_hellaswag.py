@@ -67,7 +67,7 @@ class Question(NamedTuple):
 def read_examples(path: Path, limit: int = 0) -> list[dict]:
     """The examples of a .jsonl file. Raises ValueError naming the line that is not one."""
     examples = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if limit and len(examples) == limit:
                 break
@@ -114,7 +114,7 @@ def harness_question(example: dict, tokenizer: Tokenizer) -> Question:
         text = text.strip().replace(" [title]", ". ")
         return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
-    first, second = (example["ctx_a"], example["ctx_b"]) if "ctx_a" in example else (example["ctx"], "")
+    first, second = (example["ctx_a"], example.get("ctx_b") or "") if "ctx_a" in example else (example["ctx"], "")
     context = clean(f"{example.get('activity_label', '')}: {first} {second.capitalize()}")
     choices = [clean(e) for e in example["endings"]]
     kept = context.rstrip()  # spaces at its end belong to the endings
@@ -125,6 +125,11 @@ def harness_question(example: dict, tokenizer: Tokenizer) -> Question:
 
 
 QUESTIONS = {"classic": classic_question, "harness": harness_question}
+
+
+def check_lengths(questions: list[Question], block_size: int) -> None:
+    if max((len(e) for q in questions for e in q.endings), default=0) > block_size:
+        raise ValueError(f"an ending has more tokens than the model's context of {block_size}: this model is too small")
 
 
 @torch.no_grad()
@@ -138,14 +143,13 @@ def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) ->
     """
     T, on = model.config.block_size, model.device
     batch_size = batch_size or (8 if on.type == "cpu" else 64)
+    check_lengths(questions, T)
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].context))
     for first in range(0, len(order), 4 * batch_size):
         chosen = order[first : first + 4 * batch_size]
         contexts = []
         for i in chosen:
             room = T + 1 - max(map(len, questions[i].endings))
-            if room < 1:
-                raise ValueError(f"an ending has more tokens than the model's context of {T}: this model is too small")
             contexts.append(questions[i].context[-room:] or [0])
         shared = min(map(len, contexts)) - 1
         cache = KVCache(model.config, len(chosen), shared, on, model._cache_dtype())
@@ -200,14 +204,20 @@ class Score:
         return "acc {:.4f} acc_norm {:.4f}".format(*self.accuracy)
 
 
-def classic_accuracy(model: GPT, examples: list[dict], tokenizer: Tokenizer, rank=0, world=1) -> tuple[float, float]:
+def classic_questions(examples: list[dict], tokenizer: Tokenizer, block_size: int) -> list[tuple[Question, int | None]]:
+    """Every example with its label. Raises ValueError now for what a model of this context cannot be asked."""
+    found = [(classic_question(e, tokenizer), e["label"]) for e in examples]
+    check_lengths([q for q, _ in found], block_size)
+    return found
+
+
+def classic_accuracy(model: GPT, questions: list[tuple[Question, int | None]], rank=0, world=1) -> tuple[float, float]:
     """acc and acc_norm of the classic scoring, shared out over the ranks; the model is left as it was. For training."""
-    mine, score, training = examples[rank::world], Score(), model.training
-    questions = [classic_question(e, tokenizer) for e in mine]
+    mine, score, training = questions[rank::world], Score(), model.training
     model.eval()
-    for chosen, losses in ending_losses(model, questions):
+    for chosen, losses in ending_losses(model, [q for q, _ in mine]):
         for i, loss in zip(chosen, losses):
-            score.add(loss, questions[i].lengths, mine[i]["label"])
+            score.add(loss, mine[i][0].lengths, mine[i][1])
     model.train(training)
     count = torch.from_numpy(score.count)
     if world > 1:

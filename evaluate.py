@@ -31,6 +31,7 @@ from configurator import configure, short_errors
 from data import Dataset, Shard, atomic_write, cut, gather, load_dataset, validation_batches, validation_windows
 from machine import pick_device, pick_dtype
 from model import GPT
+from report import finite
 from tokenizer import Tokenizer
 
 checkpoints = ""  # runs, checkpoints, Hugging Face folders or ids, separated by commas; empty: the newest run
@@ -149,9 +150,13 @@ def writing(model: GPT, tokenizer: Tokenizer, found: Dataset, amp) -> dict:
     for prompt in filter(None, prompts.split("|")):
         try:
             told["prompts"][prompt] = tokenizer.decode(write(model, tokenizer, prompt, 1, amp)[0])
-        except ValueError as e:  # a character that it does not know
+        except (ValueError, RuntimeError) as e:  # a character that it does not know, weights that are not numbers
             told["prompts"][prompt] = f"({e})"
-    rows = write(model, tokenizer, "", num_samples, amp)
+    try:
+        rows = write(model, tokenizer, "", num_samples, amp)
+    except RuntimeError as e:  # probabilities that are not numbers
+        print(f"warning: nothing can be sampled ({e})")
+        rows = []
     told["samples"] = [tokenizer.decode(row) for row in rows]
     told |= {f"distinct_{n}": distinct(told["samples"], n) for n in (1, 2, 3)}
     corpus, taken = [], 0
@@ -161,7 +166,7 @@ def writing(model: GPT, tokenizer: Tokenizer, found: Dataset, amp) -> dict:
     corpus = np.concatenate(corpus)
     arrays = [np.array(row) for row in rows if row]
     size = sum(map(len, arrays))
-    own = np.concatenate([s.map()[:size] for s in found.val])[:size].astype(np.int64)
+    own = np.concatenate([s.map()[:size] for s in found.val or found.train])[:size].astype(np.int64)
     for name, n in (("unigram", 1), ("bigram", 2)):
         told[f"kl_{name}"] = divergence(arrays, corpus, n)
         told[f"kl_{name}_of_the_corpus"] = divergence([own], corpus, n)
@@ -180,7 +185,7 @@ def evaluate(name: str, on: torch.device, amp) -> Iterator[dict]:
         raise ValueError(f"{path} was trained on {where}: choose one of them to evaluate on, --dataset=NAME")
     found = load_dataset(where, data_dir)
     same = found.tokenizer == tokenizer.to_dict() or found.tokenizer["kind"] == tokenizer.to_dict()["kind"] == "gpt2"
-    if not same and (payload.get("tokenizer") or found.vocab_size > payload["model_args"]["vocab_size"]):
+    if not same:
         raise ValueError(f"{path} has another vocabulary than {where}: prepare the text with --tokenizer= its own")
     untrained = None
     if baseline:
@@ -240,6 +245,9 @@ def main() -> None:
         return contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind)
 
     results = []
+    for name in checkpoints.split(","):  # a wrong name is told before the first is evaluated
+        if not is_pretrained(name) and not find_checkpoint(name).is_file():
+            raise ValueError(f"--checkpoints={name}: there is no checkpoint {find_checkpoint(name)}")
     for name in checkpoints.split(","):
         for result in evaluate(name, on, amp):
             results.append(result)
@@ -252,7 +260,9 @@ def main() -> None:
     writer.writeheader()
     writer.writerows(results)
     atomic_write(folder / "evaluation_results.csv", text.getvalue())
-    atomic_write(folder / "evaluation_results.json", json.dumps(results, indent=1, ensure_ascii=False))
+    atomic_write(
+        folder / "evaluation_results.json", json.dumps([finite(r) for r in results], indent=1, ensure_ascii=False)
+    )
     last = results[-1]
     for prompt, told in last.get("prompts", {}).items():
         print(f"\n> {prompt}\n{prompt}{told}")

@@ -12,6 +12,7 @@ biases that GPT-2 has and ours lacks are zeros. What neither has is refused by i
 Leaves config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json and README.md.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -33,6 +34,8 @@ dtype = "float32"  # of the weights: float32 | bfloat16 | float16
 overwrite = False  # replace what an export left there before
 data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their dataset
 
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+FILES |= {"README.md", "model.pt"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NEEDS = {  # of each target, key -> values; the first is what a message names
     "gpt2": {"norm": ("layernorm",), "mlp": ("gelu", "gelu_erf"), "pos": ("learned",)},
@@ -113,12 +116,15 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, str]:
     }
     if tokenizer.eot is not None:
         eot = tokenizer.token_bytes(tokenizer.eot).decode()
-        config |= {"bos_token": eot, "eos_token": eot, "unk_token": eot}
+        pretrained = tokenizer.to_dict()["kind"] == "pretrained"  # what it begins with is in its tokenizer.json
+        config |= {"eos_token": eot} | ({} if pretrained else {"bos_token": eot, "unk_token": eot})
     return {"tokenizer.json": tokenizer.to_json(), "tokenizer_config.json": json.dumps(config, indent=1)}
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with contextlib.suppress(OSError, ValueError):  # it is for the card alone
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {}
 
 
 def model_card(name: str, model: GPT, config: dict, results: dict, target: str) -> str:
@@ -128,10 +134,9 @@ def model_card(name: str, model: GPT, config: dict, results: dict, target: str) 
         f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, vocabulary {c.vocab_size:,}"
     )
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
-    lines += [
-        f"A {target} model of {model.num_params():,} parameters ({sizes}), trained from scratch with flatgpt.",
-        "",
-    ]
+    base = {"resume": "scratch"}.get(config.get("init_from"), config.get("init_from"))
+    made = f"trained from {base}" if base else "converted"
+    lines += [f"A {target} model of {model.num_params():,} parameters ({sizes}), {made} with flatgpt.", ""]
     facts = {
         "trained on": config.get("dataset"),
         "steps": results.get("total_steps"),
@@ -151,7 +156,7 @@ def model_card(name: str, model: GPT, config: dict, results: dict, target: str) 
     ]
     lines += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""] if rows else []
     if config:
-        keys = "seed dataset batch_size block_size gradient_accumulation_steps max_iters optimizer learning_rate schedule".split()
+        keys = "init_from seed dataset batch_size block_size gradient_accumulation_steps max_iters optimizer learning_rate schedule".split()
         keys += [k for k in GPTConfig.__dataclass_fields__ if k in config and k not in keys]
         command = " ".join(f"--{k}={config[k]}" for k in keys if k in config)
         lines += ["```sh", f"python train.py {command}", "```", ""]
@@ -178,10 +183,11 @@ def export(model: GPT, payload: dict, tokenizer: Tokenizer, folder: Path, result
     config |= {"vocab_size": known, "torch_dtype": dtype}
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": min(200, known)}
     if tokenizer.eot is not None:
-        config |= {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-        sampling |= {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
+        config |= {"eos_token_id": tokenizer.eot}
+        sampling |= {"eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
     else:
-        config |= {"bos_token_id": None, "eos_token_id": None}
+        config |= {"eos_token_id": None}
+    config["bos_token_id"] = None if tokenizer.to_dict()["kind"] == "pretrained" else tokenizer.eot
     if config["tie_word_embeddings"]:
         del weights["lm_head.weight"]
     for name in weights:
@@ -217,12 +223,13 @@ def main() -> None:
     tokenizer = find_tokenizer(payload, data_dir)
     run = Path(".") if is_pretrained(name) else find_checkpoint(name).parent
     folder = Path(output_dir) if output_dir else run / "export"
-    ours = {"config.json", "model.safetensors", "model.pt"}
+    if folder.resolve() in (Path.cwd(), run.resolve(), Path(name).resolve()):
+        raise ValueError(f"--output_dir={folder}: an export takes a folder of its own")
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise ValueError(f"{folder} is there already: choose another --output_dir, or --overwrite=True")
-        if not ours & {p.name for p in folder.iterdir()}:
-            raise ValueError(f"{folder} is not an export: choose another --output_dir")
+        if foreign := sorted({p.name for p in folder.iterdir()} - FILES):
+            raise ValueError(f"{folder} holds {foreign[0]}, which is not an export's: choose another --output_dir")
     if format == "hf":
         return export(model, payload, tokenizer, folder, read_json(run / "results.json"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ interrupted, the same command goes on.
 
 from __future__ import annotations  # the key `list` hides the type in what is run
 
+import codecs
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from corpus import (
     Source,
     check_free,
     check_room,
+    counted,
     document_hash,
     download,
     is_made,
@@ -138,16 +140,18 @@ def file_documents(files: Iterable[Path], field: str) -> Iterator[str]:
 
 def blocks(path: Path) -> Iterator[str]:
     """A text file, a megabyte at a time. Raises ValueError if it is not UTF-8."""
-    with open(path, encoding="utf-8", newline="") as f:
-        while True:
-            before = f.buffer.tell()
+    begin, rest = 0, b""
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            rest += block
             try:
-                block = f.read(1 << 20)
+                text, used = codecs.utf_8_decode(rest, "strict", len(block) < 1 << 20)
             except UnicodeDecodeError as e:
-                raise not_utf8(path, before + e.start, e.object[e.start]) from None
-            if not block:
-                return
-            yield block
+                raise not_utf8(path, begin + e.start, rest[e.start]) from None
+            begin, rest = begin + used, rest[used:]
+            yield text
+    if rest:
+        raise not_utf8(path, begin, rest[0])
 
 
 def is_single(files: list[Path]) -> bool:
@@ -188,16 +192,6 @@ def between(parts: Iterable[str], begin: int, end: float) -> Iterator[str]:
         at += len(part)
 
 
-def counted(documents: Callable[[], Iterable[str]]) -> Source:
-    """A source whose positions are the number of documents so far; going on reads them again, but tokenizes none twice."""
-
-    def read(position):
-        found = zip(documents(), itertools.count(1))
-        return itertools.islice(found, position or 0, max_docs or None)
-
-    return read
-
-
 # -----------------------------------------------------------------------------
 # Documents of the hub
 
@@ -220,7 +214,8 @@ def hub_stream(corpus: Corpus, split: str):
 def hub_source(corpus: Corpus, split: str) -> Source:
     """The documents of a corpus, streamed; a position is [documents so far, the stream's own state]."""
     if corpus.id == "Salesforce/wikitext":
-        return counted(lambda: articles(row["text"] for row in stream_rows(hub_stream(corpus, split), corpus.id)))
+        rows = lambda: stream_rows(hub_stream(corpus, split), corpus.id)  # noqa: E731
+        return counted(lambda: articles(row["text"] for row in rows()), max_docs)
     field = text_field or "text"
 
     def read(position) -> Iterator[tuple[str, object]]:
@@ -357,7 +352,7 @@ def parts_of_files(files: list[Path], field: str) -> Parts:
     else:
         first = [*itertools.islice(file_documents(files, field), 2)]
         if len(first) != 1:
-            return Parts({"all": counted(lambda: file_documents(files, field))}, told)
+            return Parts({"all": counted(lambda: file_documents(files, field), max_docs)}, told)
 
         def text():
             return iter(first)
@@ -428,6 +423,12 @@ def prepare(folder: Path, find_parts: Callable[[], Parts], arguments: dict) -> N
     for split, read in sources.items():
         most = -(-max_tokens * val_fraction // 1) if split == "val" else max_tokens
         writer.write(read, where[split], split, int(most), unique=not single, separated=not single)
+    for split in ("train", "val"):
+        if split not in writer.writers or not writer.writers[split].tokens:
+            writer.discard()
+            raise ValueError(
+                f"nothing is left for {split}: more text, --max_docs or --max_tokens, or another --val_fraction"
+            )
     counts = writer.finish(told)
     tokens = " and ".join(f"{counts[split]:,} {split}" for split in ("train", "val"))
     print(f"{folder}: {tokens} tokens, {tokenizer} vocabulary of {writer.tokenizer.n_vocab:,}")
@@ -475,7 +476,7 @@ def main() -> None:
             )
         return show_batches(dataset)
     name = dataset or (
-        Path(paths.split(",")[0]).stem if paths else re.sub(r"\W+", "_", source.partition("/")[2] or source)
+        Path(paths.split(",")[0]).resolve().stem if paths else re.sub(r"\W+", "_", source.partition("/")[2] or source)
     )
     folder = Path(data_dir) / name
     if source == "chat":

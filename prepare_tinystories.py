@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 
 from configurator import configure, short_errors
-from corpus import DatasetWriter, check_free, download, is_made, split_text
+from corpus import DatasetWriter, check_free, counted, download, is_made, split_text
 from tokenizer import learn_tokenizer, word_tokenizer
 
 synthetic = False  # write the embedded stories instead
@@ -267,8 +267,8 @@ def make_synthetic(folder: Path, count=12_000, val_fraction=0.05, vocab_size=204
     held_out = max(1, round(len(told) * val_fraction))
     arguments = {"synthetic": True, "max_docs": count, "val_fraction": val_fraction, "seed": seed}
     writer = DatasetWriter(folder, arguments, lambda: word_tokenizer("\n\n".join(told), vocab_size), overwrite)
-    writer.write(lambda position: ((text, None) for text in told[:held_out]), "val")
-    writer.write(lambda position: ((text, None) for text in told[held_out:]), "train")
+    for split, part in (("val", told[:held_out]), ("train", told[held_out:])):
+        writer.write(counted(lambda part=part: part), split)
     tokens = writer.finish("the story grammar of prepare_tinystories.py")
     print(
         f"{folder}: {len(told):,} stories, {tokens['train']:,} + {tokens['val']:,} tokens, "

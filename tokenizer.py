@@ -315,6 +315,8 @@ def learn_tokenizer(
     A char alphabet has every character of all texts, so that validation can be encoded; bpe sees train() alone, and of
     that the first SAMPLE_CHARACTERS. Raises ValueError for another name.
     """
+    if EOT in special_tokens or len(set(special_tokens)) < len(special_tokens):
+        raise ValueError(f"--special_tokens={','.join(special_tokens)}: each once, and {EOT} is there anyway")
     if special_tokens and kind != "bpe":
         raise ValueError(f"--special_tokens are for --tokenizer=bpe; --tokenizer={kind} has its own")
     if kind == "gpt2":

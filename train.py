@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import Saver, build_model, load_checkpoint, load_latest, load_payload, save_checkpoint
 from configurator import configure, first_line, short_errors
 from data import Dataset, MixedWindows, TrainingWindows, load_mixture, validation_batches, validation_windows
-from eval_hellaswag import classic_accuracy, find_examples, read_examples
+from eval_hellaswag import classic_accuracy, classic_questions, find_examples, read_examples
 from machine import Signals, free_memory, is_out_of_memory, join_ranks, peak_memory, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
@@ -274,8 +274,9 @@ def find_datasets(rank: int) -> list[tuple[Dataset, float]]:
             make_synthetic(folder)
         if dist.is_initialized():
             dist.barrier()
-    if dry_run and "," not in dataset and not (root / dataset).is_dir():
-        print(f"there is no dataset {root / dataset}: sizes assume GPT-2's vocabulary")
+    name = dataset.partition(":")[0]
+    if dry_run and "," not in dataset and not (root / name).is_dir():
+        print(f"there is no dataset {root / name}: sizes assume GPT-2's vocabulary")
         return [(Dataset(dataset, [], [], None, 50257), 1.0)]
     return load_mixture(dataset, data_dir, verify_data and rank == 0)
 
@@ -675,7 +676,7 @@ def main(config: dict) -> None:
     if world > 1:
         gpus = [on.index] if on.type == "cuda" else None
         run.step_model = DistributedDataParallel(run.step_model, gpus, gradient_as_bucket_view=True)
-    tokenizer = tokenizer_from_dict(first_found.tokenizer) if examples else None
+    questions = classic_questions(examples, tokenizer_from_dict(first_found.tokenizer), block_size) if examples else []
     log, saver = None, Saver()
     if master and not eval_only:
         resolved = {"max_iters": steps, "gradient_accumulation_steps": micro_batches, "batch_size": batch_size}
@@ -786,7 +787,7 @@ def main(config: dict) -> None:
                     log.validation(step, val_loss, accuracy, best_val_loss, by_source)
             if score_now:
                 with run.autocast():
-                    scores = classic_accuracy(run.model, examples, tokenizer, rank, world)
+                    scores = classic_accuracy(run.model, questions, rank, world)
                 if master:
                     log.hellaswag(step, *scores)
             if master and sample_now:

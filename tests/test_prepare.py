@@ -392,7 +392,10 @@ def test_another_setting_does_not_go_on_with_what_is_there(tmp_path, monkeypatch
     first.write(lambda position: [("one two", 1)], "val")
     again = DatasetWriter(folder, {"a": 1}, lambda: pytest.fail("made again"))
     assert again.sources["val"]["done"] and again.tokens == first.tokens > 0
-    other = DatasetWriter(folder, {"a": 2}, lambda: tokenizer)
+    with pytest.raises(ValueError, match="holds an unfinished dataset, of other settings.*--overwrite"):
+        DatasetWriter(folder, {"a": 2}, lambda: tokenizer)
+    assert list(folder.glob("*.part"))
+    other = DatasetWriter(folder, {"a": 2}, lambda: tokenizer, overwrite=True)
     assert other.sources == {} and other.tokens == 0 and not list(folder.glob("*.part"))
 
 
