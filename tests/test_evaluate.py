@@ -101,6 +101,7 @@ def test_distinct_and_divergence_on_texts_small_enough_to_count():
     ("arguments", "words"),
     [
         (["--checkpoints=gone"], "gone"),
+        (["--checkpoints=out,out/stpe_3.pt"], "there is no checkpoint out/stpe_3.pt"),
         (["--split=test"], "--split=test: choose val or train"),
         (["--stride=64"], "--block_size=32 --stride=64: the context is 32"),
         (["--block_size=64"], "the context is 32"),

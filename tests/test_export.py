@@ -71,7 +71,7 @@ def test_characters_halves_and_torch_files(run, refused, chars):
     assert "is there already" in refused("export.py", "--output_dir=half")
     (chars / "mine").mkdir()
     (chars / "mine" / "thesis.txt").write_text("years of work")
-    assert "is not an export" in refused("export.py", "--output_dir=mine", "--overwrite=True")
+    assert "which is not an export" in refused("export.py", "--output_dir=mine", "--overwrite=True")
     before = (chars / "half" / "model.safetensors").read_bytes()
     run("export.py", "--dtype=float32", "--output_dir=half", "--overwrite=True")
     assert len((chars / "half" / "model.safetensors").read_bytes()) > len(before) and not list(chars.glob("*.part"))
@@ -99,3 +99,17 @@ def test_bad_input_is_told_in_one_line(refused, tmp_path):
     assert "there is no trained model under out/" in refused("export.py")
     assert "--format=onnx: choose hf or torch" in refused("export.py", "--format=onnx")
     assert "--dtype=int8" in refused("export.py", "--dtype=int8")
+
+
+def test_a_run_is_never_taken_for_an_export(run, refused, chars):
+    run("train.py", *SMALL, "--dataset=chars", "--max_iters=2")
+    before = {p: p.stat().st_mtime_ns for p in chars.rglob("*")}
+    for folder in ("out", ".", "./out/../out"):
+        assert "a folder of its own" in refused(
+            "export.py", "--out_dir=out", f"--output_dir={folder}", "--overwrite=True"
+        )
+    (chars / "other").mkdir()
+    (chars / "other" / "config.json").write_text("{}")
+    (chars / "other" / "ckpt.pt").write_text("somebody's")
+    assert "holds ckpt.pt" in refused("export.py", "--output_dir=other", "--overwrite=True")
+    assert {p: p.stat().st_mtime_ns for p in before} == before

@@ -171,6 +171,16 @@ def test_training_scores_itself_on_the_way(run, tmp_path):
     assert found[0] == found[1] and "HellaSwag" not in without  # it does not move the training
 
 
+def test_training_refuses_what_it_could_not_score_before_its_first_step(refused, tmp_path):
+    make_nanogpt_chars(tmp_path / "data" / "chars", TEXT)
+    keys = [*SMALL, "--dataset=chars", "--hellaswag_interval=4", "--hellaswag_data=hs.jsonl"]
+    example = {"ctx": TEXT[:20], "endings": [TEXT[:99]] * 4, "label": 0}
+    for wrong, words in ((example, "context of 32"), (example | {"endings": ["é"] * 4}, "character 'é' is not among")):
+        (tmp_path / "hs.jsonl").write_text(json.dumps(wrong) + "\n", encoding="utf-8")
+        assert words in refused("train.py", *keys)
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

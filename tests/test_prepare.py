@@ -14,7 +14,7 @@ import pytest
 from conftest import SMALL, TEXT, Script, call
 
 import prepare_tinystories
-from corpus import DatasetWriter, Unique, download, split_text
+from corpus import DatasetWriter, Unique, counted, document_hash, download, split_text
 from data import load_dataset
 from tokenizer import tokenizer_from_dict, word_tokenizer
 
@@ -410,3 +410,78 @@ def test_another_setting_does_not_go_on_with_what_is_there(tmp_path, monkeypatch
 )
 def test_tinystories_bad_input(refused, arguments, words, monkeypatch):
     assert words in refused("prepare_tinystories.py", *arguments)
+
+
+# --- what must not be lost, and what is not a dataset
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def many(tmp_path, count: int, name="many.jsonl", bad_line="") -> None:
+    rows = [json.dumps({"text": f"document {n} of the many"}) for n in range(count)]
+    (tmp_path / name).write_text("\n".join([*rows, *([bad_line] if bad_line else [])]) + "\n")
+
+
+def test_a_dataset_stays_until_the_one_that_replaces_it_is_whole(run, refused, tmp_path):
+    many(tmp_path, 30_000)
+    keys = ["--dataset=d", "--tokenizer=char", "--shard_tokens=100000"]
+    run("prepare_text.py", "--input=many.jsonl", *keys)
+    before = files_of(tmp_path / "data" / "d")
+    many(tmp_path, 30_000, "bad.jsonl", "{nonsense")
+    assert "bad.jsonl, line 30001: not JSON" in refused(
+        "prepare_text.py", "--input=bad.jsonl", *keys, "--overwrite=True"
+    )
+    assert files_of(tmp_path / "data" / "d") == before
+    many(tmp_path, 20_000)
+    run("prepare_text.py", "--input=many.jsonl", *keys, "--overwrite=True")
+    after = files_of(tmp_path / "data" / "d")
+    assert after != before and json.loads(after["meta.json"])["tokens"]["train"] < 700_000
+    load_dataset("d", tmp_path / "data", verify=True)
+
+
+def test_names_of_datasets_do_not_mix_their_splits(run, refused, tmp_path):
+    many(tmp_path, 500)
+    for name in ("my_train_set", "a_val_b"):
+        run("prepare_text.py", "--input=many.jsonl", "--tokenizer=char", f"--dataset={name}")
+        dataset = load_dataset(name, tmp_path / "data")
+        assert [s.path.name for s in dataset.train] == [f"{name}_train_000000.npy"]
+        assert [s.path.name for s in dataset.val] == [f"{name}_val_000000.npy"]
+    assert "a name has letters" in refused("prepare_text.py", "--input=many.jsonl", "--dataset=a:b")
+
+
+def test_documents_remembered_after_the_last_save_are_forgotten_on_going_on(tmp_path):
+    """The disk filled up between the list of documents and progress.json."""
+    texts = [f"document {n}" for n in range(50)]
+    first = DatasetWriter(tmp_path / "d", {}, lambda: word_tokenizer(TEXT, 500))
+    for text in texts[:20]:
+        first.unique.add(document_hash(text))
+    first.unique.fresh.tofile(open(first.hashes, "ab"))
+    for _ in range(2):
+        again = DatasetWriter(tmp_path / "d", {}, lambda: pytest.fail("made again"))
+        assert again.unique.count == 0 and again.hashes.stat().st_size == 0
+    again.write(counted(lambda: texts), "train", unique=True)
+    assert again.tokens == sum(len(again.tokenizer.encode(t)) + 1 for t in texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max_tokens=1"], "nothing is left for"),
+        (["--val_fraction=0.00001"], "nothing is left for val"),
+        (["--tokenizer=bpe", "--special_tokens=<|a|>,<|a|>"], "each once"),
+        (["--tokenizer=bpe", "--special_tokens=<|endoftext|>"], "is there anyway"),
+    ],
+)
+def test_what_would_be_no_dataset_is_refused_and_leaves_nothing(refused, tmp_path, arguments, words):
+    many(tmp_path, 1200)
+    assert words in refused("prepare_text.py", "--input=many.jsonl", *arguments)
+    assert not (tmp_path / "data" / "many").exists()
+
+
+def test_a_limit_on_documents_does_not_cut_a_single_one(run, tmp_path):
+    text = long_text(300_000)
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8", newline="")
+    run("prepare_text.py", "--input=one.txt", "--max_docs=1", "--tokenizer=char")
+    assert len(read(load_dataset("one", tmp_path / "data"), "train")) == int(len(text) * 0.9)
