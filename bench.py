@@ -71,7 +71,7 @@ def roofline(on: torch.device, kind: torch.dtype) -> tuple[float, float]:
     n = 8192 if on.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=on, dtype=kind) for _ in range(2))
     product = median_of(lambda: a @ b, on, repeat)
-    source = torch.zeros((1 << 28 if on.type == "cuda" else 1 << 26), device=on)
+    source = torch.zeros((1 << 28 if on.type == "cuda" else 1 << 25), device=on)
     target = torch.empty_like(source)
     copy = median_of(lambda: target.copy_(source), on, repeat)
     return 2 * n**3 / product, 2 * 4 * len(source) / copy

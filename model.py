@@ -252,26 +252,31 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, targets, vocab_size: int, smoothing: float):
-        w = weight[:vocab_size].to(x.dtype)
-        known, total = targets >= 0, torch.zeros((), dtype=torch.float64)
+        w, known, total = weight[:vocab_size].to(x.dtype), targets >= 0, torch.zeros((), dtype=torch.float64)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for rows in torch.arange(len(x)).split(1024):
-            gradient = torch.empty(len(rows), vocab_size, dtype=x.dtype)
-            for few in torch.arange(len(rows)).split(64):
-                at = rows[few]
-                logits, target = (x[at] @ w.t()).float(), targets[at].clamp(min=0)[:, None]
-                lse = logits.logsumexp(-1, keepdim=True)
-                loss = lse - (1 - smoothing) * logits.gather(1, target)
+        # Memory that is taken once: fresh pages cost more than what is computed on them.
+        gradient, product = x.new_empty(min(2048, len(x)), vocab_size), x.new_empty(64, vocab_size)
+        work = product.float()
+        for first in range(0, len(x), 2048):
+            block = x[first : first + 2048]
+            for begin in range(0, len(block), 64):
+                at = slice(first + begin, first + min(begin + 64, len(block)))
+                n = at.stop - at.start
+                target, mask = targets[at].clamp(min=0)[:, None], known[at][:, None]
+                logits = work[:n].copy_(torch.mm(x[at], w.t(), out=product[:n]))
+                most = logits.amax(-1, keepdim=True)
+                aim = logits.gather(1, target) - most
+                even = logits.mean(-1, keepdim=True) - most if smoothing else 0.0
+                size = logits.sub_(most).exp_().sum(-1, keepdim=True)
+                total += ((size.log() - (1 - smoothing) * aim - smoothing * even) * mask).sum()
+                slope = logits.mul_(mask / size)
                 if smoothing:
-                    loss -= smoothing * logits.mean(-1, keepdim=True)
-                total += (loss[:, 0] * known[at]).sum()
-                slope = logits.sub_(lse).exp_()
-                slope -= smoothing / vocab_size
-                slope.scatter_add_(1, target, torch.full_like(lse, smoothing - 1))
-                gradient[few] = slope.mul_(known[at][:, None]).to(x.dtype)
-            dx[rows] = gradient @ w
+                    slope -= mask * (smoothing / vocab_size)
+                slope.scatter_add_(1, target, (smoothing - 1) * mask)
+                gradient[begin : begin + n] = slope
+            dx[first : first + 2048] = gradient[: len(block)] @ w
             if dw is not None:
-                dw[:vocab_size] += gradient.t() @ x[rows]
+                dw[:vocab_size] += gradient[: len(block)].t() @ block
         ctx.count = known.sum()
         ctx.save_for_backward(dx, dw)
         return (total / ctx.count).float()
