@@ -355,8 +355,9 @@ class GPT(nn.Module):
         With a cache, idx continues what the cache holds, and the logits are those of the last position, (B, 1, V).
         """
         x = self.hidden(idx, cache)
-        plain = torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.config.logit_softcap
-        if targets is not None and not return_logits and x.device.type == "cpu" and not plain:
+        plain = return_logits or targets is None or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        plain = plain or self.config.logit_softcap or self.config.vocab_size < 512  # characters
+        if not plain and x.device.type == "cpu":
             x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
             weight, V = self.lm_head.weight, self.config.vocab_size
             return None, HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), V, label_smoothing)

@@ -281,10 +281,10 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_name():
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_that_keeps_no_logits_is_the_plain_one_with_its_gradients(kind, smoothing, tied):
     torch.manual_seed(1)
-    sizes = dict(vocab_size=1000, n_layer=1, n_head=2, n_embd=32, block_size=700)
+    sizes = dict(vocab_size=9000, n_layer=1, n_head=2, n_embd=32, block_size=700)
     model = GPT(GPTConfig(**sizes, tie_weights=tied)).train()
     torch.nn.init.normal_(model.lm_head.weight, std=0.2)
-    x, y = torch.randint(1000, (3, 700)), torch.randint(1000, (3, 700))
+    x, y = torch.randint(9000, (3, 700)), torch.randint(9000, (3, 700))
     y[0, 5:90] = -1
     found = []
     for return_logits in (True, False):
