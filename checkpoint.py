@@ -17,7 +17,8 @@ import torch
 from configurator import first_line
 from data import load_dataset
 from machine import is_out_of_memory
-from model import GPT, GPT2_NAMES, GPTConfig, read_pretrained
+from model import GPT, GPTConfig
+from pretrained import GPT2_NAMES, read_pretrained
 from tokenizer import Tokenizer, read_tokenizer, tokenizer_from_dict
 
 PREVIOUS = "ckpt_previous.pt"  # the one before ckpt.pt, for when that is damaged

@@ -79,7 +79,7 @@ def gpt2_export(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def llama_export(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
-    """transformers' config.json and weights of a Llama: what model.llama_to_gpt reads, the other way."""
+    """transformers' config.json and weights of a Llama: what pretrained.llama_to_gpt reads, the other way."""
     c, own = model.config, model.state_dict()
     K = c.n_kv_head * c.head_size
     weights = {

@@ -12,7 +12,8 @@ import torch
 import transformers
 from conftest import SMALL, TEXT, make_nanogpt_chars
 
-from model import GPT, clean_state_dict, llama_to_gpt, pretrained_arguments
+from model import GPT, clean_state_dict
+from pretrained import llama_to_gpt, pretrained_arguments
 from tokenizer import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
 
 LLAMA = dict(
