@@ -141,6 +141,7 @@ def hub(tmp_path, monkeypatch):
         "stas/openwebtext-10k": {
             "openwebtext-10k.py": b"raise SystemExit", "@plain_text/train/0000.parquet": parquet(ROWS[:300]),
         },
+        "allenai/c4": {"en/c4-train.00000.json.gz": b"", "@en/partial-train/0000.parquet": parquet(ROWS[:60])},
         "someone/scripted": {"scripted.py": b"raise SystemExit", "@default/train/0000.parquet": parquet(ROWS[:50])},
         "Salesforce/wikitext": {
             "README.md": CONFIGS.format(wiki).encode(),
@@ -220,6 +221,9 @@ def test_no_script_of_a_corpus_is_run_its_parquet_files_are_read(run, hub, tmp_p
     run("prepare_text.py", "--source=openwebtext10k", "--tokenizer=bpe", "--vocab_size=300")
     found = splits(tmp_path, "openwebtext10k")
     assert sorted(found["train"] + found["val"]) == sorted(PAGES[:300])
+    run("prepare_text.py", "--source=c4", "--tokenizer=char")  # the part of it that is there as parquet
+    found = splits(tmp_path, "c4")
+    assert sorted(found["train"] + found["val"]) == sorted(PAGES[:60])
     run("prepare_text.py", "--source=someone/scripted", "--tokenizer=char")
     found = splits(tmp_path, "scripted")
     assert sorted(found["train"] + found["val"]) == sorted(PAGES[:50])
