@@ -36,6 +36,7 @@ steps = 20  # training steps to time, after three that are not
 tokens = 100  # to decode
 decode_batch = 16  # texts at a time, beside one alone
 repeat = 5  # measurements of what is short, of which the median is told
+vocab_size = 50257  # ids of the synthetic tokens
 real_data = False  # train on --dataset instead of synthetic tokens
 profile = ""  # a file for a Chrome trace of three steps: trace.json
 output = ""  # a .json file for the figures
@@ -96,11 +97,11 @@ def make_run() -> tuple[train.Run, float]:
     torch.manual_seed(train.seed)
     if real_data:
         found = train.find_datasets(rank)
-        windows, vocab_size = train.training_windows(found), found[0][0].vocab_size
+        windows, ids = train.training_windows(found), found[0][0].vocab_size
     else:
-        windows, vocab_size = None, 50257
+        windows, ids = None, vocab_size
     keys = GPTConfig.__dataclass_fields__.keys() & vars(train).keys()
-    model = GPT(GPTConfig(vocab_size=vocab_size, **{k: getattr(train, k) for k in keys})).to(on).train()
+    model = GPT(GPTConfig(vocab_size=ids, **{k: getattr(train, k) for k in keys})).to(on).train()
     if train.batch_size == "auto":
         train.batch_size = train.largest_batch(model, on, kind, world)
     _, accumulation = train.steps_and_accumulation(world, windows)
@@ -108,7 +109,7 @@ def make_run() -> tuple[train.Run, float]:
         model, train.optimizer, train.learning_rate, train.weight_decay, train.beta1, train.beta2, train.momentum
     )
     scaler = torch.amp.GradScaler(on.type, enabled=kind == torch.float16)
-    run = train.Run(model, model, optimizers, scaler, windows or Synthetic(vocab_size), on, kind, accumulation)
+    run = train.Run(model, model, optimizers, scaler, windows or Synthetic(ids), on, kind, accumulation)
     run.step_model, seconds = timed(lambda: train.compile_model(run), on)
     return run, seconds
 
@@ -143,7 +144,7 @@ def bench_train() -> dict:
     if on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(on)
     times = [timed(lambda s=s: train.train_step(run, s), on)[1] for s in range(3, 3 + steps)]
-    step_seconds = statistics.median(times)
+    step_seconds, peak_mib = statistics.median(times), peak_memory(on)
     products, bandwidth = roofline(on, kind)
 
     x, y = run.batch(0, 0)
@@ -176,7 +177,7 @@ def bench_train() -> dict:
     figures = {
         "tokens_per_second": a_step / step_seconds,
         "ms_a_step": 1e3 * step_seconds,
-        "peak_memory_mib": peak_memory(on),
+        "peak_memory_mib": peak_mib,
         "compile_seconds": compiling if compiled else None,
     }
     figures |= {f"ms_{name.strip().split(' ')[0]}": 1e3 * seconds for name, seconds in parts.items()}
@@ -214,7 +215,7 @@ def bench_decode() -> dict:
     on, kind, _, _ = train.set_up_device()
     if train.init_from == "scratch":
         keys = GPTConfig.__dataclass_fields__.keys() & vars(train).keys()
-        model = GPT(GPTConfig(vocab_size=50257, **{k: getattr(train, k) for k in keys}))
+        model = GPT(GPTConfig(vocab_size=vocab_size, **{k: getattr(train, k) for k in keys}))
     else:
         model, _ = load_model(train.init_from)
     model.to(on).eval()

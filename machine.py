@@ -1,5 +1,7 @@
 """The machine under a run: its device and dtype, memory, the other ranks, and signals."""
 
+import contextlib
+import ctypes
 import math
 import os
 import re
@@ -124,6 +126,16 @@ def greet(on: torch.device, rank: int, world: int) -> None:
     if rank == 0:
         hosts = ", ".join(f"{n} on {name}" for name, n in Counter(names).items())
         print(f"ranks: {world} ({hosts}), all-reduce {moved / min(times) / 1e9:.2f} GB/s a rank")
+
+
+def keep_freed_memory() -> None:
+    """Let malloc hand freed memory out again. glibc otherwise maps every large tensor anew, and on a CPU the kernel's
+    zeroing of those pages costs a sixth of a training step (BENCHMARKS.md). Elsewhere nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # musl, macOS; Windows
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def is_out_of_memory(e: Exception) -> bool:

@@ -165,9 +165,11 @@ class CausalSelfAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
         if grouped:
             k, v = (z.repeat_interleave(q.size(1) // k.size(1), dim=1) for z in (k, v))
-        scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)
+        scores = q @ k.transpose(-2, -1)
+        bias = scores.new_zeros(T, S)
         if mask is not None:
-            scores += torch.zeros(T, S, dtype=scores.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+            bias.masked_fill_(~mask, float("-inf"))
+        scores = torch.add(bias, scores, alpha=1 / math.sqrt(q.size(-1)))
         return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
 
 
@@ -242,38 +244,42 @@ class Block(nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of logits x W^T that are never kept: a few rows at a time, while they are in a CPU's cache, become
-    their loss and, in the same pass, their gradient. x (N, C), W (padded V, C), targets (N,), of which -1 counts for nothing.
+    """Mean cross-entropy of logits x W^T that are never kept: 2048 rows at a time they become, in place, their softmax and
+    then their gradient, in the same pass. x (N, C), W (padded V, C), targets (N,), of which -1 counts for nothing.
     """
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, targets, vocab_size: int, smoothing: float):
         w, known, total = weight[:vocab_size].to(x.dtype), targets >= 0, torch.zeros((), dtype=torch.float64)
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        dx, dw = torch.empty_like(x), weight.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
         # Memory that is taken once: fresh pages cost more than what is computed on them.
-        gradient, product = x.new_empty(min(2048, len(x)), vocab_size), x.new_empty(64, vocab_size)
-        work = product.float()
+        block, product = x.new_empty(min(2048, len(x)), vocab_size), x.new_empty(x.size(1), vocab_size)
         for first in range(0, len(x), 2048):
-            block = x[first : first + 2048]
-            for begin in range(0, len(block), 64):
-                at = slice(first + begin, first + min(begin + 64, len(block)))
-                n = at.stop - at.start
-                target, mask = targets[at].clamp(min=0)[:, None], known[at][:, None]
-                logits = work[:n].copy_(torch.mm(x[at], w.t(), out=product[:n]))
-                most = logits.amax(-1, keepdim=True)
-                aim = logits.gather(1, target) - most
-                even = logits.mean(-1, keepdim=True) - most if smoothing else 0.0
-                size = logits.sub_(most).exp_().sum(-1, keepdim=True)
-                total += ((size.log() - (1 - smoothing) * aim - smoothing * even) * mask).sum()
-                slope = logits.mul_(mask / size)
-                if smoothing:
-                    slope -= mask * (smoothing / vocab_size)
-                slope.scatter_add_(1, target, (smoothing - 1) * mask)
-                gradient[begin : begin + n] = slope
-            dx[first : first + 2048] = gradient[: len(block)] @ w
+            at = slice(first, first + 2048)
+            rows, mask = x[at], known[at]
+            own = torch.arange(len(rows)), targets[at].clamp(min=0)
+            p = torch.mm(rows, w.t(), out=block[: len(rows)])
+            if smoothing:
+                above = p.mean(-1).float() - p[own]
+            torch.softmax(p, -1, out=p)
+            likely, p[own] = p[own].float(), 0
+            rest = p.sum(-1).float()  # 1 - likely, exact where likely is close to 1
+            losses = torch.where(rest < 0.5, -torch.log1p(-rest), -likely.log())
+            p[own] = -rest.to(p.dtype)  # the gradient of the loss in the logits
+            if smoothing:
+                losses -= smoothing * above
+                p -= smoothing / vocab_size
+                p[own] += smoothing
+            if not mask.all():
+                p[~mask] = 0
+            total += losses.where(mask, 0).sum()
+            torch.mm(p, w, out=dx[at])
             if dw is not None:
-                dw[:vocab_size] += gradient[: len(block)].t() @ block
+                torch.mm(rows.t(), p, out=product)
+                dw[:vocab_size] = product.t() if not first else dw[:vocab_size].add_(product.t())
+        if dw is not None:
+            dw[vocab_size:] = 0
         ctx.count = known.sum()
         ctx.save_for_backward(dx, dw)
         return (total / ctx.count).float()
@@ -354,8 +360,9 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         plain = return_logits or targets is None or torch.compiler.is_compiling() or not torch.is_grad_enabled()
         plain = plain or self.config.logit_softcap or self.config.vocab_size < 512  # characters
-        if not plain and x.device.type == "cpu":
-            x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        if not plain and x.device.type == "cpu" and x.dtype != torch.float16:  # whose range is too small for it
             weight, V = self.lm_head.weight, self.config.vocab_size
             return None, HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), V, label_smoothing)
         logits = self.logits(x if cache is None else x[:, -1:])

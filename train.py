@@ -28,7 +28,7 @@ from checkpoint import Saver, build_model, load_checkpoint, load_latest, load_pa
 from configurator import configure, first_line, short_errors
 from data import Dataset, MixedWindows, TrainingWindows, load_mixture, validation_batches, validation_windows
 from eval_hellaswag import classic_accuracy, classic_questions, find_examples, read_examples
-from machine import Signals, free_memory, is_out_of_memory, join_ranks, peak_memory, pick_device, pick_dtype
+from machine import Signals, free_memory, is_out_of_memory, join_ranks, keep_freed_memory, peak_memory, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
 from report import Log
@@ -253,6 +253,8 @@ def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
         on = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else f"cuda:{on.index or 0}")
         torch.cuda.set_device(on)
         torch.set_float32_matmul_precision("high")  # tf32 for what stays float32
+    elif on.type == "cpu":
+        keep_freed_memory()
     rank, world = join_ranks(on, backend, timeout)
     return on, pick_dtype(dtype, on), rank, world
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from machine import peak_flops
-from model import GPT, GPTConfig, choose
+from model import GPT, GPTConfig, HeadLoss, choose
 from pretrained import llama_to_gpt
 
 SIZES = dict(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=32)
@@ -300,3 +300,22 @@ def test_the_loss_that_keeps_no_logits_is_the_plain_one_with_its_gradients(kind,
     for n, g in expected.items():
         error = (gradients[n] - g).norm() / g.norm()
         assert error < (1e-5 if kind == torch.float32 else 2e-2), (n, error)
+
+
+def test_in_bfloat16_a_confident_prediction_keeps_a_gradient_of_the_right_size():
+    V, C = 1024, 16
+    torch.manual_seed(0)
+    x, weight, y = torch.randn(32, C).bfloat16(), 0.1 * torch.randn(V, C), torch.randperm(V)[:32]
+    weight[y] += 6 * x.float() / x.float().pow(2).mean(1, keepdim=True) / C * 2
+    found = []
+    for exact in (True, False):
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        if exact:
+            loss = F.cross_entropy((a @ w.bfloat16().t()).float(), y)
+        else:
+            loss = HeadLoss.apply(a, w, y, V, 0.0)
+        loss.backward()
+        found.append((loss.item(), w.grad))
+    (expected, right), (ours, found) = found
+    assert 1e-3 < expected < 0.1  # where 1 - p rounds to nothing in bfloat16
+    assert ours == pytest.approx(expected, rel=0.05) and (found - right).norm() / right.norm() < 0.05
