@@ -1,18 +1,26 @@
-"""How fast, and where the time goes: training, decoding, data.
+"""How fast, and where the time goes: training, decoding, data, start-up, and how they grow.
 
     python bench.py                                      a training step that suits the device, synthetic tokens
     python bench.py config/baby_cpu.py --compile=True    of any config and keys of train.py
+    python bench.py --find_batch=True                    which micro-batch is the fastest, and what memory it takes
     python bench.py --mode=decode                        GPT-2 124M, tokens/s for one text and for a batch
     python bench.py --mode=data --input=corpus.txt       tokenizing and the batch reader
+    python bench.py --mode=startup                       seconds to the first token, the first step, a compiled one
+    python bench.py --mode=scale --output=scale          time and memory against batch, context, depth, ranks: CSV, PNG
     python bench.py --output=before.json                 ... edit ...   python bench.py --compare=before.json
 
 The step is train.py's own. It is held against the roofline of this machine, which is measured in the same run: the rate of
 a large matrix product at the run's dtype, and the bandwidth of a copy. Medians, with the spread beside them.
 """
 
+import contextlib
+import csv
+import io
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,20 +34,26 @@ from checkpoint import load_model
 from configurator import configure, read_keys, short_errors
 from corpus import DatasetWriter, cores, split_text
 from data import TrainingWindows, atomic_write, load_dataset
-from machine import peak_flops, peak_memory
+from inference import for_inference
+from machine import free_memory, is_out_of_memory, peak_flops, peak_memory, pick_device
 from model import GPT, GPTConfig
 from optim import make_optimizers
-from tokenizer import EOT, gpt2_tokenizer
+from report import Log
+from tokenizer import EOT, CharTokenizer, gpt2_tokenizer
 
-mode = "train"  # train | decode | data
+mode = "train"  # train | decode | data | startup | scale | all (but scale)
 steps = 20  # training steps to time, after three that are not
 tokens = 100  # to decode
+quantize = ""  # int8: decode with weights of 8 bits
 decode_batch = 16  # texts at a time, beside one alone
 repeat = 5  # measurements of what is short, of which the median is told
 vocab_size = 50257  # ids of the synthetic tokens
 real_data = False  # train on --dataset instead of synthetic tokens
+find_batch = False  # train: double the micro-batch as long as it fits and gets faster
+axes = "batch_size,block_size,n_layer,ranks"  # scale: what grows
+points = 5  # scale: how often it doubles
 profile = ""  # a file for a Chrome trace of three steps: trace.json
-output = ""  # a .json file for the figures
+output = ""  # a .json file for the figures; scale: a folder
 compare = ""  # such a file from before: prints the ratios
 input = ""  # data: a text to tokenize, documents separated by <|endoftext|>; empty: made-up stories
 megabytes = 100  # data: of text at most
@@ -92,26 +106,41 @@ def make_run() -> tuple[train.Run, float]:
     """A run of train.py's keys with its optimizer, and the seconds that compiling took."""
     train.check_keys()
     on, kind, rank, world = train.set_up_device()
-    if world > 1:
-        raise ValueError("bench.py measures one process: start it without torchrun")
     torch.manual_seed(train.seed)
     if real_data:
         found = train.find_datasets(rank)
         windows, ids = train.training_windows(found), found[0][0].vocab_size
     else:
-        windows, ids = None, vocab_size
-    keys = GPTConfig.__dataclass_fields__.keys() & vars(train).keys()
-    model = GPT(GPTConfig(vocab_size=ids, **{k: getattr(train, k) for k in keys})).to(on).train()
+        windows, ids = Synthetic(vocab_size), vocab_size
+    model = new_model(ids).to(on).train()
     if train.batch_size == "auto":
         train.batch_size = train.largest_batch(model, on, kind, world)
-    _, accumulation = train.steps_and_accumulation(world, windows)
+    _, micro_batches = train.steps_and_accumulation(world, None)
     optimizers = make_optimizers(
         model, train.optimizer, train.learning_rate, train.weight_decay, train.beta1, train.beta2, train.momentum
     )
     scaler = torch.amp.GradScaler(on.type, enabled=kind == torch.float16)
-    run = train.Run(model, model, optimizers, scaler, windows or Synthetic(ids), on, kind, accumulation)
-    run.step_model, seconds = timed(lambda: train.compile_model(run), on)
-    return run, seconds
+    run = train.Run(model, model, optimizers, scaler, windows, on, kind, micro_batches // world, rank, world)
+    compiled, seconds = timed(lambda: train.compile_model(run), on)
+    run.step_model = train.share_out(run, compiled)
+    return run, 0.0 if compiled is model else seconds
+
+
+def new_model(ids: int) -> GPT:
+    """train.py's model, with weights of its own or those of --init_from."""
+    if train.init_from != "scratch":
+        return load_model(train.init_from)[0]
+    keys = GPTConfig.__dataclass_fields__.keys() & vars(train).keys()
+    return GPT(GPTConfig(vocab_size=ids, **{k: getattr(train, k) for k in keys}))
+
+
+def time_steps(run: train.Run) -> list[float]:
+    """Seconds of each of so many steps, after three that are not counted."""
+    for step in range(3):
+        train.train_step(run, step)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    return [timed(lambda s=s: train.train_step(run, s), run.device)[1] for s in range(3, 3 + steps)]
 
 
 class Synthetic:
@@ -130,75 +159,50 @@ class Synthetic:
 def bench_train() -> dict:
     """train.py's step, its parts, and the roofline."""
     run, compiling = make_run()
-    on, kind, model, T = run.device, run.dtype, run.model, train.block_size
-    compiled = run.step_model is not model
-    micro_tokens = train.batch_size * T
-    a_step = micro_tokens * run.accumulation
-    print(
-        f"{model.num_params():,} parameters, {train.batch_size} x {T} tokens x {run.accumulation}, {on}, "
-        f"{str(kind).removeprefix('torch.')}, attention: {attention_backend(run)}, "
-        + (f"compiled in {compiling:.1f} s" if compiled else "not compiled")
-    )
-    for step in range(3):
-        train.train_step(run, step)
-    if on.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(on)
-    times = [timed(lambda s=s: train.train_step(run, s), on)[1] for s in range(3, 3 + steps)]
+    on, kind, model = run.device, run.dtype, run.model
+    a_step = train.batch_size * train.block_size * run.accumulation * run.world
+    if run.rank == 0:
+        print(
+            f"{model.num_params():,} parameters, {train.batch_size} x {train.block_size} tokens x {run.accumulation}"
+            f"{f' x {run.world} ranks' if run.world > 1 else ''}, {on}, {str(kind).removeprefix('torch.')}, attention: "
+            f"{attention_backend(run)}, " + (f"compiled in {compiling:.1f} s" if compiling else "not compiled")
+        )
+    times = time_steps(run)
     step_seconds, peak_mib = statistics.median(times), peak_memory(on)
-    products, bandwidth = roofline(on, kind)
-
-    x, y = run.batch(0, 0)
-
-    def forward():
-        with run.autocast():
-            return run.step_model(x, y, return_logits=False)[1]
-
-    def head():
-        with run.autocast():
-            logits = model.logits(hidden)
-            return torch.nn.functional.cross_entropy(logits.float().view(-1, logits.size(-1)), y.view(-1))
-
-    def optimize():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or float("inf"))
-        for each in run.optimizers:
-            each.step()
-
-    with torch.no_grad(), run.autocast():
-        hidden = model.hidden(x).detach()
-    parts = {"batch": median_of(lambda: run.batch(0, 0), on, repeat) * run.accumulation}
-    parts["forward"] = median_of(forward, on, repeat) * run.accumulation
-    with torch.no_grad():
-        parts["  of it the head, by itself"] = median_of(head, on, repeat) * run.accumulation
-    both = median_of(lambda: run.scaler.scale(forward()).backward(), on, repeat) * run.accumulation
-    parts["backward"] = both - parts["forward"]
-    parts["optimizer"] = median_of(optimize, on, repeat)
-    causal = model.flops_per_token(T, "causal") * a_step
-    peak = train.peak_tflops * 1e12 or (peak_flops(torch.cuda.get_device_name(on)) if on.type == "cuda" else None)
+    if run.world > 1:
+        torch.distributed.barrier()
     figures = {
         "tokens_per_second": a_step / step_seconds,
         "ms_a_step": 1e3 * step_seconds,
         "peak_memory_mib": peak_mib,
-        "compile_seconds": compiling if compiled else None,
+        "compile_seconds": compiling or None,
     }
-    figures |= {f"ms_{name.strip().split(' ')[0]}": 1e3 * seconds for name, seconds in parts.items()}
-    print(
-        f"{figures['tokens_per_second']:,.0f} tokens/s, {1e3 * step_seconds:.1f} ms a step ({1e3 * min(times):.1f} to {1e3 * max(times):.1f})"
-    )
-    if peak:
-        palm = model.flops_per_token(T) * a_step
-        print(
-            f"MFU {palm / step_seconds / peak:.1%} (PaLM), {causal / step_seconds / peak:.1%} (causal) of {peak / 1e12:,.0f} TFLOP/s"
-        )
-    print(f"peak memory {figures['peak_memory_mib'] or float('nan'):,.0f} MiB")
+    causal = model.flops_per_token(train.block_size, "causal") * a_step / run.world
+    if run.rank == 0:
+        spread = f"({1e3 * min(times):.1f} to {1e3 * max(times):.1f})"
+        print(f"{figures['tokens_per_second']:,.0f} tokens/s, {1e3 * step_seconds:.1f} ms a step {spread}")
+        print(f"peak memory {peak_mib or float('nan'):,.0f} MiB")
+        name = torch.cuda.get_device_name(on) if on.type == "cuda" else ""
+        if peak := train.peak_tflops * 1e12 or peak_flops(name):
+            palm = model.flops_per_token(train.block_size) * a_step / run.world
+            mfu = f"{palm / step_seconds / peak:.1%} (PaLM), {causal / step_seconds / peak:.1%} (causal)"
+            print(f"MFU {mfu} of {peak / 1e12:,.0f} TFLOP/s")
+    if run.world > 1:  # the parts below need no one else
+        torch.distributed.destroy_process_group()
+        return figures if run.rank == 0 else {}
+    parts = time_parts(run)
+    figures |= {f"ms_{name.replace(' ', '_')}": 1e3 * seconds for name, seconds in parts.items()}
     print("where the time goes, each part by itself:")
     for name, seconds in parts.items():
         print(f"  {name:<28} {1e3 * seconds:>9.1f} ms  {seconds / step_seconds:>6.1%}")
+    products, bandwidth = roofline(on, kind)
     print(f"this machine: {products / 1e12:.2f} TFLOP/s in a large product, {bandwidth / 1e9:.0f} GB/s in a copy")
     least = causal / products
     moved = sum(p.numel() for p in model.parameters()) * 4 * 7  # AdamW reads 4 tensors and writes 3
+    figures["ms_roofline"] = 1e3 * (least + moved / bandwidth)
     print(
         f"roofline: {1e3 * least:.1f} ms for the products (causal), {1e3 * moved / bandwidth:.1f} ms for the optimizer's "
-        f"memory: the step takes {step_seconds / (least + moved / bandwidth):.1f} times that"
+        f"memory: the step takes {1e3 * step_seconds / figures['ms_roofline']:.1f} times that"
     )
     if profile:
         with torch.profiler.profile() as trace:
@@ -209,32 +213,94 @@ def bench_train() -> dict:
     return figures
 
 
+def time_parts(run: train.Run) -> dict[str, float]:
+    """Seconds of a step's parts, each run by itself."""
+    on, model, times = run.device, run.model, run.accumulation
+    x, y = run.batch(0, 0)
+    with torch.no_grad(), run.autocast():
+        hidden = model.hidden(x).detach()
+    hidden.requires_grad_()
+
+    def forward():
+        with run.autocast():
+            return run.step_model(x, y, return_logits=False)[1]
+
+    def head():
+        with run.autocast():
+            return model.head_loss(hidden, y)
+
+    def optimize():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or float("inf"))
+        for each in run.optimizers:
+            each.step()
+
+    parts = {"batch": median_of(lambda: run.batch(0, 0), on, repeat) * times}
+    whole, parts["loss head"] = (median_of(work, on, repeat) * times for work in (forward, head))
+    both = median_of(lambda: run.scaler.scale(forward()).backward(), on, repeat) * times
+    parts |= {"forward": max(0.0, whole - parts["loss head"]), "backward": both - whole}
+    parts["optimizer"] = median_of(optimize, on, repeat)
+    parts["logging"] = time_logging(run)
+    return parts
+
+
+def time_logging(run: train.Run) -> float:
+    """Seconds of a line in the console's, metrics.jsonl's and log.txt's form."""
+    keys = {k: v for k, v in vars(train).items() if k.islower() and isinstance(v, (int, float, str, bool))}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        config = keys | {"out_dir": folder, "wandb_log": False, "sample_prompt": "", "resume": False}
+        log = Log(run, config, CharTokenizer("a").to_dict(), 1, 0, None)
+        return median_of(lambda: log.step(1, 1.0, 1.0, 1.0, 1.0, 1.0), run.device, 20)
+
+
+def bench_batches() -> dict:
+    """Micro-batches of 1, 2, 4, ... until memory ends or two in a row are not faster: tokens/s and memory of each."""
+    figures, rows, slower, on = {}, 1, 0, pick_device(train.device)
+    print(f"{'micro-batch':>12} {'tokens/s':>12} {'ms a step':>12} {'MiB':>8}")
+    while slower < 2:
+        train.batch_size, train.gradient_accumulation_steps, train.total_batch_tokens = rows, 1, 0
+        try:
+            run, _ = make_run()
+            seconds = statistics.median(time_steps(run))
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            print(f"{rows:>12} does not fit")
+            break
+        rate = rows * train.block_size / seconds
+        slower = 0 if rate > max(figures.values(), default=0) * 1.02 else slower + 1
+        figures[f"tokens_per_second_batch_{rows}"] = rate
+        print(f"{rows:>12} {rate:>12,.0f} {1e3 * seconds:>12.1f} {peak_memory(run.device) or float('nan'):>8,.0f}")
+        del run
+        rows *= 2
+        if 2 * (peak_memory(on) or 0) > free_memory(on):
+            print(f"{rows:>12} would not fit")
+            break
+    best = max(figures, key=figures.get).rpartition("_")[2]
+    print(f"the fastest: --batch_size={best}")
+    return figures
+
+
 def bench_decode() -> dict:
     """Tokens/s of generate(), for one text and for a batch of them."""
     train.check_keys()
     on, kind, _, _ = train.set_up_device()
-    if train.init_from == "scratch":
-        keys = GPTConfig.__dataclass_fields__.keys() & vars(train).keys()
-        model = GPT(GPTConfig(vocab_size=vocab_size, **{k: getattr(train, k) for k in keys}))
-    else:
-        model, _ = load_model(train.init_from)
-    model.to(on).eval()
-    c, figures = model.config, {}
+    model = new_model(vocab_size)
+    c, figures, params = model.config, {}, model.num_params()
     if 16 + tokens > c.block_size:
         raise ValueError(f"--tokens={tokens}: with a prompt of 16, more than the context of {c.block_size}")
-    run = train.Run(model, model, [], None, None, on, kind, 1)
-    size = sum(p.numel() for p in model.parameters()) * (4 if kind == torch.float32 else 2)
+    width = 1 if quantize else torch.finfo(kind).bits // 8
+    size = sum(p.numel() for n, p in model.named_parameters() if ".wpe." not in n) * width
+    for_inference(model, on, kind, quantize)
     _, bandwidth = roofline(on, kind)
     print(
-        f"{model.num_params():,} parameters, {on}, {str(kind).removeprefix('torch.')}, {tokens} tokens behind a prompt of 16"
+        f"{params:,} parameters, {on}, {quantize or str(kind).removeprefix('torch.')}, {tokens} tokens behind a prompt of 16"
     )
     for batch in (1, decode_batch):
         idx = torch.zeros(batch, 16, dtype=torch.long, device=on)
 
         def decode(idx=idx):
-            with run.autocast():
-                for _ in model.generate(idx, tokens, temperature=1.0, top_k=min(200, c.vocab_size)):
-                    pass
+            for _ in model.generate(idx, tokens, top_k=min(200, c.vocab_size), compile=train.compile is True):
+                pass
 
         decode()
         times = [timed(decode, on)[1] for _ in range(repeat)]
@@ -334,6 +400,119 @@ def bench_data() -> dict:
     }
 
 
+def seconds_of(*command: str, times: int = 3, **environment: str) -> tuple[list[float], str]:
+    """Seconds of a process, from its start to its end, so many times, and what it printed. Raises RuntimeError if it fails."""
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env=os.environ | environment, cwd=Path(__file__).parent
+        )  # fmt: skip
+        found.append(time.perf_counter() - start)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {(done.stderr.strip().splitlines() or [''])[-1]}")
+    return found, done.stdout
+
+
+def bench_startup() -> dict:
+    """Whole processes: what a person waits for before anything is to be seen."""
+    figures, one = {}, ["--max_iters=1", "--eval_iters=1", "--final_eval_tokens=1000", "--eval_interval=0"]
+
+    def tell(name: str, seconds: list[float]) -> None:
+        figures[f"seconds_{name.replace(' ', '_')}"] = value = statistics.median(seconds)
+        note = f"{value / figures['seconds_import_torch']:.2f} x import torch"
+        print(f"{name:<32} {value:>6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})  {note}")
+
+    tell("import torch", seconds_of("-c", "import torch", times=repeat)[0])
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"--out_dir={folder}/run"
+        quickstart = ["train.py", "config/quickstart.py", f"--data_dir={folder}/data", out, *one]
+        seconds_of(*quickstart, times=1)  # makes its data
+        tell("sample.py, a small run", seconds_of("sample.py", out, "--max_new_tokens=20", times=repeat)[0])
+        tell("train.py, one step", seconds_of(*quickstart, times=repeat)[0])
+        cache = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        for name, times in (("the same compiled, the first time", 1), ("again, from the cache on disk", 2)):
+            tell(name, seconds_of(*quickstart, "--compile=True", times=times, **cache)[0])
+    return figures
+
+
+def bench_scale() -> dict:
+    """Training steps in processes of their own, one key growing at a time: a CSV, a picture, and how each one grows."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ImportError("--mode=scale draws with matplotlib: pip install -e '.[plot]'") from None
+    known = ("batch_size", "block_size", "n_layer", "ranks")
+    if wrong := [a for a in axes.split(",") if a not in known]:
+        raise ValueError(f"--axes={axes}: {wrong[0]} is not one of {', '.join(known)}")
+    base = {"batch_size": 1, "block_size": max(16, train.block_size >> (points - 1)), "n_layer": 1, "ranks": 1}
+    keys = {
+        k: getattr(train, k)
+        for k in ("n_head", "n_embd", "dropout", "mlp", "norm", "pos", "optimizer", "device", "dtype")
+    }
+    keys |= {"batch_size": 4, "block_size": train.block_size, "n_layer": train.n_layer, "compile": train.compile}
+    most = torch.cuda.device_count() if torch.cuda.is_available() else cores()
+    rows, figures = [], {}
+    folder = Path(output or "scale")
+    folder.mkdir(parents=True, exist_ok=True)
+    for axis in axes.split(","):
+        for value in [base[axis] << n for n in range(points)]:
+            if axis == "ranks" and value > most:
+                break
+            chosen = keys | (
+                {"gradient_accumulation_steps": value}
+                if axis == "ranks"
+                else {axis: value, "gradient_accumulation_steps": 1}
+            )
+            result = folder / "point.json"
+            command = ["bench.py", *(f"--{k}={v}" for k, v in chosen.items()), f"--steps={steps}", "--repeat=1"]
+            command += [f"--output={result.resolve()}", f"--vocab_size={vocab_size}"]
+            if axis == "ranks" and value > 1:
+                command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={value}", *command]
+            seconds_of(*command, times=1)
+            point = json.loads(result.read_text(encoding="utf-8"))
+            row = {"axis": axis, "value": value} | {
+                k: point[k] for k in ("ms_a_step", "tokens_per_second", "peak_memory_mib")
+            }
+            rows.append(row)
+            print(
+                f"{axis:>12} {value:>6} {row['ms_a_step']:>12.1f} ms {row['tokens_per_second']:>12,.0f} tokens/s {row['peak_memory_mib']:>8,.0f} MiB"
+            )
+            result.unlink()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(folder / "scale.csv", text.getvalue())
+    drawn = [a for a in axes.split(",") if sum(r["axis"] == a for r in rows) > 1]
+    figure, panels = plt.subplots(2, len(drawn), figsize=(3.4 * len(drawn), 6), squeeze=False)
+    for column, axis in enumerate(drawn):
+        mine = [r for r in rows if r["axis"] == axis]
+        x = np.array([r["value"] for r in mine], float)
+        for panel, key, unit in zip(panels[:, column], ("ms_a_step", "peak_memory_mib"), ("ms a step", "peak MiB")):
+            y = np.array([r[key] for r in mine])
+            slope, start = np.polyfit(x, y, 1)
+            last = np.log2(y[-1] / y[-2]) / np.log2(x[-1] / x[-2])
+            off = np.abs(start + slope * x - y).max() / y.max()
+            figures[f"{axis}_{key}_exponent"] = float(last)
+            panel.plot(x, y, "o-", color="#0072B2", label="measured")
+            panel.plot(x, start + slope * x, "--", color="#D55E00", label=f"{start:,.3g} + {slope:,.3g} x")
+            panel.set(xlabel=axis, ylabel=unit, ylim=(0, None))
+            panel.legend(fontsize=7, frameon=False)
+            kind = "a straight line" if off < 0.05 else f"no straight line (up to {off:.0%} off)"
+            grows = f"{axis:>12}: {unit} is {kind}, at the end it grows as {axis}^{last:.2f}"
+            if key == "ms_a_step" and axis == "batch_size" and slope > 0:
+                grows += f"; {1e3 * train.block_size / slope:,.0f} tokens/s is the limit it approaches"
+            print(grows)
+    figure.tight_layout()
+    figure.savefig(folder / "scale.png", dpi=150)
+    print(f"{folder}/scale.csv, scale.png")
+    return figures
+
+
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     """Arguments for bench.py's own keys, and those for train.py's."""
     own = {k for k in read_keys(__file__) if not k.startswith("#")}
@@ -343,11 +522,25 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def suit_the_device(argv: list[str]) -> list[str]:
     """train.py's arguments; without any, those of a model that this machine can train."""
-    if argv or mode == "data" or torch.cuda.is_available():
+    if argv or torch.cuda.is_available():
         return argv
     if mode == "decode":
         return ["--device=auto"]
     return [str(Path(__file__).parent / "config" / "baby_cpu.py"), "--dropout=0.0"]
+
+
+def bench_all() -> dict:
+    figures = {}
+    for name in ("train", "decode", "data", "startup"):
+        print(f"\n{name}")
+        figures |= BENCHES[name]()
+    return figures
+
+
+BENCHES = {
+    "train": bench_train, "decode": bench_decode, "data": bench_data, "startup": bench_startup, "scale": bench_scale,
+    "all": bench_all,
+}  # fmt: skip
 
 
 def show_ratios(figures: dict, before: dict) -> None:
@@ -359,10 +552,12 @@ def show_ratios(figures: dict, before: dict) -> None:
 
 
 def main() -> None:
-    if mode not in ("train", "decode", "data"):
-        raise ValueError(f"--mode={mode}: choose train, decode or data")
-    if min(megabytes, steps, tokens, decode_batch, repeat) < 1:
-        raise ValueError("--megabytes, --steps, --tokens, --decode_batch and --repeat are at least 1")
+    if mode not in BENCHES:
+        raise ValueError(f"--mode={mode}: choose one of {', '.join(BENCHES)}")
+    if min(megabytes, steps, tokens, decode_batch, repeat) < 1 or points < 2:
+        raise ValueError(
+            "--megabytes, --steps, --tokens, --decode_batch and --repeat are at least 1, --points at least 2"
+        )
     for path in filter(None, (input, compare)):
         if not Path(path).is_file():
             raise ValueError(f"--{'input' if path == input else 'compare'}={path}: there is no such file")
@@ -370,10 +565,10 @@ def main() -> None:
         before = json.loads(Path(compare).read_text(encoding="utf-8")) if compare else {}
     except ValueError:
         raise ValueError(f"--compare={compare}: not a file that --output wrote") from None
-    figures = {"train": bench_train, "decode": bench_decode, "data": bench_data}[mode]()
+    figures = bench_batches() if mode == "train" and find_batch else BENCHES[mode]()
     if compare:
         show_ratios(figures, before)
-    if output:
+    if output and mode != "scale" and figures:
         atomic_write(Path(output), json.dumps(figures, indent=1))
 
 
@@ -381,8 +576,8 @@ if __name__ == "__main__":
     with short_errors(), train.explained():
         mine, theirs = split_arguments(sys.argv[1:])
         configure(globals(), mine)
-        if mode != "data":
+        if mode not in ("data", "startup"):
             configure(vars(train), suit_the_device(theirs))
         elif theirs:
-            raise ValueError(f"{theirs[0]}: --mode=data takes no key of train.py")
+            raise ValueError(f"{theirs[0]}: --mode={mode} takes no key of train.py")
         main()

@@ -29,6 +29,7 @@ import torch
 from checkpoint import build_model, find_checkpoint, find_tokenizer, is_pretrained, load_payload
 from configurator import configure, short_errors
 from data import Dataset, Shard, atomic_write, cut, gather, load_dataset, validation_batches, validation_windows
+from inference import for_inference
 from machine import pick_device, pick_dtype
 from model import GPT
 from report import finite
@@ -52,6 +53,7 @@ seed = 1337  # of what is written, and of the untrained weights
 output_dir = "evaluation"  # where the results go
 device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto (on a GPU what it does best, else float32) | float32 | bfloat16 | float16
+quantize = ""  # int8: as sample.py reads the weights with that key
 
 CORPUS_TOKENS = 5_000_000  # of the training split, whose frequencies samples are held against
 
@@ -194,11 +196,13 @@ def evaluate(name: str, on: torch.device, amp) -> Iterator[dict]:
     for kind, model in (("untrained", untrained), ("", build_model(payload))):
         if model is None:
             continue
+        c, params = model.config, model.num_params()
+        if quantize:
+            for_inference(model, on, pick_dtype(dtype, on), quantize)
         model.to(on).eval()
-        c = model.config
         result = {
             "path": f"{path} {kind}".strip(), "dataset": where, "split": split, "step": 0 if kind else payload.get("step"),
-            "params": model.num_params(), "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
+            "params": params, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
             "block_size": block_size or c.block_size, "stride": stride or block_size or c.block_size,
         }  # fmt: skip
         if result["block_size"] > c.block_size or result["stride"] > result["block_size"]:
@@ -242,7 +246,7 @@ def main() -> None:
     kind = torch.float32 if dtype == "auto" and on.type != "cuda" else pick_dtype(dtype, on)
 
     def amp():
-        return contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind)
+        return contextlib.nullcontext() if kind == torch.float32 or quantize else torch.autocast(on.type, kind)
 
     results = []
     for name in checkpoints.split(","):  # a wrong name is told before the first is evaluated

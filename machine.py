@@ -128,14 +128,19 @@ def greet(on: torch.device, rank: int, world: int) -> None:
         print(f"ranks: {world} ({hosts}), all-reduce {moved / min(times) / 1e9:.2f} GB/s a rank")
 
 
-def keep_freed_memory() -> None:
-    """Let malloc hand freed memory out again. glibc otherwise maps every large tensor anew, and on a CPU the kernel's
-    zeroing of those pages costs a sixth of a training step (BENCHMARKS.md). Elsewhere nothing happens.
+def tune_malloc() -> None:
+    """On a CPU with glibc, large tensors get memory that was freed before, and the first of it on huge pages.
+
+    As it comes, malloc maps every large tensor anew and the kernel zeroes its pages: a sixth of a training step; and
+    reading weights in pages of 4 KiB costs a quarter of decoding (BENCHMARKS.md). Nothing is taken before it is used.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # musl, macOS; Windows
+    with contextlib.suppress(AttributeError, OSError, TypeError, RuntimeError):  # musl, macOS, Windows, a limit
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        room = torch.empty(1900 * 2**20, dtype=torch.uint8)  # goes back when this returns, still marked
+        begin, size = -(-room.data_ptr() // 2**21) * 2**21, 1898 * 2**20
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), 14)  # MADV_HUGEPAGE
 
 
 def is_out_of_memory(e: Exception) -> bool:

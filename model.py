@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D = C /
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -96,7 +97,11 @@ class Norm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, (B, K, length, D) each, allocated once; the first `filled` positions are valid."""
+    """Keys and values of every layer, (B, K, length, D) each, allocated once; the first `filled` positions are valid.
+
+    A step whose shapes never change (see DecodeStep) sets `at`, the position it writes to, integer (1,) on the device;
+    `mask`, the positions it looks at, bool (1, reach).
+    """
 
     def __init__(self, config: GPTConfig, batch: int, length: int, device, dtype):
         self.config = config
@@ -104,9 +109,15 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length, self.filled = length, 0
+        self.at = self.mask = None
 
     def add(self, layer: int, k, v):
         """Store k, v (B, K, T, D) behind what is there; return all keys and values so far."""
+        if self.at is not None:
+            keys, values, reach = self.keys[layer], self.values[layer], self.mask.size(-1)
+            keys.index_copy_(2, self.at, k)
+            values.index_copy_(2, self.at, v)
+            return keys[:, :, :reach], values[:, :, :reach]
         end = self.filled + k.size(2)
         self.keys[layer][:, :, self.filled : end] = k
         self.values[layer][:, :, self.filled : end] = v
@@ -142,23 +153,26 @@ class CausalSelfAttention(nn.Module):
             q, k = F.rms_norm(q, (D,), eps=c.norm_eps), F.rms_norm(k, (D,), eps=c.norm_eps)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        past = 0
+        past, mask = 0, None
         if cache is not None:
-            past = cache.filled
+            past, mask = cache.filled, cache.mask
             k, v = cache.add(self.layer, k.to(cache.keys[0].dtype), v.to(cache.keys[0].dtype))
             q = q.to(k.dtype)
-        y = self.attend(q, k, v, past)
+        y = self.attend(q, k, v, past, mask)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
-    def attend(self, q, k, v, past: int):
-        """Causal attention of T queries, the last of past + T positions. q (B, H, T, D), k and v (B, K, past + T, D)."""
+    def attend(self, q, k, v, past: int, mask=None):
+        """Causal attention of T queries, the last of past + T positions, or as a mask says (True: looked at).
+
+        q (B, H, T, D), k and v (B, K, past + T, D)
+        """
         T, S = q.size(2), k.size(2)
         dropout = self.config.dropout if self.training else 0.0
         grouped = q.size(1) != k.size(1)
         # On a CPU in bfloat16 the fused kernel's backward pass is slower than the formula (BENCHMARKS.md).
         slow = self.training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512
-        fused, mask = self.config.attn == "sdpa" and not slow, None
-        if T > 1 and (past or not fused):
+        fused = self.config.attn == "sdpa" and not slow
+        if mask is None and T > 1 and (past or not fused):
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(past)
         if fused:
             causal = T > 1 and mask is None
@@ -347,7 +361,7 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.transformer.wte.weight.device
 
     def forward(self, idx, targets=None, cache: KVCache | None = None, return_logits=True, label_smoothing=0.0):
         """Next-token logits and, with targets, their mean cross-entropy.
@@ -358,41 +372,50 @@ class GPT(nn.Module):
         With a cache, idx continues what the cache holds, and the logits are those of the last position, (B, 1, V).
         """
         x = self.hidden(idx, cache)
-        plain = return_logits or targets is None or torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        plain = plain or self.config.logit_softcap or self.config.vocab_size < 512  # characters
+        if targets is not None and not return_logits:
+            return None, self.head_loss(x, targets, label_smoothing)
+        logits = self.logits(x if cache is None else x[:, -1:])
+        return logits, None if targets is None else self.cross_entropy(logits, targets, label_smoothing)
+
+    def head_loss(self, x, targets, label_smoothing=0.0):
+        """The loss of what hidden() returned, (B, T, C). On a CPU in training the logits are not kept, see HeadLoss."""
         if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
             x = x.to(torch.get_autocast_dtype("cpu"))
-        if not plain and x.device.type == "cpu" and x.dtype != torch.float16:  # whose range is too small for it
-            weight, V = self.lm_head.weight, self.config.vocab_size
-            return None, HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), V, label_smoothing)
-        logits = self.logits(x if cache is None else x[:, -1:])
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(
-            logits.reshape(-1, self.config.vocab_size).float(), targets.reshape(-1), ignore_index=-1,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
-        return (logits if return_logits else None), loss
+        V, kept = self.config.vocab_size, x.device.type != "cpu" or torch.compiler.is_compiling()
+        kept = kept or not torch.is_grad_enabled() or self.config.logit_softcap
+        if kept or V < 512 or x.dtype == torch.float16:  # characters are few, and float16's range too small for it
+            return self.cross_entropy(self.logits(x), targets, label_smoothing)
+        return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), V, label_smoothing)
+
+    def cross_entropy(self, logits, targets, label_smoothing=0.0):
+        V = self.config.vocab_size
+        return F.cross_entropy(
+            logits.reshape(-1, V).float(), targets.reshape(-1), ignore_index=-1, label_smoothing=label_smoothing
+        )
 
     def hidden(self, idx, cache: KVCache | None = None):
         """What the head sees, (B, T, C); with a cache, of the T tokens that continue what it holds."""
         config, T = self.config, idx.size(1)
-        past = cache.filled if cache is not None else 0
-        if past + T > config.block_size:
-            raise ValueError(f"{past + T} tokens are more than the context: block_size is {config.block_size}")
+        if cache is not None and cache.at is not None:
+            at = cache.at
+        else:
+            past = cache.filled if cache is not None else 0
+            if past + T > config.block_size:
+                raise ValueError(f"{past + T} tokens are more than the context: block_size is {config.block_size}")
+            at = torch.arange(past, past + T, device=idx.device)
         x = self.transformer.wte(idx)
         rotary = None
         if config.pos == "learned":
-            x = x + self.transformer.wpe(torch.arange(past, past + T, device=idx.device))
+            x = x + self.transformer.wpe(at)
         elif config.pos == "rope":
-            rotary = self.cos[past : past + T], self.sin[past : past + T]
+            rotary = self.cos[at], self.sin[at]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if config.activation_checkpointing and self.training:
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
                 x = block(x, rotary, cache)
-        if cache is not None:
+        if cache is not None and cache.at is None:
             cache.filled += T
         return self.transformer.ln_f(x)
 
@@ -402,57 +425,97 @@ class GPT(nn.Module):
         c = self.config.logit_softcap
         return c * torch.tanh(logits / c) if c else logits
 
-    @torch.no_grad()
     def generate(
-        self, idx, max_new_tokens: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_tokens=(), generator=None
-    ) -> Iterator[torch.Tensor]:
+        self, idx, max_new_tokens: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_tokens=(), generator=None,
+        graph=True, compile=False,
+    ) -> Iterator[torch.Tensor]:  # fmt: skip
         """Continue idx, integer (B, T): yields the next id of every row, (B,), max_new_tokens times or until all stopped.
 
         temperature 0 is greedy; top_k keeps the k likeliest ids (0: all), top_p the likeliest that sum to p
         (https://arxiv.org/abs/1904.09751), min_p those at least p times as likely as the likeliest
-        (https://arxiv.org/abs/2407.01082). A row that met a stop token repeats it.
+        (https://arxiv.org/abs/2407.01082). A row that met a stop token repeats it. On a GPU the step is a CUDA graph
+        unless graph=False, compiled if that is asked for.
         Keys and values are cached. When block_size is full, the last half of the context is read in again and the
         text goes on, so a token sees between block_size / 2 and block_size tokens before it.
         Raises ValueError for an empty prompt or a setting outside its range.
         """
-        config = self.config
         if idx.size(1) == 0:
             raise ValueError("the prompt is empty: give at least one token")
-        if not 0 <= top_k <= config.vocab_size:
-            raise ValueError(f"--top_k={top_k}: must be between 0 (all) and the vocabulary, {config.vocab_size}")
+        if not 0 <= top_k <= self.config.vocab_size:
+            raise ValueError(f"--top_k={top_k}: must be between 0 (all) and the vocabulary, {self.config.vocab_size}")
         for name, value, low, high in (
             ("temperature", temperature, 0, math.inf), ("top_p", top_p, 0, 1), ("min_p", min_p, 0, 1)
         ):  # fmt: skip
             if not low <= value <= high:
                 raise ValueError(f"--{name}={value}: must be between {low} and {high}")
-        was_training = self.training
+
+        def pick(logits):  # (B, 1, V) -> (B,)
+            return choose(logits[:, -1].float(), temperature, top_k, top_p, min_p, generator).to(idx.dtype)
+
+        step = None
+        cache = KVCache(
+            self.config,
+            len(idx),
+            min(self.config.block_size, idx.size(1) + max_new_tokens),
+            idx.device,
+            self._cache_dtype(),
+        )
+        if graph and idx.device.type == "cuda":
+            step = DecodeStep(self, cache, pick, generator, compile)
+        new = self._decode(idx, max_new_tokens, pick, cache, step, stop_tokens)
+        return one_ahead(new) if idx.device.type == "cuda" else new
+
+    @torch.no_grad()
+    def _decode(self, idx, max_new_tokens: int, pick, cache: KVCache, step, stop_tokens) -> Iterator[torch.Tensor]:
+        was_training, limit, on = self.training, self.config.block_size, idx.device
         self.eval()
         try:
-            limit = config.block_size
-            length = min(limit, idx.size(1) + max_new_tokens)
-            text = idx[:, -limit:]  # what the model may still look at
-            cache = KVCache(config, len(idx), length, idx.device, self._cache_dtype())
-            fresh, stopped = text, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-            stops = torch.tensor(sorted(stop_tokens), device=idx.device, dtype=idx.dtype)
-            for _ in range(max_new_tokens):
-                if cache.filled + fresh.size(1) > limit:
-                    fresh, cache.filled = text[:, -(limit // 2 or 1) :], 0
-                logits, _ = self(fresh, cache=cache)
-                new = choose(logits[:, -1].float(), temperature, top_k, top_p, min_p, generator).to(idx.dtype)
+            text = [idx[:, -limit:]]  # what the model may still look at
+            stopped = torch.zeros(len(idx), dtype=torch.bool, device=on)
+            stops = torch.tensor(sorted(stop_tokens), device=on, dtype=idx.dtype)
+            for n in range(max_new_tokens):
+                if n == 0 or cache.filled == limit:
+                    if n:
+                        text = [torch.cat(text, dim=1)[:, -(limit // 2 or 1) :]]
+                    new = pick(self.prefill(text[0], cache))
+                elif step:
+                    new = step(new)
+                else:
+                    new = pick(self(new[:, None], cache=cache)[0])
                 if len(stops):
-                    new = torch.where(stopped, text[:, -1], new)
+                    new = torch.where(stopped, text[-1][:, -1], new)
                     stopped |= torch.isin(new, stops)
                 yield new
-                if len(stops) and stopped.all():
+                text.append(new[:, None])
+                # A look at `stopped` waits for a GPU, so there it is rare.
+                if len(stops) and (on.type != "cuda" or n % 16 == 15) and stopped.all():
                     return
-                fresh = new[:, None]
-                text = torch.cat((text[:, -limit + 1 :] if limit > 1 else text[:, :0], fresh), dim=1)
         finally:
             self.train(was_training)
 
+    @torch.no_grad()
+    def prefill(self, idx, cache: KVCache) -> torch.Tensor:
+        """Read idx (B, T) into the cache, from its start: the logits after it, (B, 1, V).
+
+        Rows that are all the same are read once; a long text goes in parts, so that memory stays bounded.
+        """
+        B, part = len(idx), cache
+        if B > 1 and (idx == idx[0]).all():
+            idx, part = idx[:1], KVCache(self.config, 1, idx.size(1), idx.device, cache.keys[0].dtype)
+        part.filled = 0
+        for piece in idx.split(max(64, 2**14 // len(idx)), dim=1):
+            logits, _ = self(piece, cache=part)
+        if part is not cache:
+            for rows, row in zip(cache.keys + cache.values, part.keys + part.values):
+                rows[:, :, : part.filled] = row
+            cache.filled = part.filled
+        return logits.expand(B, -1, -1)
+
     def _cache_dtype(self) -> torch.dtype:
         device = self.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.lm_head.weight.dtype
+        return (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.transformer.wte.weight.dtype
+        )
 
     def load_weights(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Take the weights of a state dict of ours, nanoGPT's or transformers' GPT-2. Raises ValueError if they do not fit."""
@@ -505,23 +568,93 @@ class GPT(nn.Module):
         raise ValueError(f"FLOP convention {convention!r}: choose palm or causal")
 
 
+class DecodeStep:
+    """generate()'s step with shapes that never change: on a GPU a CUDA graph, launched whole without waiting for it.
+
+    Attention looks at the first `reach` positions, masked beyond the present one; there is a graph for each 256 of them.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, pick, generator=None, compile=False):
+        self.model, self.cache, self.pick, self.generator, self.compile = model, cache, pick, generator, compile
+        self.token = torch.zeros(cache.keys[0].size(0), dtype=torch.long, device=model.device)
+        self.new, self.at, self.graphs = self.token.clone(), torch.zeros(1, dtype=torch.long, device=model.device), {}
+
+    def __call__(self, token) -> torch.Tensor:
+        """The ids, integer (B,), after `token` (B,), which joins the cache."""
+        cache = self.cache
+        self.token.copy_(token)
+        self.at.fill_(cache.filled)
+        reach = cache.length if self.compile else min(cache.length, (cache.filled // 256 + 1) * 256)
+        if reach not in self.graphs:
+            self.graphs[reach] = self.capture(reach) if self.at.device.type == "cuda" else None
+        if graph := self.graphs[reach]:
+            graph.replay()
+        else:
+            self.run(reach)
+        cache.filled += 1
+        return self.new.to(token.dtype, copy=True)
+
+    def run(self, reach: int) -> None:
+        cache, model = self.cache, self.model
+        cache.at, cache.mask = self.at, (torch.arange(reach, device=model.device) <= self.at)[None]
+        if self.compile and not hasattr(model, "compiled_forward"):
+            object.__setattr__(model, "compiled_forward", torch.compile(model.forward, dynamic=False))
+        forward = model.compiled_forward if self.compile else model.forward
+        try:
+            self.new.copy_(self.pick(forward(self.token[:, None], cache=cache)[0]))
+        finally:
+            cache.at = cache.mask = None
+
+    def capture(self, reach: int) -> torch.cuda.CUDAGraph | None:
+        """The step as a graph, or None where that does not work: then it is launched kernel by kernel."""
+        dice = self.generator or torch.cuda.default_generators[self.at.device.index or 0]
+        state, side, graph = dice.get_state(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        try:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # what is allocated and tuned at first happens before the capture
+                for _ in range(3):
+                    self.run(reach)
+            torch.cuda.current_stream().wait_stream(side)
+            if self.generator is not None:
+                graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                self.run(reach)
+        except RuntimeError as e:
+            print(f"no CUDA graph for decoding ({str(e).splitlines()[0]}): slower without", file=sys.stderr)
+            graph = None
+        dice.set_state(state)  # as if nothing had been drawn
+        return graph
+
+
+def one_ahead(iterator: Iterator) -> Iterator:
+    """The same items, each handed out when the next is under way: the device works while the caller reads."""
+    last = next(iterator, None)
+    for item in iterator:
+        yield last
+        last = item
+    if last is not None:
+        yield last
+
+
 def choose(logits, temperature, top_k, top_p, min_p, generator=None):
     """Sample ids (B,) from logits (B, V); see GPT.generate."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    probs = logits.softmax(-1)
+    ids = None
+    if 0 < top_k < logits.size(-1):
+        logits, ids = logits.topk(top_k)
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True)
+    probs = (logits / temperature).softmax(-1)
     if min_p:
         probs = probs.where(probs >= min_p * probs.amax(-1, keepdim=True), 0)
     if top_p < 1:
-        ordered, order = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # the likeliest id always stays
-        ordered = ordered.where(before <= top_p * ordered.sum(-1, keepdim=True), 0)
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+        before = probs.cumsum(-1) - probs  # the likeliest id always stays
+        probs = probs.where(before <= top_p * probs.sum(-1, keepdim=True), 0)
+    # The shortest of waits at these rates is a draw from them. torch.multinomial would have the caller wait for a GPU.
+    wait = torch.empty_like(probs).exponential_(generator=generator)
+    new = (probs / wait).argmax(-1)
+    return new if ids is None else ids.gather(-1, new[:, None]).squeeze(-1)
 
 
 def clean_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

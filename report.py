@@ -168,7 +168,9 @@ class Log:
         temperature, top_k = self.config["sample_temperature"], min(200, self.run.model.config.vocab_size)
         try:
             with self.run.autocast():
-                new = self.run.model.generate(start, 200, temperature, top_k, stop_tokens=stop, generator=dice)
+                new = self.run.model.generate(
+                    start, 200, temperature, top_k, stop_tokens=stop, generator=dice, graph=False
+                )
                 ids = [i for i in ids + [t.item() for t in new] if i != eot and i < self.tokenizer.n_vocab]
         except RuntimeError as e:  # probabilities that are not numbers
             print(f"warning: no sample at step {step:,} ({e})")

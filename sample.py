@@ -6,7 +6,6 @@ python sample.py --start=FILE:prompt.txt --temperature=0
 """
 
 import codecs
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 
 from checkpoint import find_tokenizer, load_model
 from configurator import configure, short_errors
-from machine import pick_device, pick_dtype
+from inference import for_inference
+from machine import pick_device, pick_dtype, tune_malloc
 
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id
@@ -30,8 +30,9 @@ stop = ""  # stop where this text appears; the end of a document always stops
 seed = 1337  # the same seed, prompt and settings give the same text
 data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their dataset
 device = "auto"  # auto | cpu | cuda | mps
-dtype = "auto"  # auto (on a GPU what it does best, else float32) | float32 | bfloat16 | float16
-compile = False  # torch.compile the model
+dtype = "auto"  # auto (bfloat16 where native, float16 on older GPUs, else float32) | float32 | bfloat16 | float16
+quantize = ""  # int8: weights of 8 bits, half the memory to read for a token
+compile = False  # torch.compile the step on a GPU: worth its minute for long texts and many
 
 
 def text_pieces(tokenizer, ids):
@@ -60,6 +61,9 @@ def until(pieces, stop: str):
 
 def main() -> None:
     global top_k
+    on = pick_device(device)
+    if on.type == "cpu":
+        tune_malloc()
     model, payload = load_model(out_dir if init_from == "resume" else init_from)
     tokenizer = find_tokenizer(payload, data_dir)
     known = min(model.config.vocab_size, tokenizer.n_vocab)
@@ -81,26 +85,20 @@ def main() -> None:
             f"--start has {len(ids):,} tokens, the model's context is {model.config.block_size:,}: shorten it"
         )
 
-    on = pick_device(device)
-    kind = torch.float32 if dtype == "auto" and on.type != "cuda" else pick_dtype(dtype, on)
-    model.to(on)
-    amp = contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind)
-    if compile:
-        model.forward = torch.compile(model.forward, dynamic=True)
+    for_inference(model, on, pick_dtype(dtype, on), quantize)
     dice = torch.Generator(on).manual_seed(seed)
     idx = torch.tensor([ids] * num_samples, device=on)
     stops = () if eot is None else (eot,)
-    with amp:
-        new = model.generate(idx, max_new_tokens, temperature, top_k, top_p, min_p, stops, dice)
-        if num_samples == 1:
-            stream = (t.item() for t in new)
-            sys.stdout.write(prompt)
-            for piece in until(text_pieces(tokenizer, (i for i in stream if i != eot)), stop):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            sys.stdout.write("\n")
-            return
-        rows = torch.stack(list(new), dim=1).tolist()
+    new = model.generate(idx, max_new_tokens, temperature, top_k, top_p, min_p, stops, dice, compile=compile)
+    if num_samples == 1:
+        stream = (t.item() for t in new)
+        sys.stdout.write(prompt)
+        for piece in until(text_pieces(tokenizer, (i for i in stream if i != eot)), stop):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        return
+    rows = torch.stack(list(new), dim=1).tolist()
     for row in rows:
         row = row[: row.index(eot)] if eot in row else row
         print(prompt + "".join(until(text_pieces(tokenizer, row), stop)) + "\n---------------")

@@ -28,7 +28,16 @@ from checkpoint import Saver, build_model, load_checkpoint, load_latest, load_pa
 from configurator import configure, first_line, short_errors
 from data import Dataset, MixedWindows, TrainingWindows, load_mixture, validation_batches, validation_windows
 from eval_hellaswag import classic_accuracy, classic_questions, find_examples, read_examples
-from machine import Signals, free_memory, is_out_of_memory, join_ranks, keep_freed_memory, peak_memory, pick_device, pick_dtype
+from machine import (
+    Signals,
+    free_memory,
+    is_out_of_memory,
+    join_ranks,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    tune_malloc,
+)
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
 from report import Log
@@ -254,7 +263,7 @@ def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
         torch.cuda.set_device(on)
         torch.set_float32_matmul_precision("high")  # tf32 for what stays float32
     elif on.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     rank, world = join_ranks(on, backend, timeout)
     return on, pick_dtype(dtype, on), rank, world
 
@@ -394,6 +403,14 @@ def compile_model(run: Run) -> torch.nn.Module:
         print(f"torch.compile does not work here, going on without it ({first_line(e)}); --compile=True shows all")
         run.model.zero_grad(set_to_none=True)
         return run.model
+
+
+def share_out(run: Run, model: torch.nn.Module) -> torch.nn.Module:
+    """The (compiled) model with its gradients averaged over the ranks, while the backward pass goes on."""
+    if run.world == 1:
+        return model
+    gpus = [run.device.index] if run.device.type == "cuda" else None
+    return DistributedDataParallel(model, gpus, gradient_as_bucket_view=True)
 
 
 BOUNDS = (  # what values are at least, and less than
@@ -674,10 +691,7 @@ def main(config: dict) -> None:
             eval_sequences = payload["eval_sequences"]
     accumulation = micro_batches // world
     run = Run(model, model, optimizers, scaler, windows, on, kind, accumulation, rank, world, bad=bad_steps)
-    run.step_model = compile_model(run)
-    if world > 1:
-        gpus = [on.index] if on.type == "cuda" else None
-        run.step_model = DistributedDataParallel(run.step_model, gpus, gradient_as_bucket_view=True)
+    run.step_model = share_out(run, compile_model(run))
     questions = classic_questions(examples, tokenizer_from_dict(first_found.tokenizer), block_size) if examples else []
     log, saver = None, Saver()
     if master and not eval_only:

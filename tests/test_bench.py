@@ -1,8 +1,10 @@
 """bench.py: it runs, and says what it measured. How fast is for people to read, not for tests to hold."""
 
+import csv
 import json
 import re
 
+import pytest
 from conftest import TEXT
 
 import bench
@@ -25,7 +27,7 @@ def test_training_and_decoding_print_and_keep_their_figures(run, tmp_path):
     assert "128 x" not in printed and "2 x 32 tokens x 2, cpu, float32, attention: flash" in printed
     figures = json.loads((tmp_path / "one.json").read_text())
     assert figures["tokens_per_second"] * figures["ms_a_step"] / 1000 > 127.9
-    assert {"ms_batch", "ms_forward", "ms_of", "ms_backward", "ms_optimizer"} < set(figures)
+    assert {"ms_batch", "ms_forward", "ms_loss_head", "ms_backward", "ms_optimizer", "ms_logging"} < set(figures)
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
     again = run("bench.py", *keys, "--compare=one.json")
     assert re.search(r"tokens_per_second .* -> .* x as good", again)
@@ -33,6 +35,40 @@ def test_training_and_decoding_print_and_keep_their_figures(run, tmp_path):
     figures = json.loads((tmp_path / "two.json").read_text())
     assert set(figures) == {"decode_tokens_per_second_batch_1", "decode_tokens_per_second_batch_3"}
     assert "batch 3" in decoded and "roofline" in printed
+    assert "cpu, int8," in run("bench.py", "--mode=decode", "--quantize=int8", *keys)
+
+
+def test_batches_are_doubled_until_nothing_is_gained(run, tmp_path):
+    printed = run("bench.py", *TINY, "--find_batch=True", "--steps=1", "--vocab_size=600", "--output=batches.json")
+    figures = json.loads((tmp_path / "batches.json").read_text())
+    best = max(figures, key=figures.get)
+    assert f"the fastest: --batch_size={best.rpartition('_')[2]}" in printed
+    assert [int(k.rpartition("_")[2]) for k in figures] == [2**n for n in range(len(figures))] and len(figures) > 2
+
+
+def test_scale_measures_draws_and_tells_how_it_grows(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    keys = [*TINY, "--mode=scale", "--axes=n_layer,ranks", "--points=2", "--steps=1", "--vocab_size=600"]
+    printed = run("bench.py", *keys, "--output=grown")
+    rows = list(csv.DictReader(open(tmp_path / "grown" / "scale.csv")))
+    found = [(r["axis"], r["value"]) for r in rows]
+    assert found[:3] == [("n_layer", "1"), ("n_layer", "2"), ("ranks", "1")]
+    assert all(float(r["ms_a_step"]) > 0 and float(r["peak_memory_mib"]) > 0 for r in rows)
+    assert "at the end it grows as n_layer^" in printed
+    assert (tmp_path / "grown" / "scale.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_startup_times_whole_processes(monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(bench, "seconds_of", lambda *c, times=3, **e: commands.append((c, e)) or ([0.5] * times, ""))
+    figures = bench.bench_startup()
+    assert len(figures) == 5 and set(figures.values()) == {0.5} and "1.00 x import torch" in capsys.readouterr().out
+    assert sum("--compile=True" in c for c, _ in commands) == 2 and "TORCHINDUCTOR_CACHE_DIR" in commands[-1][1]
+    monkeypatch.undo()
+    seconds, printed = bench.seconds_of("-c", "print(7)", times=2)
+    assert len(seconds) == 2 and printed == "7\n"
+    with pytest.raises(RuntimeError, match="ZeroDivision"):
+        bench.seconds_of("-c", "1/0", times=1)
 
 
 def test_arguments_go_where_they_belong():
@@ -43,11 +79,15 @@ def test_arguments_go_where_they_belong():
 
 
 def test_bad_input_is_told_in_one_line(refused, tmp_path):
-    assert "--mode=speed: choose train, decode or data" in refused("bench.py", "--mode=speed", *TINY)
+    assert "--mode=speed: choose one of train, decode, data" in refused("bench.py", "--mode=speed", *TINY)
     assert "--input=gone.txt: there is no such file" in refused("bench.py", "--mode=data", "--input=gone.txt")
     assert "at least 1" in refused("bench.py", "--megabytes=0", *TINY)
     assert "unknown key n_layr (did you mean n_layer?)" in refused("bench.py", "--n_layr=2")
     assert "takes no key of train.py" in refused("bench.py", "--mode=data", "--n_layer=2")
     (tmp_path / "bad.json").write_text("{")
     assert "not a file that --output wrote" in refused("bench.py", "--compare=bad.json", *TINY)
+    assert "--axes=width: width is not one of" in refused("bench.py", "--mode=scale", "--axes=width", *TINY)
+    assert "--quantize=int4: choose int8" in refused(
+        "bench.py", "--mode=decode", "--quantize=int4", "--tokens=5", *TINY
+    )
     assert "more than the context of 32" in refused("bench.py", "--mode=decode", *TINY)

@@ -44,6 +44,28 @@ def test_greedy_text_is_the_cpus():
     assert (got.cpu() == want).float().mean() > 0.95  # a near tie may fall the other way
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_decoding_graph_writes_what_the_plain_step_does(compiled, capfd):
+    torch.manual_seed(0)
+    sizes = dict(block_size=600, vocab_size=101, n_layer=2, n_head=4, n_embd=64, pos="rope", n_kv_head=2)
+    model = GPT(GPTConfig(**sizes)).cuda().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    idx = torch.randint(101, (3, 7), device="cuda")
+
+    def write(**options):
+        dice = torch.Generator("cuda").manual_seed(5)
+        return torch.stack(list(model.generate(idx, 700, generator=dice, **options)), 1)
+
+    plain = write(temperature=0, graph=False)
+    same = (write(temperature=0, compile=compiled) == plain).float().mean()
+    assert same > (0.2 if compiled else 0.95)  # one near tie that falls the other way changes all that follows
+    first = write(top_k=20, compile=compiled)
+    assert torch.equal(first, write(top_k=20, compile=compiled))
+    assert first.float().std() > 1 and not torch.equal(first, plain)
+    assert "no CUDA graph" not in capfd.readouterr().err
+
+
 def test_a_step_waits_for_nothing(chars, monkeypatch):
     found = load_dataset("chars", chars / "data")
     for key, value in (("batch_size", 4), ("block_size", 32), ("dropout", 0.0), ("grad_clip", 1.0)):

@@ -54,6 +54,12 @@ def test_settings_narrow_the_choice(trained):
         assert sample(trained, "--start=abc", setting, "--temperature=1.0", "--max_new_tokens=5") == "abcdefgh\n"
 
 
+def test_every_precision_writes_the_alphabet(trained):
+    for setting in ("--dtype=float32", "--dtype=bfloat16", "--quantize=int8"):
+        text = sample(trained, "--start=abc", "--temperature=0", "--max_new_tokens=12", setting)
+        assert text == "abcdefghijklmno\n", setting
+
+
 def test_text_longer_than_the_context_is_written(trained):
     text = sample(trained, "--start=abc", "--temperature=0", "--max_new_tokens=100")
     assert len(text) == 104
@@ -70,6 +76,7 @@ def test_text_longer_than_the_context_is_written(trained):
         (["--start=FILE:gone.txt"], "gone.txt"),
         (["--out_dir=gone"], "there is no checkpoint gone"),
         (["--device=tpu"], "--device=tpu"),
+        (["--quantize=int4"], "--quantize=int4: choose int8"),
         (["--temprature=1"], "did you mean temperature"),
     ],
 )
