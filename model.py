@@ -169,8 +169,8 @@ class CausalSelfAttention(nn.Module):
         T, S = q.size(2), k.size(2)
         dropout = self.config.dropout if self.training else 0.0
         grouped = q.size(1) != k.size(1)
-        # On a CPU in bfloat16 the fused kernel's backward pass is slower than the formula (BENCHMARKS.md).
-        slow = self.training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512
+        # On a CPU in bfloat16 the formula is faster for a while: the fused kernel's backward pass is slow (BENCHMARKS.md).
+        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S <= (512 if self.training else 256)
         fused = self.config.attn == "sdpa" and not slow
         if mask is None and T > 1 and (past or not fused):
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(past)
