@@ -158,7 +158,7 @@ class CausalSelfAttention(nn.Module):
             past, mask = cache.filled, cache.mask
             k, v = cache.add(self.layer, k.to(cache.keys[0].dtype), v.to(cache.keys[0].dtype))
             q = q.to(k.dtype)
-        y = self.attend(q, k, v, past, mask)
+        y = self.attend(q, k, v, past, mask).to(x.dtype)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
     def attend(self, q, k, v, past: int, mask=None):
@@ -512,10 +512,11 @@ class GPT(nn.Module):
         return logits.expand(B, -1, -1)
 
     def _cache_dtype(self) -> torch.dtype:
+        """Of keys and values. A CPU's attention is several times faster in float32, whatever the weights are."""
         device = self.device.type
-        return (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.transformer.wte.weight.dtype
-        )
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return torch.float32 if device == "cpu" else self.transformer.wte.weight.dtype
 
     def load_weights(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Take the weights of a state dict of ours, nanoGPT's or transformers' GPT-2. Raises ValueError if they do not fit."""
