@@ -58,6 +58,9 @@ compare = ""  # such a file from before: prints the ratios
 input = ""  # data: a text to tokenize, documents separated by <|endoftext|>; empty: made-up stories
 megabytes = 100  # data: of text at most
 
+HERE = Path(__file__).resolve().parent
+train_arguments: list[str] = []  # what was given beside these keys
+
 
 def timed(work, on: torch.device | None = None) -> tuple:
     """What work() returns, and its seconds, with the device's work done."""
@@ -111,8 +114,15 @@ def make_run() -> tuple[train.Run, float]:
         found = train.find_datasets(rank)
         windows, ids = train.training_windows(found), found[0][0].vocab_size
     else:
-        windows, ids = Synthetic(vocab_size), vocab_size
+        windows, ids = None, vocab_size
     model = new_model(ids).to(on).train()
+    c = model.config
+    if train.block_size > c.block_size or (windows and c.vocab_size < ids):
+        raise ValueError(
+            f"--init_from={train.init_from}: its context is {c.block_size}, its vocabulary {c.vocab_size:,}: give "
+            f"--block_size={c.block_size}, or tokens of its own"
+        )
+    windows = windows or Synthetic(c.vocab_size)
     if train.batch_size == "auto":
         train.batch_size = train.largest_batch(model, on, kind, world)
     _, micro_batches = train.steps_and_accumulation(world, None)
@@ -188,6 +198,7 @@ def bench_train() -> dict:
             mfu = f"{palm / step_seconds / peak:.1%} (PaLM), {causal / step_seconds / peak:.1%} (causal)"
             print(f"MFU {mfu} of {peak / 1e12:,.0f} TFLOP/s")
     if run.world > 1:  # the parts below need no one else
+        run.step_model = None  # DDP goes before its group
         torch.distributed.destroy_process_group()
         return figures if run.rank == 0 else {}
     parts = time_parts(run)
@@ -225,9 +236,11 @@ def time_parts(run: train.Run) -> dict[str, float]:
         with run.autocast():
             return run.step_model(x, y, return_logits=False)[1]
 
+    head_loss = model.head_loss if run.step_model is model else torch.compile(model.head_loss, dynamic=False)
+
     def head():
         with run.autocast():
-            return model.head_loss(hidden, y)
+            return head_loss(hidden, y)
 
     def optimize():
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or float("inf"))
@@ -264,6 +277,8 @@ def bench_batches() -> dict:
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
+            if not figures:
+                raise ValueError(f"not even one sequence of {train.block_size} tokens fits") from None
             print(f"{rows:>12} does not fit")
             break
         rate = rows * train.block_size / seconds
@@ -290,6 +305,8 @@ def bench_decode() -> dict:
         raise ValueError(f"--tokens={tokens}: with a prompt of 16, more than the context of {c.block_size}")
     width = 1 if quantize else torch.finfo(kind).bits // 8
     size = sum(p.numel() for n, p in model.named_parameters() if ".wpe." not in n) * width
+    if not c.tie_weights:  # one row of the embedding is read
+        size -= model.transformer.wte.weight.numel() * width
     for_inference(model, on, kind, quantize)
     _, bandwidth = roofline(on, kind)
     print(
@@ -298,17 +315,20 @@ def bench_decode() -> dict:
     for batch in (1, decode_batch):
         idx = torch.zeros(batch, 16, dtype=torch.long, device=on)
 
-        def decode(idx=idx):
-            for _ in model.generate(idx, tokens, top_k=min(200, c.vocab_size), compile=train.compile is True):
-                pass
+        def decode(idx=idx) -> float:
+            begin, counted = time.perf_counter(), tokens
+            new = model.generate(idx, tokens, top_k=min(200, c.vocab_size), compile=train.compile is True)
+            for n, _ in enumerate(new):
+                if n == 2 and on.type == "cuda":  # the graph is captured
+                    synchronize(on)
+                    begin, counted = time.perf_counter(), tokens - 3
+            synchronize(on)
+            return len(idx) * counted / (time.perf_counter() - begin)
 
         decode()
-        times = [timed(decode, on)[1] for _ in range(repeat)]
-        rate = batch * tokens / statistics.median(times)
-        figures[f"decode_tokens_per_second_batch_{batch}"] = rate
-        print(
-            f"batch {batch:<4} {rate:>10,.1f} tokens/s ({batch * tokens / max(times):,.1f} to {batch * tokens / min(times):,.1f})"
-        )
+        rates = [decode() for _ in range(repeat)]
+        figures[f"decode_tokens_per_second_batch_{batch}"] = rate = statistics.median(rates)
+        print(f"batch {batch:<4} {rate:>10,.1f} tokens/s ({min(rates):,.1f} to {max(rates):,.1f})")
     print(
         f"reading the weights once a token at {bandwidth / 1e9:.0f} GB/s (a copy's) bounds batch 1 at {bandwidth / size:,.0f} tokens/s"
     )
@@ -406,11 +426,14 @@ def seconds_of(*command: str, times: int = 3, **environment: str) -> tuple[list[
     for _ in range(times):
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, env=os.environ | environment, cwd=Path(__file__).parent
+            [sys.executable, *command], capture_output=True, text=True, env=os.environ | environment
         )  # fmt: skip
         found.append(time.perf_counter() - start)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {(done.stderr.strip().splitlines() or [''])[-1]}")
+            errors = [
+                line for line in done.stderr.splitlines() if line.startswith("error: ")
+            ] or done.stderr.splitlines()
+            raise RuntimeError(f"{' '.join(command)}: {(errors or [''])[-1]}")
     return found, done.stdout
 
 
@@ -426,9 +449,15 @@ def bench_startup() -> dict:
     tell("import torch", seconds_of("-c", "import torch", times=repeat)[0])
     with tempfile.TemporaryDirectory() as folder:
         out = f"--out_dir={folder}/run"
-        quickstart = ["train.py", "config/quickstart.py", f"--data_dir={folder}/data", out, *one]
+        quickstart = [
+            str(HERE / "train.py"),
+            str(HERE / "config/quickstart.py"),
+            f"--data_dir={folder}/data",
+            out,
+            *one,
+        ]
         seconds_of(*quickstart, times=1)  # makes its data
-        tell("sample.py, a small run", seconds_of("sample.py", out, "--max_new_tokens=20", times=repeat)[0])
+        tell("sample.py, a small run", seconds_of(str(HERE / "sample.py"), out, "--max_new_tokens=20", times=repeat)[0])
         tell("train.py, one step", seconds_of(*quickstart, times=repeat)[0])
         cache = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
         for name, times in (("the same compiled, the first time", 1), ("again, from the cache on disk", 2)):
@@ -449,11 +478,6 @@ def bench_scale() -> dict:
     if wrong := [a for a in axes.split(",") if a not in known]:
         raise ValueError(f"--axes={axes}: {wrong[0]} is not one of {', '.join(known)}")
     base = {"batch_size": 1, "block_size": max(16, train.block_size >> (points - 1)), "n_layer": 1, "ranks": 1}
-    keys = {
-        k: getattr(train, k)
-        for k in ("n_head", "n_embd", "dropout", "mlp", "norm", "pos", "optimizer", "device", "dtype")
-    }
-    keys |= {"batch_size": 4, "block_size": train.block_size, "n_layer": train.n_layer, "compile": train.compile}
     most = torch.cuda.device_count() if torch.cuda.is_available() else cores()
     rows, figures = [], {}
     folder = Path(output or "scale")
@@ -462,17 +486,18 @@ def bench_scale() -> dict:
         for value in [base[axis] << n for n in range(points)]:
             if axis == "ranks" and value > most:
                 break
-            chosen = keys | (
-                {"gradient_accumulation_steps": value}
-                if axis == "ranks"
-                else {axis: value, "gradient_accumulation_steps": 1}
-            )
-            result = folder / "point.json"
-            command = ["bench.py", *(f"--{k}={v}" for k, v in chosen.items()), f"--steps={steps}", "--repeat=1"]
-            command += [f"--output={result.resolve()}", f"--vocab_size={vocab_size}"]
-            if axis == "ranks" and value > 1:
-                command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={value}", *command]
-            seconds_of(*command, times=1)
+            result, ranks = folder / "point.json", value if axis == "ranks" else 1
+            command = [HERE / "bench.py", *suit_the_device(train_arguments), f"--gradient_accumulation_steps={ranks}"]
+            command += [f"--steps={steps}", "--repeat=1", f"--vocab_size={vocab_size}", f"--output={result.resolve()}"]
+            command += [f"--real_data={real_data}", "--total_batch_tokens=0"]
+            command += [f"--{axis}={value}"] if axis != "ranks" else []
+            if ranks > 1:
+                command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
+            try:
+                seconds_of(*map(str, command), times=1)
+            except RuntimeError as e:
+                print(f"{axis:>12} {value:>6} does not run: {e}")
+                break
             point = json.loads(result.read_text(encoding="utf-8"))
             row = {"axis": axis, "value": value} | {
                 k: point[k] for k in ("ms_a_step", "tokens_per_second", "peak_memory_mib")
@@ -482,12 +507,17 @@ def bench_scale() -> dict:
                 f"{axis:>12} {value:>6} {row['ms_a_step']:>12.1f} ms {row['tokens_per_second']:>12,.0f} tokens/s {row['peak_memory_mib']:>8,.0f} MiB"
             )
             result.unlink()
+    if not rows:
+        raise ValueError("nothing could be measured")
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     atomic_write(folder / "scale.csv", text.getvalue())
     drawn = [a for a in axes.split(",") if sum(r["axis"] == a for r in rows) > 1]
+    if not drawn:
+        print(f"{folder}/scale.csv; a single point makes no curve")
+        return figures
     figure, panels = plt.subplots(2, len(drawn), figsize=(3.4 * len(drawn), 6), squeeze=False)
     for column, axis in enumerate(drawn):
         mine = [r for r in rows if r["axis"] == axis]
@@ -526,14 +556,18 @@ def suit_the_device(argv: list[str]) -> list[str]:
         return argv
     if mode == "decode":
         return ["--device=auto"]
-    return [str(Path(__file__).parent / "config" / "baby_cpu.py"), "--dropout=0.0"]
+    return [str(HERE / "config" / "baby_cpu.py"), "--dropout=0.0"]
 
 
 def bench_all() -> dict:
     figures = {}
+    if 16 + tokens > train.block_size:
+        raise ValueError(f"--tokens={tokens}: with a prompt of 16, more than --block_size={train.block_size}")
     for name in ("train", "decode", "data", "startup"):
         print(f"\n{name}")
         figures |= BENCHES[name]()
+        if output:  # what is measured is kept
+            atomic_write(Path(output), json.dumps(figures, indent=1))
     return figures
 
 
@@ -558,6 +592,10 @@ def main() -> None:
         raise ValueError(
             "--megabytes, --steps, --tokens, --decode_batch and --repeat are at least 1, --points at least 2"
         )
+    if find_batch and mode != "train":
+        raise ValueError(f"--find_batch is for --mode=train, not {mode}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (mode != "train" or find_batch):
+        raise ValueError("under torchrun there is --mode=train alone, without --find_batch")
     for path in filter(None, (input, compare)):
         if not Path(path).is_file():
             raise ValueError(f"--{'input' if path == input else 'compare'}={path}: there is no such file")
@@ -575,6 +613,7 @@ def main() -> None:
 if __name__ == "__main__":
     with short_errors(), train.explained():
         mine, theirs = split_arguments(sys.argv[1:])
+        train_arguments = theirs
         configure(globals(), mine)
         if mode not in ("data", "startup"):
             configure(vars(train), suit_the_device(theirs))

@@ -7,7 +7,6 @@ Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D = C /
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -115,8 +114,8 @@ class KVCache:
         """Store k, v (B, K, T, D) behind what is there; return all keys and values so far."""
         if self.at is not None:
             keys, values, reach = self.keys[layer], self.values[layer], self.mask.size(-1)
-            keys.index_copy_(2, self.at, k)
-            values.index_copy_(2, self.at, v)
+            keys.index_copy_(2, self.at, k.to(keys.dtype))
+            values.index_copy_(2, self.at, v.to(keys.dtype))
             return keys[:, :, :reach], values[:, :, :reach]
         end = self.filled + k.size(2)
         self.keys[layer][:, :, self.filled : end] = k
@@ -156,9 +155,11 @@ class CausalSelfAttention(nn.Module):
         past, mask = 0, None
         if cache is not None:
             past, mask = cache.filled, cache.mask
-            k, v = cache.add(self.layer, k.to(cache.keys[0].dtype), v.to(cache.keys[0].dtype))
+            k, v = cache.add(self.layer, k, v)
             q = q.to(k.dtype)
-        y = self.attend(q, k, v, past, mask).to(x.dtype)
+        y = self.attend(q, k, v, past, mask)
+        if cache is not None:
+            y = y.to(x.dtype)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
     def attend(self, q, k, v, past: int, mask=None):
@@ -179,11 +180,14 @@ class CausalSelfAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
         if grouped:
             k, v = (z.repeat_interleave(q.size(1) // k.size(1), dim=1) for z in (k, v))
+        scale = 1 / math.sqrt(q.size(-1))
+        if q.dtype == torch.float16:  # whose range is soon exceeded
+            q, scale = q * scale, 1
         scores = q @ k.transpose(-2, -1)
         bias = scores.new_zeros(T, S)
         if mask is not None:
             bias.masked_fill_(~mask, float("-inf"))
-        scores = torch.add(bias, scores, alpha=1 / math.sqrt(q.size(-1)))
+        scores = torch.add(bias, scores, alpha=scale)
         return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
 
 
@@ -280,6 +284,9 @@ class HeadLoss(torch.autograd.Function):
             likely, p[own] = p[own].float(), 0
             rest = p.sum(-1).float()  # 1 - likely, exact where likely is close to 1
             losses = torch.where(rest < 0.5, -torch.log1p(-rest), -likely.log())
+            if (far := (likely < 1e-30) & mask).any():  # rounded to nothing
+                logits = torch.mm(rows[far], w.t()).float()
+                losses[far] = F.cross_entropy(logits, targets[at][far], reduction="none")
             p[own] = -rest.to(p.dtype)  # the gradient of the loss in the logits
             if smoothing:
                 losses -= smoothing * above
@@ -429,7 +436,8 @@ class GPT(nn.Module):
         self, idx, max_new_tokens: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_tokens=(), generator=None,
         graph=True, compile=False,
     ) -> Iterator[torch.Tensor]:  # fmt: skip
-        """Continue idx, integer (B, T): yields the next id of every row, (B,), max_new_tokens times or until all stopped.
+        """Continue idx, integer (B, T): yields the next id of every row, (B,), max_new_tokens times or until all stopped (on a GPU
+        up to 15 times more, since a look waits for it).
 
         temperature 0 is greedy; top_k keeps the k likeliest ids (0: all), top_p the likeliest that sum to p
         (https://arxiv.org/abs/1904.09751), min_p those at least p times as likely as the likeliest
@@ -456,7 +464,7 @@ class GPT(nn.Module):
         cache = KVCache(
             self.config,
             len(idx),
-            min(self.config.block_size, idx.size(1) + max_new_tokens),
+            min(self.config.block_size, -(-(idx.size(1) + max_new_tokens) // 256) * 256),  # few lengths to compile for
             idx.device,
             self._cache_dtype(),
         )
@@ -589,7 +597,8 @@ class DecodeStep:
         if reach not in self.graphs:
             self.graphs[reach] = self.capture(reach) if self.at.device.type == "cuda" else None
         if graph := self.graphs[reach]:
-            graph.replay()
+            with torch.cuda.device(self.at.device):
+                graph.replay()
         else:
             self.run(reach)
         cache.filled += 1
@@ -606,24 +615,26 @@ class DecodeStep:
         finally:
             cache.at = cache.mask = None
 
-    def capture(self, reach: int) -> torch.cuda.CUDAGraph | None:
-        """The step as a graph, or None where that does not work: then it is launched kernel by kernel."""
-        dice = self.generator or torch.cuda.default_generators[self.at.device.index or 0]
-        state, side, graph = dice.get_state(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        try:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # what is allocated and tuned at first happens before the capture
+    def capture(self, reach: int) -> torch.cuda.CUDAGraph:
+        cuda = torch.cuda
+        with cuda.device(self.at.device):
+            dice = self.generator or cuda.default_generators[self.at.device.index or 0]
+            state, side, graph = dice.get_state(), cuda.Stream(), cuda.CUDAGraph()
+            side.wait_stream(cuda.current_stream())
+            with cuda.stream(side):  # what is allocated and tuned at first happens before the capture
                 for _ in range(3):
                     self.run(reach)
-            torch.cuda.current_stream().wait_stream(side)
+            cuda.current_stream().wait_stream(side)
             if self.generator is not None:
                 graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
-                self.run(reach)
-        except RuntimeError as e:
-            print(f"no CUDA graph for decoding ({str(e).splitlines()[0]}): slower without", file=sys.stderr)
-            graph = None
-        dice.set_state(state)  # as if nothing had been drawn
+            try:
+                with cuda.graph(graph):
+                    self.run(reach)
+            except RuntimeError as e:
+                raise RuntimeError(
+                    f"decoding cannot be captured as a CUDA graph ({e}): --graph=False does without"
+                ) from e
+            dice.set_state(state)  # as if nothing had been drawn
         return graph
 
 
@@ -654,6 +665,8 @@ def choose(logits, temperature, top_k, top_p, min_p, generator=None):
         probs = probs.where(before <= top_p * probs.sum(-1, keepdim=True), 0)
     # The shortest of waits at these rates is a draw from them. torch.multinomial would have the caller wait for a GPU.
     wait = torch.empty_like(probs).exponential_(generator=generator)
+    if probs.device.type == "cpu" and not probs.isfinite().all():
+        raise RuntimeError("the model's probabilities are not numbers")
     new = (probs / wait).argmax(-1)
     return new if ids is None else ids.gather(-1, new[:, None]).squeeze(-1)
 

@@ -50,16 +50,17 @@ def test_in_bfloat16_it_is_as_close_as_autocast():
     assert (packed(idx)[0].float() - want).norm() / want.norm() < 3 * noise
 
 
+@pytest.mark.parametrize("width", [64, 680, 36])  # of which the CPU's kernel takes the first
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_eight_bits_are_the_weights_to_the_nearest_step(kind):
-    layer = torch.nn.Linear(64, 96)
+def test_eight_bits_are_the_weights_to_the_nearest_step(kind, width):
+    layer = torch.nn.Linear(width, 96)
     layer.weight.data[5] = 0
     eight = Int8Linear(copy.deepcopy(layer), kind).to(kind)
     scale = layer.weight.abs().amax(1, keepdim=True) / 127
     rounded = eight.weight.float() * eight.scale.float()[:, None]
     assert ((rounded - layer.weight).abs() <= scale * 0.51 + layer.weight.abs() / 200).all()
     for rows in (1, 3, 40):  # the kernel for few rows, and the product for many
-        x = torch.randn(rows, 64).to(kind)
+        x = torch.randn(rows, width).to(kind)
         want = x.float() @ rounded.t() + layer.bias
         torch.testing.assert_close(
             eight(x[None])[0].float(), want, atol=1e-5 if kind == torch.float32 else 3e-2, rtol=1e-2
@@ -155,3 +156,16 @@ def test_decoding_leaves_training_as_it_was():
     model = new_model().train()
     list(model.generate(torch.tensor([[1]]), 3))
     assert model.training and model_file.GPT.generate.__doc__
+
+
+def test_weights_that_are_not_numbers_are_told():
+    model = new_model()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not numbers"):
+        list(model.generate(torch.tensor([[1]]), 3))
+
+
+def test_the_formula_stays_in_float16s_range():
+    model = new_model(attn="manual", n_embd=256).transformer.h[0].attn
+    q = torch.full((1, 4, 3, 64), 35.0).half()
+    assert model.attend(q, q, q, 0).isfinite().all()
