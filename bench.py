@@ -35,7 +35,7 @@ from configurator import configure, read_keys, short_errors
 from corpus import DatasetWriter, cores, split_text
 from data import TrainingWindows, atomic_write, load_dataset
 from inference import for_inference
-from machine import free_memory, is_out_of_memory, peak_flops, peak_memory, pick_device
+from machine import free_memory, is_out_of_memory, largest_batch, peak_flops, peak_memory, pick_device
 from model import GPT, GPTConfig
 from report import Log
 from tokenizer import EOT, CharTokenizer, gpt2_tokenizer
@@ -123,7 +123,7 @@ def make_run() -> tuple[train.Run, float]:
         )
     windows = windows or Synthetic(c.vocab_size)
     if train.batch_size == "auto":
-        train.batch_size = train.largest_batch(model, on, kind, world)
+        train.batch_size = largest_batch(model, train.total_batch_tokens, train.block_size, on, kind, world)
     _, micro_batches = train.steps_and_accumulation(model, world, None)
     optimizers = train.new_optimizers(model, kind)
     scaler = torch.amp.GradScaler(on.type, enabled=kind == torch.float16)

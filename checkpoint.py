@@ -202,18 +202,24 @@ def load_latest(folder: Path) -> dict | None:
     return None
 
 
-def newest_run(root: Path = Path()) -> Path:
-    """The folder with the newest checkpoint among out*/ and out*/*/. Raises ValueError if there is none."""
+def find_runs(root: Path = Path()) -> list[Path]:
+    """The folders with a checkpoint among out*/ and out*/*/, the one written last first."""
     found = [
-        p
-        for pattern in ("out*/ckpt.pt", "out*/*/ckpt.pt", "out*/best.pt", "out*/*/best.pt")
-        for p in root.glob(pattern)
+        (p.stat().st_mtime, p.parent)
+        for n in ("ckpt.pt", "best.pt")
+        for d in ("*/", "")
+        for p in root.glob(f"out*/{d}{n}")
     ]
-    if not found:
+    return list(dict.fromkeys(folder for _, folder in sorted(found, reverse=True)))
+
+
+def newest_run(root: Path = Path()) -> Path:
+    """The first of find_runs. Raises ValueError if there is none."""
+    if not (found := find_runs(root)):
         raise ValueError(
             "there is no trained model under out/: run python train.py config/quickstart.py, or set --out_dir"
         )
-    return max(found, key=lambda p: p.stat().st_mtime).parent
+    return found[0]
 
 
 def find_checkpoint(init_from: str | Path = "") -> Path:
@@ -274,3 +280,47 @@ def find_tokenizer(payload: dict, data_dir: str = "data") -> Tokenizer:
     if payload["model_args"]["vocab_size"] < 50257:
         raise ValueError(f"the checkpoint has no tokenizer and there is no {data_dir}/{name}/meta.pkl: set --data_dir")
     return tokenizer_from_dict({"kind": "gpt2"})
+
+
+def restore(optimizers: list, scaler, payload: dict, keys: dict, steps: int, micro_batches: int) -> None:
+    """Put a checkpoint's state back; say which of train.py's keys are not what they were.
+
+    Raises ValueError where a run cannot go on with them.
+    """
+    before = {"optimizer": "adamw", **payload.get("asked", payload["config"])}  # nanoGPT knows no other
+    fixed = GPTConfig.__dataclass_fields__.keys() - {"dropout", "attn", "activation_checkpointing"} | {"optimizer"}
+    for key in sorted(fixed & before.keys() & keys.keys()):
+        if before[key] != keys[key] and ("asked" in payload or key in ("optimizer", "block_size")):
+            raise ValueError(
+                f"--{key}={keys[key]}: the run to resume had {before[key]}; keep it, or begin a run with "
+                f"--init_from={keys['out_dir']}"
+            )
+    untold = {"resume", "init_from", "out_dir", "max_iters", "lr_decay_iters", "eval_only", "batch_size", *fixed}
+    untold |= {"gradient_accumulation_steps", "total_batch_tokens"}
+    changed = [f"{k} {v} -> {keys[k]}" for k, v in before.items() if k not in untold and keys.get(k, v) != v]
+    resolved, sequences = payload["config"], keys["batch_size"] * micro_batches
+    if (past := resolved.get("gradient_accumulation_steps", 0) * resolved.get("batch_size", 0)) not in (0, sequences):
+        changed.append(f"sequences a step {past} -> {sequences}")
+    past, until = (resolved.get("lr_decay_iters") or resolved.get("max_iters", steps)), keys["lr_decay_iters"] or steps
+    if keys["decay_lr"] and not keys["max_minutes"] and keys["schedule"] != "constant" and past != until:
+        changed.append(f"end of the learning rate's schedule {past} -> {until}")
+    if changed and int(os.environ.get("RANK", 0)) == 0:
+        print(f"resumed with other keys than before: {', '.join(changed)}")
+    for each, state in zip(optimizers, payload["optimizers"]):
+        sizes = [[len(g["params"]) for g in groups] for groups in (each.param_groups, state["param_groups"])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                "--embedding_lr, --head_lr and --vector_lr: a rate can change when a run goes on, but not begin or end; "
+                f"keep them, or begin a run with --init_from={keys['out_dir']}"
+            )
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in each.param_groups]
+        parameters = [p for group in each.param_groups for p in group["params"]]
+        for number, values in state["state"].items():  # nanoGPT's have no rows for ids that only pad the vocabulary
+            for name, t in values.items():
+                rows = len(parameters[number]) - len(t) if name in ("exp_avg", "exp_avg_sq") else 0
+                values[name] = torch.nn.functional.pad(t, (0, 0, 0, rows)) if rows > 0 else t
+        each.load_state_dict(state)
+        for group, settings in zip(each.param_groups, fresh):  # the keys of this run, not the checkpoint's
+            group.update(settings)
+    if scaler.is_enabled() and payload["scaler"]:
+        scaler.load_state_dict(payload["scaler"])

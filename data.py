@@ -199,6 +199,9 @@ class Dataset:
     val: list[Shard]
     tokenizer: dict | None  # as to_dict gives it; {"kind": "gpt2"} alone where the files do not say
     vocab_size: int
+    turns: bool = (
+        False  # conversations, "User: ...\nAssistant: ..." a document, as prepare_text.py --source=chat writes
+    )
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False) -> Dataset:
@@ -245,7 +248,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False)
         tokenizer, vocab_size = CharTokenizer(chars).to_dict(), pickled["vocab_size"]
     elif not meta:
         tokenizer, vocab_size = {"kind": "gpt2"}, 50257
-    return Dataset(name, splits["train"], splits["val"], tokenizer, vocab_size)
+    turns = meta.get("arguments", {}).get("source") == "chat"
+    return Dataset(name, splits["train"], splits["val"], tokenizer, vocab_size, turns)
 
 
 def load_mixture(names: str, data_dir: str | Path = "data", verify: bool = False) -> list[tuple[Dataset, float]]:

@@ -86,6 +86,71 @@ def free_memory(on: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**21 if hasattr(os, "sysconf") else 4096.0
 
 
+def largest_batch(
+    model, total_batch_tokens: int, block_size: int, on: torch.device, kind: torch.dtype, world: int
+) -> int:
+    """The largest micro-batch that fits in memory and divides the sequences of a step over the ranks.
+
+    Measured by a forward and a backward pass of one sequence and of three. Raises ValueError if not even one fits.
+    """
+    sequences, rest = divmod(total_batch_tokens, block_size * world)
+    if rest or not sequences:
+        raise ValueError(
+            f"--total_batch_tokens={total_batch_tokens} is not a multiple of block_size x ranks = {block_size} x {world}"
+        )
+    peaks = []
+    for rows in (1, 3):
+        try:
+            peaks.append(peak_of(model, rows, block_size, on, kind))
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            peaks.append(math.inf)
+    a_sequence = max((peaks[1] - peaks[0]) / 2, 1e-3) if peaks[0] < math.inf else math.inf
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    fits = torch.tensor(1.0 if peaks[0] < math.inf else 0.0)
+    if peaks[1] < math.inf:
+        later = 2 * weights + (weights if world > 1 else 0)  # the optimizer's state, DDP's buckets
+        base = peaks[0] - a_sequence + later
+        fits = torch.tensor(float(int((0.9 * free_memory(on) - base) / a_sequence)))
+    if world > 1:
+        dist.all_reduce(fits, dist.ReduceOp.MIN)  # gloo's, on the CPU
+    if fits < 1:
+        raise ValueError(
+            f"--batch_size=auto: not even one sequence of {block_size} fits: a smaller --block_size or model, or "
+            "--activation_checkpointing=True"
+        )
+    return max(d for d in range(1, sequences + 1) if sequences % d == 0 and d <= fits)
+
+
+def peak_of(model, rows: int, block_size: int, on: torch.device, kind: torch.dtype) -> float:
+    """MiB at the peak of a forward and a backward pass of so many sequences."""
+    x = torch.zeros(rows, block_size, dtype=torch.long, device=on)
+    try:
+        with contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind):
+            _, loss = model(x, x, return_logits=False)
+        loss.backward()
+        return peak_memory(on) or 0.0
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def read_later(numbers: torch.Tensor):
+    """A function that returns the numbers as a list, and waits for no more than the device has to do until now."""
+    if numbers.device.type != "cuda":
+        found = numbers.tolist()
+        return lambda: found
+    host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        return host.tolist()
+
+    return read
+
+
 def join_ranks(on: torch.device, backend: str, timeout: float) -> tuple[int, int]:
     """This process's rank and the world size that torchrun gave it, (0, 1) without; the ranks are joined and greet.
 

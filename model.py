@@ -441,20 +441,24 @@ class GPT(nn.Module):
 
     def generate(
         self, idx, max_new_tokens: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_tokens=(), generator=None,
-        graph=True, compile=False,
+        graph=True, compile=False, watch=None,
     ) -> Iterator[torch.Tensor]:  # fmt: skip
         """Continue idx, integer (B, T): yields the next id of every row, (B,), max_new_tokens times or until all stopped (on a GPU
         up to 15 times more, since a look waits for it).
 
+        Rows of different lengths are filled up with -1: what comes first are then the ids that longer rows still have of their
+        own, and there are as many more of them as the shortest row is shorter than T.
+
         temperature 0 is greedy; top_k keeps the k likeliest ids (0: all), top_p the likeliest that sum to p
         (https://arxiv.org/abs/1904.09751), min_p those at least p times as likely as the likeliest
         (https://arxiv.org/abs/2407.01082). A row that met a stop token repeats it. On a GPU the step is a CUDA graph
-        unless graph=False, compiled if that is asked for.
+        unless graph=False, compiled if that is asked for. watch, if given, is called with the logits (B, V) of every step.
         Keys and values are cached. When block_size is full, the last half of the context is read in again and the
         text goes on, so a token sees between block_size / 2 and block_size tokens before it.
         Raises ValueError for an empty prompt or a setting outside its range.
         """
-        if idx.size(1) == 0:
+        shortest = int((idx >= 0).sum(1).min()) if len(idx) else 0
+        if not shortest:
             raise ValueError("the prompt is empty: give at least one token")
         if not 0 <= top_k <= self.config.vocab_size:
             raise ValueError(f"--top_k={top_k}: must be between 0 (all) and the vocabulary, {self.config.vocab_size}")
@@ -465,6 +469,8 @@ class GPT(nn.Module):
                 raise ValueError(f"--{name}={value}: must be between {low} and {high}")
 
         def pick(logits):  # (B, 1, V) -> (B,)
+            if watch:
+                watch(logits[:, -1])
             return choose(logits[:, -1].float(), temperature, top_k, top_p, min_p, generator).to(idx.dtype)
 
         step = None
@@ -475,20 +481,23 @@ class GPT(nn.Module):
             idx.device,
             self._cache_dtype(),
         )
-        if graph and idx.device.type == "cuda":
+        if graph and not watch and idx.device.type == "cuda":
             step = DecodeStep(self, cache, pick, generator, compile)
-        new = self._decode(idx, max_new_tokens, pick, cache, step, stop_tokens)
+        new = self._decode(idx, shortest, max_new_tokens, pick, cache, step, stop_tokens)
         return one_ahead(new) if idx.device.type == "cuda" else new
 
     @torch.no_grad()
-    def _decode(self, idx, max_new_tokens: int, pick, cache: KVCache, step, stop_tokens) -> Iterator[torch.Tensor]:
+    def _decode(
+        self, idx, shortest: int, max_new_tokens, pick, cache: KVCache, step, stop_tokens
+    ) -> Iterator[torch.Tensor]:
         was_training, limit, on = self.training, self.config.block_size, idx.device
+        idx, given = idx[:, :shortest], idx[:, shortest:]
         self.eval()
         try:
             text = [idx[:, -limit:]]  # what the model may still look at
             stopped = torch.zeros(len(idx), dtype=torch.bool, device=on)
             stops = torch.tensor(sorted(stop_tokens), device=on, dtype=idx.dtype)
-            for n in range(max_new_tokens):
+            for n in range(given.size(1) + max_new_tokens):
                 if n == 0 or cache.filled == limit:
                     if n:
                         text = [torch.cat(text, dim=1)[:, -(limit // 2 or 1) :]]
@@ -497,9 +506,11 @@ class GPT(nn.Module):
                     new = step(new)
                 else:
                     new = pick(self(new[:, None], cache=cache)[0])
+                if n < given.size(1):
+                    new = torch.where(given[:, n] < 0, new, given[:, n])
                 if len(stops):
                     new = torch.where(stopped, text[-1][:, -1], new)
-                    stopped |= torch.isin(new, stops)
+                    stopped |= torch.isin(new, stops) & (given[:, n] < 0 if n < given.size(1) else True)
                 yield new
                 text.append(new[:, None])
                 # A look at `stopped` waits for a GPU, so there it is rare.

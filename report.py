@@ -1,6 +1,7 @@
 """What a training run tells: the console, metrics.jsonl, log.txt, samples/, wandb, and in the end results.json, loss.png."""
 
 import contextlib
+import html
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from data import atomic_write
 from machine import peak_flops, peak_memory
@@ -82,6 +85,8 @@ class Log:
         self.evaluated = {h["step"] for h in read_metrics(self.folder) if "val_loss" in h}
         self.scored = {h["step"] for h in read_metrics(self.folder) if "hellaswag_acc" in h}
         self.score: dict[str, float] = {}  # the latest on HellaSwag, if it is looked at
+        self.bar, self.last_val = make_bar(first_step, steps), None
+        self.board = make_board(self.folder, first_step) if config["tensorboard"] else None
         if config["wandb_log"]:
             try:
                 import wandb
@@ -116,6 +121,11 @@ class Log:
         self.metrics.write(json.dumps(entry) + "\n")
         if self.wandb:
             self.wandb.log(values, step=step)
+        if self.board:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, step)
+            self.board.flush()
 
     def place(self, step: int) -> str:
         if not self.config["max_minutes"]:
@@ -132,10 +142,18 @@ class Log:
             step, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_sec=round(per_second, 1), mfu=mfu, elapsed=elapsed
         )
         self.text.write(f"{step} train {loss:.6f}\n")
-        print(
-            f"{self.place(step)}  loss {loss:.4f}  lr {lr:.1e}  norm {norm:.2f}  {seconds * 1e3:.1f} ms  "
-            f"{per_second:,.0f} tok/s  mfu {f'{mfu:.1%}' if mfu else 'n/a'}  eta {int(left) // 60}:{int(left) % 60:02d}"
-        )
+        speed, eta = f"{short(per_second)} tok/s", f"eta {duration(left)}"
+        rate, known = f"lr {lr:.1e}".replace("e-0", "e-"), [f"mfu {mfu:.0%}"] if mfu else []
+        if self.bar:
+            val = [] if self.last_val is None else [f"val {self.last_val:.3f}"]
+            self.bar.total = self.steps if self.steps < sys.maxsize else None
+            self.bar.set_description_str(" ".join([f"loss {loss:.3f}", *val, rate, speed, *known, eta]), refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        milliseconds = f"{seconds * 1e3:.1f} ms" if seconds < 0.1 else f"{seconds * 1e3:,.0f} ms"
+        fields = [f"{self.place(step)}", f"loss {loss:.4f}", rate, f"norm {norm:.2f}", milliseconds, speed, *known, eta]
+        line = "  ".join(fields)
+        print(line if len(line) <= 80 else " ".join(fields))
 
     def validation(self, step: int, loss: float, accuracy: float, best: float, by_source: dict[str, float]) -> None:
         """by_source: the loss on each dataset of a mixture, if it is one."""
@@ -143,6 +161,7 @@ class Log:
             more = {"val_loss_by_source": by_source} if by_source else {}
             self.record(step, val_loss=loss, val_accuracy=accuracy, **more)
             self.text.write(f"{step} val {loss:.6f}\n")
+        self.last_val = loss
         note = "".join(f"  {name} {value:.4f}" for name, value in by_source.items())
         note += "  (best)" if loss <= best else f"  (best {best:.4f})"
         print(
@@ -187,6 +206,12 @@ class Log:
         with going_on("a sample"):
             (self.folder / "samples").mkdir(exist_ok=True)
             atomic_write(self.folder / "samples" / f"step_{step}.txt", text + "\n")
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+        if self.board:
+            self.board.add_text("sample", text, step)
         return text
 
     def sync(self) -> None:
@@ -229,11 +254,16 @@ class Log:
             results["final_val_loss_by_source"] = by_source
         atomic_write(self.folder / "results.json", json.dumps(finite(results), indent=1))
         text = self.sample(self.steps)
+        close_bars()
         if text:
             print(f"\n{text}\n")
         if self.wandb:
             self.wandb.summary.update(results)
+            if self.config["wandb_checkpoint"]:
+                self.upload("best.pt" if (self.folder / "best.pt").exists() else "ckpt.pt", best)
             self.wandb.finish()
+        if self.board:
+            self.board.close()
         names = ("results.json", "loss.png", "metrics.jsonl", "best.pt", "ckpt.pt", "samples")
         files = ", ".join(n for n in names if (self.folder / n).exists())
         print(f"val loss {val_loss:.4f} after {tokens:,} tokens in {total:.0f} s. {self.folder}/ has {files}")
@@ -242,6 +272,59 @@ class Log:
         print(f"  python sample.py --out_dir={self.folder} --start={start}")
         print(f"  python sample.py --out_dir={self.folder} --num_samples=5 --temperature=1.0")
         print("  python prepare_text.py --input=my.txt --dataset=mine --tokenizer=char      (train on your own text)")
+
+    def upload(self, name: str, loss: float) -> None:
+        """A checkpoint as an artifact of the wandb run."""
+        import wandb
+
+        artifact = wandb.Artifact(f"{self.wandb_id}-model", "model", metadata={"file": name, "val_loss": loss})
+        artifact.add_file(self.folder / name)
+        self.wandb.log_artifact(artifact)
+
+
+def make_bar(first_step: int, steps: int):
+    """On a terminal a bar in its last line, above which all that is printed goes by; elsewhere None, and there are lines."""
+    if not sys.stdout.isatty():
+        return None
+    columns = min(80, shutil.get_terminal_size().columns - 1)
+    total = steps if steps < sys.maxsize else None
+    layout = "{n_fmt}/{total_fmt} {bar} {desc}" if total else "{n_fmt} {bar} {desc}"
+    bar = tqdm(total=total, initial=first_step, ncols=columns, bar_format=layout, leave=False, file=sys.stdout)
+    sys.stdout = DummyTqdmFile(sys.stdout)
+    return bar
+
+
+def close_bars() -> None:
+    """Before the last words: the bar goes, and what is printed is printed."""
+    for bar in [*getattr(tqdm, "_instances", ())]:
+        bar.close()
+    sys.stdout = getattr(sys.stdout, "_wrapped", sys.stdout)
+
+
+def make_board(folder: Path, first_step: int):
+    """A writer of TensorBoard's event files; those of steps that come again are dropped."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError("--tensorboard needs its package: pip install -e '.[tensorboard]'") from None
+    return SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
+
+
+def short(number: float) -> str:
+    """Three digits and a letter: 52.9k, 1.37M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            scaled = number / size
+            return f"{scaled:.{max(0, 2 - int(math.log10(max(scaled, 1))))}f}{letter}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """12:34, 3:12:34, or 2d 03h."""
+    s = int(max(0.0, seconds))
+    if s >= 86400:
+        return f"{s // 86400}d {s % 86400 // 3600:02d}h"
+    return f"{s // 3600}:{s % 3600 // 60:02d}:{s % 60:02d}" if s >= 3600 else f"{s // 60}:{s % 60:02d}"
 
 
 def finite(values: dict) -> dict:
@@ -266,6 +349,7 @@ def put_aside(folder: Path) -> None:
         "results.json",
         "loss.png",
         "samples",
+        "tensorboard",
     )
     found = [
         p
@@ -287,6 +371,42 @@ def git_commit() -> str | None:
     command = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return done.stdout.strip() or None
+
+
+def describe(
+    model, found: list, config: dict, on: torch.device, kind: torch.dtype, steps: int, micro_batches: int
+) -> None:
+    """Print what is about to be trained, by train.py's keys; of a dry run also its FLOPs, memory and shapes."""
+    c, B, T, max_minutes = model.config, config["batch_size"], config["block_size"], config["max_minutes"]
+    tokens = micro_batches * B * T
+    sizes = (
+        f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, vocabulary {c.vocab_size:,}"
+    )
+    print(f"model: {model.num_params():,} parameters: {sizes}")
+    if c.lora_rank:
+        print(f"LoRA: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of them are trained")
+    print(f"device: {on}, {str(kind).removeprefix('torch.')}, torch {torch.__version__}")
+    for each, share in found:
+        train, val = (sum(s.tokens for s in shards) for shards in (each.train, each.val))
+        part = f" ({share:.1%})" if len(found) > 1 else ""
+        print(f"data: {each.name}{part}, {train:,} train, {val:,} val tokens")
+    until = f"{max_minutes:g} minutes, however many steps" if max_minutes else f"{steps:,} steps, {steps * tokens:,}"
+    print(
+        f"step: {B} x {T} tokens x {micro_batches} micro-batch{'es' * (micro_batches > 1)} = {tokens:,} tokens; {until}"
+    )
+    if config["dry_run"]:
+        palm, causal = model.flops_per_token(T), model.flops_per_token(T, "causal")
+        whole = "" if max_minutes else f"; {palm * steps * tokens:.3g} in all"
+        print(f"FLOPs: {palm:.4g} a token (PaLM), {causal:.4g} (causal, products alone){whole}")
+        state = sum(p.numel() for p in model.parameters()) * 4 * {"sgd": 3, "adafactor": 2}.get(config["optimizer"], 4)
+        size = 4 if kind == torch.float32 else 2
+        block = B * T * (10 * c.n_embd + 2 * c.mlp_hidden) * size  # what a block keeps for its backward pass
+        kept = B * T * c.n_embd * size if c.activation_checkpointing else block
+        activations = c.n_layer * kept + B * T * c.vocab_size * (size + 8)
+        print(
+            f"memory: {state / 2**20:,.0f} MiB weights, gradients, optimizer; about {activations / 2**20:,.0f} MiB activations"
+        )
+        print(f"shapes: idx and targets ({B}, {T}) int64, logits ({B}, {T}, {c.vocab_size})")
 
 
 FONT = {  # five columns a glyph, the lowest bit on top

@@ -1,108 +1,365 @@
-"""Write with a trained model. A run's folder is all it takes.
+"""Write with a trained model, or talk with it. A run's folder is all it takes.
 
 python sample.py                                          the newest run under out/
 python sample.py --out_dir=out/quickstart --start="Once upon a time" --num_samples=3
 python sample.py --start=FILE:prompt.txt --temperature=0
+python sample.py --chat                                   talk with it; /help lists what can be set
+python sample.py --start="Once upon" --explain --max_new_tokens=5       the ten likeliest tokens at every step
+python sample.py --start="Once upon" --beams=4            the likeliest text, searched for
+python sample.py --prompts=prompts.txt --output=completions.jsonl       every line of a file, in batches
 """
 
-import codecs
+import contextlib
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
 
-from checkpoint import find_tokenizer, load_model
 from configurator import configure, short_errors
-from inference import for_inference
-from machine import pick_device, pick_dtype, tune_malloc
+from data import atomic_write
+from inference import (
+    END_OF_TURN,
+    beam_search,
+    chat_prompt,
+    likeliest,
+    load_for_inference,
+    shown,
+    text_pieces,
+    until,
+)
+from tokenizer import EOT
 
+# The model
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id
-start = ""  # the prompt, FILE:path reads it from a file; empty: the start of a document
-num_samples = 1  # how many, in one batch
-max_new_tokens = 500  # tokens at most in each
-temperature = 0.8  # 1: as the model predicts, lower: safer, 0: always the likeliest
-top_k: int | None = None  # keep the k likeliest ids; None: 200, or all of a smaller vocabulary; 0: all
-top_p = 1.0  # keep the likeliest ids that sum to p; 1: all
-min_p = 0.0  # keep ids at least p times as likely as the likeliest; 0: all
-stop = ""  # stop where this text appears; the end of a document always stops
-seed = 1337  # the same seed, prompt and settings give the same text
 data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their dataset
 device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto (bfloat16 where native, float16 on older GPUs, else float32) | float32 | bfloat16 | float16
 quantize = ""  # int8: weights of 8 bits; faster on a CPU with bfloat16, elsewhere smaller
 graph = True  # on a GPU, launch the step of a token whole, as a CUDA graph
 compile = False  # torch.compile the step on a GPU: worth its minute for long texts and many
+# What to write
+start = ""  # the prompt, FILE:path reads it from a file; empty: the start of a document
+num_samples = 1  # how many, in one batch
+max_new_tokens = 500  # tokens at most in each
+stop = ""  # stop where this text appears; the end of a document always stops
+prompts = ""  # instead: complete every line of a file; of a .jsonl, the "prompt" of every object
+batch_size = 16  # of --prompts, how many at once
+output = ""  # where the completions of --prompts go, a JSONL file; empty: the terminal
+chat = False  # instead: talk with the model
+turns: bool | str = (
+    "auto"  # in a chat it answers in turns (True), or goes on with your text (False); auto: as it was trained
+)
+system = ""  # a text that stands before the whole chat
+# How
+seed = 1337  # the same seed, prompt and settings give the same text
+temperature = 0.8  # 1: as the model predicts, lower: safer, 0: always the likeliest
+top_k: int | None = None  # keep the k likeliest ids; None: 200, or all of a smaller vocabulary; 0: all
+top_p = 1.0  # keep the likeliest ids that sum to p; 1: all
+min_p = 0.0  # keep ids at least p times as likely as the likeliest; 0: all
+beams = 0  # search for the likeliest text with so many at once, instead of drawing one; 0: off
+length_penalty = 1.0  # of beams: a text scores its log probability / length^this
+explain = False  # show the ten likeliest tokens at every step
 
 
-def text_pieces(tokenizer, ids):
-    """Decode a stream of ids as it comes: a character whose bytes are spread over tokens appears when it is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for i in ids:
-        yield decoder.decode(tokenizer.token_bytes(i))
-    yield decoder.decode(b"", final=True)
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, a line each; of a .jsonl file objects with a "prompt". Raises ValueError for other lines."""
+    found = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if path.suffix == ".jsonl" and line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                    raise ValueError(f'--prompts={path}, line {number}: not an object with a text "prompt"')
+                found.append(row["prompt"])
+            elif line.strip():
+                found.append(line)
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts={path}: the file is not UTF-8 text") from None
+    if not found:
+        raise ValueError(f"--prompts={path}: there is no prompt in it")
+    return found
 
 
-def until(pieces, stop: str):
-    """The pieces up to the text `stop`, which is not part of them; what may be its beginning waits for what follows."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if stop and stop in held:
-            yield held[: held.index(stop)]
-            return
-        keep = (
-            max((n for n in range(min(len(stop), len(held)) + 1) if held.endswith(stop[:n])), default=0) if stop else 0
+def encode_prompt(tokenizer, prompt: str, limit: int, name: str) -> list[int]:
+    """Its ids; of an empty one the end-of-text token. Raises ValueError, with `name`, if they are more than the context."""
+    try:
+        ids = tokenizer.encode(prompt, special=True) or [tokenizer.eot or 0]
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
+    if len(ids) > limit:
+        raise ValueError(f"{name} has {len(ids):,} tokens, the model's context is {limit:,}: shorten it")
+    return ids
+
+
+class Sampler:
+    """GPT.generate with this script's settings, which a chat may change."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        V = model.config.vocab_size
+        top = min(200, V) if top_k is None else top_k
+        self.settings = {"temperature": temperature, "top_k": top, "top_p": top_p, "min_p": min_p}
+        self.max_new_tokens = max_new_tokens
+        self.dice = torch.Generator(model.device).manual_seed(seed)
+
+    def ids(self, rows: list[list[int]], watch=None):
+        """Yields the next ids, (B,), of prompts that may differ in length; see GPT.generate."""
+        longest, eot = max(map(len, rows)), self.tokenizer.eot
+        idx = torch.tensor([r + [-1] * (longest - len(r)) for r in rows], device=self.model.device)
+        how = {"generator": self.dice, "graph": graph, "compile": compile, "watch": watch}
+        stops = () if eot is None else (eot,)
+        return self.model.generate(idx, self.max_new_tokens, stop_tokens=stops, **self.settings, **how)
+
+    def text(self, ids: list[int], stop: str, ended=lambda: None):
+        """The text that continues ids, in pieces as it comes. ended() is called if the model ends it itself."""
+
+        def written():
+            for new in self.ids([ids]):
+                if (i := new.item()) == self.tokenizer.eot:
+                    ended()
+                    return
+                yield i
+
+        return until(text_pieces(self.tokenizer, written()), stop)
+
+    def batch(self, rows: list[list[int]], stop: str) -> list[tuple[str, int]]:
+        """What continues each prompt: its text and how many tokens that is."""
+        new = torch.stack(list(self.ids(rows)), dim=1).tolist()
+        shortest, eot, made = min(map(len, rows)), self.tokenizer.eot, []
+        for row, ids in zip(rows, new):
+            ids = ids[len(row) - shortest :][: self.max_new_tokens]
+            ids = ids[: ids.index(eot)] if eot in ids else ids
+            made.append(("".join(until(text_pieces(self.tokenizer, ids), stop)), len(ids)))
+        return made
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write(sampler: Sampler, prompt: str, ids: list[int]) -> None:
+    """One text as it comes, or several from one batch."""
+    if num_samples > 1:
+        for text, _ in sampler.batch([ids] * num_samples, stop):
+            print(f"{prompt}{text}\n---------------")
+        return
+    say(prompt)
+    for piece in sampler.text(ids, stop):
+        say(piece)
+    say("\n")
+
+
+def search(sampler: Sampler, prompt: str, ids: list[int]) -> None:
+    """The likeliest texts that a beam search finds, num_samples of them."""
+    if num_samples > beams:
+        raise ValueError(f"--num_samples={num_samples}: --beams={beams} finds no more than {beams}")
+    stops = () if sampler.tokenizer.eot is None else (sampler.tokenizer.eot,)
+    found = beam_search(sampler.model, ids, max_new_tokens, beams, stops, length_penalty)
+    for score, new in found[:num_samples]:
+        print(prompt + "".join(until(text_pieces(sampler.tokenizer, new), stop)))
+        if num_samples > 1:
+            print(f"--------------- score {score:.4f}")
+
+
+def explain_steps(sampler: Sampler, prompt: str, ids: list[int]) -> None:
+    """One text, and at each step the ten likeliest tokens as the model predicts them, and which was taken."""
+    tokenizer, steps, new = sampler.tokenizer, [], []
+    for taken in sampler.ids([ids], watch=lambda logits: steps.append(logits[0])):
+        logits, i = steps.pop(0), taken.item()
+        rows, text = likeliest(logits, tokenizer), (prompt + tokenizer.decode(new)).replace("\n", "\\n")
+        if shown(tokenizer, i) not in dict(rows):
+            rows.append((shown(tokenizer, i), logits.float().softmax(-1)[i].item()))
+        print(("..." + text[-70:] if len(text) > 73 else text) + "|")
+        for token, p in rows:
+            mark = "  <- taken" if token == shown(tokenizer, i) else ""
+            print(f"  {p:6.1%} {'#' * round(30 * p):<30} {token}{mark}")
+        print()
+        if i == tokenizer.eot:
+            break
+        new.append(i)
+    print(prompt + tokenizer.decode(new))
+
+
+def complete_file(sampler: Sampler) -> None:
+    """Every prompt of a file, those of like length together, to JSONL in the file's order."""
+    from tqdm import tqdm
+
+    texts, limit = read_prompts(Path(prompts)), sampler.model.config.block_size
+    if output and not Path(output).resolve().parent.is_dir():
+        raise ValueError(f"--output={output}: there is no folder {Path(output).parent}")
+    rows = [encode_prompt(sampler.tokenizer, t, limit, f"--prompts={prompts}, {n}.") for n, t in enumerate(texts, 1)]
+    order = sorted((n for n in range(len(rows)) for _ in range(num_samples)), key=lambda n: len(rows[n]))
+    made = {n: [] for n in range(len(rows))}
+    with tqdm(total=len(order), unit="text", disable=None) as bar:
+        for first in range(0, len(order), batch_size):
+            some = order[first : first + batch_size]
+            for n, done in zip(some, sampler.batch([rows[n] for n in some], stop)):
+                made[n].append(done)
+            bar.update(len(some))
+    lines = [{"prompt": texts[n], "completion": text, "tokens": size} for n in made for text, size in made[n]]
+    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if output:
+        atomic_write(Path(output), written)
+        print(f"{output}: {len(lines):,} completions")
+    else:
+        say(written)
+
+
+COMMANDS = """\
+/temp 0.8     how freely it writes; 0: always the likeliest token
+/top_p 0.9    keep the likeliest tokens that sum to this; 1: all
+/top_k 50     keep so many of the likeliest; 0: all
+/max 200      tokens at most in an answer
+/seed 7       the same seed and the same words give the same answers
+/system TEXT  what stands before the whole chat; without a text: nothing
+/reset        forget what was said
+/save FILE    write down what was said, as prepare_text.py --input reads it
+/quit         or exit, quit, Ctrl-D; Ctrl-C stops an answer
+A line that ends in \\ goes on in the next; \"\"\" begins and ends a message of many lines."""
+
+
+def read_message() -> str:
+    """What the user says: a line, more where they end in a backslash, or what is between two lines of triple quotes."""
+    line = input("user> ")
+    if line.strip() == '"""':
+        return "\n".join(iter(lambda: input("..... "), '"""'))
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input("..... "))
+    return "\n".join(lines)
+
+
+class Chat:
+    """A conversation in the terminal."""
+
+    def __init__(self, sampler: Sampler, payload: dict):
+        if turns not in (True, False, "auto"):
+            raise ValueError(f"--turns={turns}: choose auto, True or False")
+        self.sampler, self.said, self.system = sampler, [], system
+        self.turns = bool(payload.get("turns")) if turns == "auto" else turns
+
+    def run(self) -> None:
+        kind = (
+            "in turns, as the chat mix has them" if self.turns else "by going on with your text (it is no chat model)"
         )
-        yield held[: len(held) - keep]
-        held = held[len(held) - keep :]
-    yield held
+        print(f"The model answers {kind}. /help lists what can be set, /quit leaves.")
+        while True:
+            try:
+                message = read_message()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n/quit or Ctrl-D leaves")
+                continue
+            if message.strip() in ("exit", "quit", "/exit", "/quit"):
+                return
+            try:
+                if message.startswith("/"):
+                    self.command(*message[1:].split(" ", 1))
+                elif message.strip():
+                    self.answer(message)
+            except (ValueError, OSError) as e:  # a character that the tokenizer lacks, a file that cannot be written
+                print(f"error: {e}")
+
+    def answer(self, question: str) -> None:
+        sampler, over = self.sampler, []
+        limit = sampler.model.config.block_size
+        room = max(1, limit - min(sampler.max_new_tokens, limit // 2))
+        ids, kept = chat_prompt(sampler.tokenizer, self.said, question, room, self.turns, self.system)
+        if kept < len(self.said):
+            print(f"({len(self.said) - kept} of what was said before no longer fits the context of {limit} tokens)")
+            del self.said[: len(self.said) - kept]
+        text = ""
+        say("assistant> ")
+        try:
+            for piece in sampler.text(ids, END_OF_TURN if self.turns else stop, lambda: over.append(True)):
+                piece = piece if text or not self.turns else piece.lstrip()
+                text += piece
+                say(piece)
+        except KeyboardInterrupt:
+            say(" (stopped)")
+        say("\n")
+        self.said.append((question, text.rstrip() if self.turns else text))
+        if over and not self.turns:
+            print("(the text ends here; what you write now begins another)")
+            self.said.clear()
+
+    def command(self, name: str, value: str = "") -> None:
+        sampler, value = self.sampler, value.strip()
+        ranges = {  # setting -> its name in generate(), type, least, most
+            "temp": ("temperature", float, 0, 100),
+            "top_p": ("top_p", float, 0, 1),
+            "top_k": ("top_k", int, 0, sampler.model.config.vocab_size),
+            "max": ("max", int, 1, 10**6),
+            "seed": ("seed", int, 0, 2**63 - 1),
+        }
+        if name in ranges:
+            setting, kind, least, most = ranges[name]
+            try:
+                number = kind(value)
+            except ValueError:
+                number = None
+            if number is None or not least <= number <= most:
+                raise ValueError(f"/{name} {value}: a number from {least} to {most}")
+            if setting == "seed":
+                sampler.dice.manual_seed(number)
+            elif setting == "max":
+                sampler.max_new_tokens = number
+            else:
+                sampler.settings[setting] = number
+        elif name == "system":
+            self.system = value
+        elif name == "reset":
+            self.said.clear()
+        elif name == "save":
+            self.save(value)
+        elif name == "help":
+            print(COMMANDS)
+        else:
+            raise ValueError(f"/{name} is no command; /help lists them")
+
+    def save(self, name: str) -> None:
+        if not name or Path(name).exists():
+            raise ValueError(
+                f"/save {name}: there is such a file already" if name else "/save FILE: its name is missing"
+            )
+        said = [f"User: {q}\nAssistant: {a}" if self.turns else q + a for q, a in self.said]
+        texts = ([self.system] if self.system else []) + (said if self.turns else ["\n".join(said)])
+        atomic_write(Path(name), f"\n{EOT}\n".join(texts) + "\n")
+        print(f"{name}: {len(self.said)} questions and answers")
 
 
 def main() -> None:
-    global top_k
-    on = pick_device(device)
-    if on.type == "cpu":
-        tune_malloc()
-    model, payload = load_model(out_dir if init_from == "resume" else init_from)
-    tokenizer = find_tokenizer(payload, data_dir)
-    known = min(model.config.vocab_size, tokenizer.n_vocab)
-    model.config.vocab_size = known  # ids that only pad the vocabulary are never sampled
-    if top_k is None:
-        top_k = min(200, known)
+    modes = [key for key in ("chat", "prompts", "beams", "explain") if globals()[key]]
+    if len(modes) > 1:
+        raise ValueError(f"--{modes[0]} and --{modes[1]}: one of them at a time")
+    for key, least in (("num_samples", 1), ("max_new_tokens", 1), ("batch_size", 1), ("beams", 0)):
+        if globals()[key] < least:
+            raise ValueError(f"--{key}={globals()[key]}: must be at least {least}")
     prompt = start
     if start.startswith("FILE:"):
         try:
             prompt = Path(start[5:]).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"--start={start}: the file is not UTF-8 text") from None
-    if num_samples < 1 or max_new_tokens < 1:
-        raise ValueError(f"--num_samples={num_samples}, --max_new_tokens={max_new_tokens}: must be at least 1")
-    eot = tokenizer.eot
-    ids = tokenizer.encode(prompt, special=True) or [eot or 0]
-    if len(ids) > model.config.block_size:
-        raise ValueError(
-            f"--start has {len(ids):,} tokens, the model's context is {model.config.block_size:,}: shorten it"
-        )
-
-    for_inference(model, on, pick_dtype(dtype, on), quantize)
-    dice = torch.Generator(on).manual_seed(seed)
-    idx = torch.tensor([ids] * num_samples, device=on)
-    stops = () if eot is None else (eot,)
-    new = model.generate(idx, max_new_tokens, temperature, top_k, top_p, min_p, stops, dice, graph, compile)
-    if num_samples == 1:
-        stream = (t.item() for t in new)
-        sys.stdout.write(prompt)
-        for piece in until(text_pieces(tokenizer, (i for i in stream if i != eot)), stop):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-        return
-    rows = torch.stack(list(new), dim=1).tolist()
-    for row in rows:
-        row = row[: row.index(eot)] if eot in row else row
-        print(prompt + "".join(until(text_pieces(tokenizer, row), stop)) + "\n---------------")
+    name = out_dir if init_from == "resume" else init_from
+    model, tokenizer, payload = load_for_inference(name, device, dtype, quantize, data_dir)
+    sampler = Sampler(model, tokenizer)
+    if chat:
+        return Chat(sampler, payload).run()
+    if prompts:
+        return complete_file(sampler)
+    ids = encode_prompt(tokenizer, prompt, model.config.block_size, "--start")
+    (search if beams else explain_steps if explain else write)(sampler, prompt, ids)
 
 
 if __name__ == "__main__":
@@ -110,6 +367,9 @@ if __name__ == "__main__":
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8", errors="replace")
         configure(globals())
+        if chat:
+            with contextlib.suppress(ImportError):  # Windows has none
+                import readline  # noqa: F401  (line editing and history in input())
         try:
             main()
         except (BrokenPipeError, KeyboardInterrupt):  # the reader has enough

@@ -24,23 +24,23 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import Saver, build_model, load_checkpoint, load_latest, load_payload, save_checkpoint
+from checkpoint import Saver, build_model, load_checkpoint, load_latest, load_payload, restore, save_checkpoint
 from configurator import configure, first_line, short_errors
 from data import Dataset, MixedWindows, TrainingWindows, load_mixture, validation_batches, validation_windows
 from eval_hellaswag import classic_accuracy, classic_questions, find_examples, read_examples
 from machine import (
     Signals,
-    free_memory,
     is_out_of_memory,
     join_ranks,
-    peak_memory,
+    largest_batch,
     pick_device,
     pick_dtype,
+    read_later,
     tune_malloc,
 )
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
-from report import Log
+from report import Log, close_bars, describe
 from tokenizer import tokenizer_from_dict
 
 # Run
@@ -122,6 +122,8 @@ sample_temperature = 0.7  # how freely they are written; 0: always the likeliest
 wandb_log = False  # log to Weights & Biases
 wandb_project = "gpt"  # its project
 wandb_run_name = "gpt2"  # and the run's name in it
+wandb_checkpoint = False  # upload best.pt to it in the end
+tensorboard = False  # write event files to out_dir/tensorboard
 # System
 device = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | cuda:1 | mps
 dtype = "auto"  # auto (bfloat16 where native, float16 on older GPUs, else float32) | float32 | bfloat16 | float16
@@ -503,144 +505,6 @@ def steps_and_accumulation(model: GPT, world: int, windows: TrainingWindows | No
     return steps, micro_batches
 
 
-def describe(model: GPT, found: list, on: torch.device, kind: torch.dtype, steps: int, micro_batches: int) -> None:
-    """Print what is about to be trained."""
-    tokens = micro_batches * batch_size * block_size
-    c, B, T = model.config, batch_size, block_size
-    sizes = (
-        f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, vocabulary {c.vocab_size:,}"
-    )
-    print(f"model: {model.num_params():,} parameters: {sizes}")
-    if c.lora_rank:
-        print(f"LoRA: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of them are trained")
-    print(f"device: {on}, {str(kind).removeprefix('torch.')}, torch {torch.__version__}")
-    for each, share in found:
-        train, val = (sum(s.tokens for s in shards) for shards in (each.train, each.val))
-        part = f" ({share:.1%})" if len(found) > 1 else ""
-        print(f"data: {each.name}{part}, {train:,} train, {val:,} val tokens")
-    until = f"{max_minutes:g} minutes, however many steps" if max_minutes else f"{steps:,} steps, {steps * tokens:,}"
-    print(
-        f"step: {B} x {T} tokens x {micro_batches} micro-batch{'es' * (micro_batches > 1)} = {tokens:,} tokens; {until}"
-    )
-    if dry_run:
-        palm, causal = model.flops_per_token(T), model.flops_per_token(T, "causal")
-        whole = "" if max_minutes else f"; {palm * steps * tokens:.3g} in all"
-        print(f"FLOPs: {palm:.4g} a token (PaLM), {causal:.4g} (causal, products alone){whole}")
-        state = sum(p.numel() for p in model.parameters()) * 4 * {"sgd": 3, "adafactor": 2}.get(optimizer, 4)
-        size = 4 if kind == torch.float32 else 2
-        block = B * T * (10 * c.n_embd + 2 * c.mlp_hidden) * size  # what a block keeps for its backward pass
-        kept = B * T * c.n_embd * size if c.activation_checkpointing else block
-        activations = c.n_layer * kept + B * T * c.vocab_size * (size + 8)
-        print(
-            f"memory: {state / 2**20:,.0f} MiB weights, gradients, optimizer; about {activations / 2**20:,.0f} MiB activations"
-        )
-        print(f"shapes: idx and targets ({B}, {T}) int64, logits ({B}, {T}, {c.vocab_size})")
-
-
-def restore(optimizers: list, scaler: torch.amp.GradScaler, payload: dict, steps: int, micro_batches: int) -> None:
-    """Put a checkpoint's state back; say which keys are not what they were. Raises ValueError where that cannot go on."""
-    before = {"optimizer": "adamw", **payload.get("asked", payload["config"])}  # nanoGPT knows no other
-    fixed = GPTConfig.__dataclass_fields__.keys() - {"dropout", "attn", "activation_checkpointing"} | {"optimizer"}
-    for key in sorted(fixed & before.keys() & globals().keys()):
-        if before[key] != globals()[key] and ("asked" in payload or key in ("optimizer", "block_size")):
-            raise ValueError(
-                f"--{key}={globals()[key]}: the run to resume had {before[key]}; keep it, or begin a run with "
-                f"--init_from={out_dir}"
-            )
-    untold = {"resume", "init_from", "out_dir", "max_iters", "lr_decay_iters", "eval_only", "batch_size", *fixed}
-    untold |= {"gradient_accumulation_steps", "total_batch_tokens"}
-    changed = [f"{k} {v} -> {globals()[k]}" for k, v in before.items() if k not in untold and globals().get(k, v) != v]
-    resolved, sequences = payload["config"], batch_size * micro_batches
-    if (past := resolved.get("gradient_accumulation_steps", 0) * resolved.get("batch_size", 0)) not in (0, sequences):
-        changed.append(f"sequences a step {past} -> {sequences}")
-    past, until = (resolved.get("lr_decay_iters") or resolved.get("max_iters", steps)), lr_decay_iters or steps
-    if decay_lr and not max_minutes and schedule != "constant" and past != until:
-        changed.append(f"end of the learning rate's schedule {past} -> {until}")
-    if changed and int(os.environ.get("RANK", 0)) == 0:
-        print(f"resumed with other keys than before: {', '.join(changed)}")
-    for each, state in zip(optimizers, payload["optimizers"]):
-        sizes = [[len(g["params"]) for g in groups] for groups in (each.param_groups, state["param_groups"])]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                "--embedding_lr, --head_lr and --vector_lr: a rate can change when a run goes on, but not begin or end; "
-                f"keep them, or begin a run with --init_from={out_dir}"
-            )
-        fresh = [{k: v for k, v in group.items() if k != "params"} for group in each.param_groups]
-        parameters = [p for group in each.param_groups for p in group["params"]]
-        for number, values in state["state"].items():  # nanoGPT's have no rows for ids that only pad the vocabulary
-            for name, t in values.items():
-                rows = len(parameters[number]) - len(t) if name in ("exp_avg", "exp_avg_sq") else 0
-                values[name] = torch.nn.functional.pad(t, (0, 0, 0, rows)) if rows > 0 else t
-        each.load_state_dict(state)
-        for group, settings in zip(each.param_groups, fresh):  # the keys of this run, not the checkpoint's
-            group.update(settings)
-    if scaler.is_enabled() and payload["scaler"]:
-        scaler.load_state_dict(payload["scaler"])
-
-
-def read_later(numbers: torch.Tensor):
-    """A function that returns the numbers as a list, and waits for no more than the device has to do until now."""
-    if numbers.device.type != "cuda":
-        found = numbers.tolist()
-        return lambda: found
-    host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-
-    def read() -> list[float]:
-        done.synchronize()
-        return host.tolist()
-
-    return read
-
-
-def largest_batch(model: GPT, on: torch.device, kind: torch.dtype, world: int) -> int:
-    """The largest micro-batch that fits in memory and divides total_batch_tokens over the ranks.
-
-    Measured by a forward and a backward pass of one sequence and of three. Raises ValueError if not even one fits.
-    """
-    sequences, rest = divmod(total_batch_tokens, block_size * world)
-    if rest or not sequences:
-        raise ValueError(
-            f"--total_batch_tokens={total_batch_tokens} is not a multiple of block_size x ranks = {block_size} x {world}"
-        )
-    peaks = []
-    for rows in (1, 3):
-        try:
-            peaks.append(peak_of(model, rows, on, kind))
-        except RuntimeError as e:
-            if not is_out_of_memory(e):
-                raise
-            peaks.append(math.inf)
-    a_sequence = max((peaks[1] - peaks[0]) / 2, 1e-3) if peaks[0] < math.inf else math.inf
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    fits = torch.tensor(1.0 if peaks[0] < math.inf else 0.0)
-    if peaks[1] < math.inf:
-        later = 2 * weights + (weights if world > 1 else 0)  # the optimizer's state, DDP's buckets
-        base = peaks[0] - a_sequence + later
-        fits = torch.tensor(float(int((0.9 * free_memory(on) - base) / a_sequence)))
-    if world > 1:
-        dist.all_reduce(fits, dist.ReduceOp.MIN)  # gloo's, on the CPU
-    if fits < 1:
-        raise ValueError(
-            f"--batch_size=auto: not even one sequence of {block_size} fits: a smaller --block_size or model, or "
-            "--activation_checkpointing=True"
-        )
-    return max(d for d in range(1, sequences + 1) if sequences % d == 0 and d <= fits)
-
-
-def peak_of(model: GPT, rows: int, on: torch.device, kind: torch.dtype) -> float:
-    """MiB at the peak of a forward and a backward pass of so many sequences."""
-    x = torch.zeros(rows, block_size, dtype=torch.long, device=on)
-    try:
-        with contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind):
-            _, loss = model(x, x, return_logits=False)
-        loss.backward()
-        return peak_memory(on) or 0.0
-    finally:
-        model.zero_grad(set_to_none=True)
-
-
 @contextlib.contextmanager
 def explained():
     """Errors of the machine as a line that says what to change: memory that ran out, a rank that is gone."""
@@ -664,6 +528,8 @@ def explained():
                 time.sleep(5)  # until torchrun has noticed that a host is lost, it would start again with it (README)
             raise RuntimeError(f"rank {rank}: another rank is gone ({first_line(e)})") from None
         raise
+    finally:
+        close_bars()
 
 
 def dump_bad_step(run: Run, step: int, rank: int, config: dict, tokenizer: dict) -> tuple[Path, str]:
@@ -739,12 +605,13 @@ def main(config: dict) -> None:
     model = new_model(first_found, payload).to(on).train()
     eval_sequences = eval_iters * (batch_size if isinstance(batch_size, int) else 64)
     if batch_size == "auto":
-        batch_size = largest_batch(model, on, kind, world)
+        batch_size = largest_batch(model, total_batch_tokens, block_size, on, kind, world)
     steps, micro_batches = steps_and_accumulation(model, world, windows)
     gradient_accumulation_steps = micro_batches
     tokens_a_step = micro_batches * batch_size * block_size
+    keys = {k: globals()[k] for k in config}
     if master:
-        describe(model, found, on, kind, steps, micro_batches)
+        describe(model, found, keys, on, kind, steps, micro_batches)
     if dry_run:
         return
     for each, _ in found:
@@ -758,7 +625,7 @@ def main(config: dict) -> None:
             raise ValueError(
                 f"{out_dir}/ckpt.pt has no state to go on from: begin a run with --init_from={out_dir}/ckpt.pt"
             )
-        restore(optimizers, scaler, payload, steps, micro_batches)
+        restore(optimizers, scaler, payload, keys, steps, micro_batches)
         first_step, best_val_loss = payload["step"], float(payload["best_val_loss"])
         trained_seconds, bad_steps = payload.get("elapsed", 0.0), payload.get("bad_steps", 0)
         wandb_id, spent_before = payload.get("wandb_id"), payload.get("spent", 0.0)
@@ -811,6 +678,7 @@ def main(config: dict) -> None:
             "bad_steps": bad_steps,
             "config": config,
             "tokenizer": log.tokenizer.to_dict() if log.tokenizer else first_found.tokenizer,
+            "turns": any(each.turns for each, _ in found),
             "wandb_id": log.wandb_id,
             "asked": asked,
             "eval_sequences": eval_sequences,

@@ -385,7 +385,9 @@ def fairness(children: list[Child]) -> list[str]:
     config, results = first.read("config.json"), first.read("results.json")
     for other in others:
         theirs, got = other.read("config.json"), other.read("results.json")
-        meant = first.keys.keys() | other.keys.keys() | {"seed", "out_dir", "device", "n_kv_head", "mlp_hidden"}
+        meant = (
+            first.keys.keys() | other.keys.keys() | {"seed", "out_dir", "device", "resume", "n_kv_head", "mlp_hidden"}
+        )
         for key in sorted(config.keys() & theirs.keys() - meant):
             if config[key] != theirs[key]:
                 told.append(f"{other.arm}: {key} is {theirs[key]!r}, in {first.arm} {config[key]!r}")

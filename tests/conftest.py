@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ class Script:
 
     server = None
 
-    def __init__(self, *argv, cwd, env=None, limits=None):
+    def __init__(self, *argv, cwd, env=None, limits=None, stdin="", terminal=None):
         if Script.server is None or Script.server.poll() is not None:
             Script.server = subprocess.Popen(
                 [sys.executable, str(ROOT / "tests" / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -40,7 +41,11 @@ class Script:
         self.files = [tempfile.NamedTemporaryFile("r", encoding="utf-8", newline="") for _ in range(2)]
         full = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUTF8": "1", **(env or {})}
         request = dict(argv=[str(ROOT / argv[0]), *map(str, argv[1:])], cwd=str(cwd), env=full, limits=limits or {})
-        self.pid = self.ask(request | {"out": self.files[0].name, "err": self.files[1].name})
+        self.input = tempfile.NamedTemporaryFile("w", encoding="utf-8")
+        self.input.write(stdin)
+        self.input.flush()
+        names = [f.name for f in (self.input, *self.files)] if terminal is None else [terminal] * 3
+        self.pid = self.ask(request | dict(zip(("in", "out", "err"), names)))
         self.returncode = None
 
     @staticmethod
@@ -68,9 +73,39 @@ class Script:
         return self
 
 
-def call(*argv, cwd, env=None, limits=None, timeout=240) -> Script:
+def call(*argv, timeout=240, **options) -> Script:
     """Run a script to its end; the result has returncode, stdout and stderr."""
-    return Script(*argv, cwd=cwd, env=env, limits=limits).wait(timeout)
+    return Script(*argv, **options).wait(timeout)
+
+
+def call_on_terminal(*argv, typed=(), timeout=60, **options) -> tuple[Script, str]:
+    """Run a script on a terminal of 80 columns; also returns what it showed. typed: (what is waited for, what is then typed)."""
+    import fcntl
+    import pty
+    import select
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    script = Script(*argv, terminal=os.ttyname(theirs), **options)
+    shown, left, until = "", list(typed), time.monotonic() + timeout
+    while time.monotonic() < until:
+        if not select.select([ours], [], [], 0.1)[0]:
+            continue
+        if theirs and shown:  # the script has it open
+            os.close(theirs)
+            theirs = None
+        try:
+            shown += os.read(ours, 65536).decode(errors="replace")
+        except OSError:  # its last owner has closed it
+            break
+        if left and left[0][0] in shown:
+            os.write(ours, left.pop(0)[1].encode())
+    else:
+        script.kill()
+    os.close(ours)
+    return script.wait(), shown
 
 
 def readme_block(word: str) -> str:
@@ -85,7 +120,7 @@ def run(tmp_path):
     """run(script, *arguments): it must succeed; returns what it printed."""
 
     def runner(*argv, **options):
-        done = call(*argv, cwd=tmp_path, **options)
+        done = call(*argv, **{"cwd": tmp_path, **options})
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

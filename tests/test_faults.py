@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import SMALL, TEXT, Script, call, make_nanogpt_chars, readme_block
 
+import machine
 import train
 from checkpoint import load_checkpoint, load_latest, load_model, save_checkpoint
 from configurator import configure, short_errors
@@ -469,17 +470,15 @@ def test_batch_size_auto_takes_what_fits_and_trains_the_same_run(run, refused, c
     a, b = ([m["train_loss"] for m in metrics(chars / d) if "train_loss" in m] for d in ("auto", "four"))
     assert np.abs(np.subtract(a, b)).max() < 1e-4
     assert "--batch_size=auto needs --total_batch_tokens" in refused("train.py", "--batch_size=auto")
-    monkeypatch.setattr(train, "total_batch_tokens", 1024)
-    monkeypatch.setattr(train, "block_size", 32)
     model = train.GPT(train.GPTConfig(block_size=32, vocab_size=65, n_layer=1, n_head=1, n_embd=8))
     peaks = iter((100.0, 140.0))
-    monkeypatch.setattr(train, "peak_memory", lambda on: next(peaks))  # 20 MiB a sequence over 80
-    monkeypatch.setattr(train, "free_memory", lambda on: 300.0)  # of which nine tenths are used
-    assert train.largest_batch(model, torch.device("cpu"), torch.float32, 1) == 8  # 9 fit, 8 divides 32
+    monkeypatch.setattr(machine, "peak_memory", lambda on: next(peaks))  # 20 MiB a sequence over 80
+    monkeypatch.setattr(machine, "free_memory", lambda on: 300.0)  # of which nine tenths are used
+    assert machine.largest_batch(model, 1024, 32, torch.device("cpu"), torch.float32, 1) == 8  # 9 fit, 8 divides 32
     peaks = iter((100.0, 140.0))
-    monkeypatch.setattr(train, "free_memory", lambda on: 90.0)
+    monkeypatch.setattr(machine, "free_memory", lambda on: 90.0)
     with pytest.raises(ValueError, match="not even one sequence"):
-        train.largest_batch(model, torch.device("cpu"), torch.float32, 1)
+        machine.largest_batch(model, 1024, 32, torch.device("cpu"), torch.float32, 1)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import model as model_file
-from inference import Int8Linear, PackedLinear, for_inference, packs
+from inference import Int8Linear, PackedLinear, beam_search, chat_prompt, for_inference, packs
 from model import GPT, DecodeStep, GPTConfig, KVCache, choose, one_ahead
 
 CPU = torch.device("cpu")
@@ -169,3 +169,97 @@ def test_the_formula_stays_in_float16s_range():
     model = new_model(attn="manual", n_embd=256).transformer.h[0].attn
     q = torch.full((1, 4, 3, 64), 35.0).half()
     assert model.attend(q, q, q, 0).isfinite().all()
+
+
+def test_prompts_of_different_lengths_in_one_batch_are_each_continued_as_alone():
+    model = new_model(pos="rope")
+    dice = torch.Generator().manual_seed(5)
+    rows = [torch.randint(203, (n,), generator=dice).tolist() for n in (3, 11, 7, 11, 46)]
+    idx = torch.tensor([r + [-1] * (46 - len(r)) for r in rows])
+    together = collect(model.generate(idx, 20, temperature=0)).tolist()
+    for row, new in zip(rows, together):
+        assert len(new) == 43 + 20 and new[: len(row) - 3] == row[3:]
+        alone = collect(model.generate(torch.tensor([row]), 5, temperature=0))[0].tolist()
+        assert new[len(row) - 3 :][:2] == alone[:2]
+        if len(row) < 40:
+            assert new[len(row) - 3 :][:5] == alone
+    stop = together[0][4]  # met by the first row, and in the prompt of the others it stops nothing
+    rows[1][5] = stop
+    idx = torch.tensor([r + [-1] * (11 - len(r)) for r in rows[:2]])
+    first, second = collect(model.generate(idx, 8, temperature=0, stop_tokens=(stop,))).tolist()
+    assert first[4:] == [stop] * (len(first) - 4) and second[:8] == rows[1][3:]
+
+
+def test_beams_enough_for_every_text_find_the_likeliest_of_all():
+    torch.manual_seed(2)
+    model = GPT(GPTConfig(vocab_size=5, n_layer=1, n_head=2, n_embd=16, block_size=8)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    prompt, stop = [1, 3], 4
+
+    def score(ids):
+        with torch.no_grad():
+            logits, _ = model(torch.tensor([prompt + ids]))
+        logp = logits.log_softmax(-1)[0, len(prompt) - 1 :]
+        return sum(logp[n, i].item() for n, i in enumerate(ids))
+
+    texts = [[*t] for t in itertools.product(range(4), repeat=4)]
+    texts += [[*t, stop] for n in range(4) for t in itertools.product(range(4), repeat=n)]
+    for penalty in (0.0, 1.0):
+        best = sorted(((score(t) / len(t) ** penalty, t) for t in texts), reverse=True)[:3]
+        found = beam_search(model, prompt, 4, 200, (stop,), penalty)[:3]
+        for (want, text), (got, ids) in zip(best, found):
+            assert abs(want - got) < 1e-4 and ids == [i for i in text if i != stop]
+
+
+def test_beams_are_those_of_transformers():
+    import transformers
+
+    model = new_model()
+    sizes = dict(vocab_size=203, n_layer=2, n_head=4, n_embd=64, n_positions=48, bos_token_id=202, eos_token_id=202)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    ours = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    ours["transformer.wte.weight"] = ours["transformer.wte.weight"][:203]
+    turned = ("c_attn.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight")
+    theirs.load_state_dict({k: v.t() if k.endswith(turned) else v for k, v in ours.items()}, strict=False)
+    idx = torch.randint(200, (1, 6), generator=torch.Generator().manual_seed(4))
+    for beams in (1, 4):
+        want = theirs.generate(
+            idx,
+            attention_mask=torch.ones_like(idx),
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=20,
+            pad_token_id=202,
+        )[0, 6:].tolist()
+        ((_, got), *_) = beam_search(model, idx[0].tolist(), 20, beams, (202,))
+        assert got == [i for i in want if i != 202]
+
+
+def test_a_beam_goes_on_past_the_context():
+    model = new_model(pos="rope")
+    ((_, ids), *_) = beam_search(model, [5, 6, 7], 70, 1)
+    assert ids == collect(model.generate(torch.tensor([[5, 6, 7]]), 70, temperature=0))[0].tolist()
+
+
+def test_a_chats_prompt_keeps_the_latest_turns_that_fit():
+    class Letters:
+        eot = 0
+
+        def encode(self, text):
+            return [ord(c) for c in text]
+
+    def asked(room, turns=True, system="", eot=0):
+        letters.eot = eot
+        ids, kept = chat_prompt(letters, [("a", "b"), ("c", "d")], "e", room, turns, system)
+        return "".join(chr(i) if i else "|" for i in ids), kept
+
+    letters = Letters()
+    past = "|User: a\nAssistant: b|User: c\nAssistant: d"
+    assert asked(1000) == (past + "|User: e\nAssistant:", 2)
+    assert asked(1000, system="S") == ("|S" + past + "|User: e\nAssistant:", 2)
+    assert asked(50, system="S") == ("|S|User: c\nAssistant: d|User: e\nAssistant:", 1)
+    assert asked(10) == ("Assistant:", 0)
+    assert asked(1000, eot=None) == (past[1:].replace("|", "\n") + "\nUser: e\nAssistant:", 2)
+    assert asked(1000, turns=False) == ("|ab\ncd\ne", 2)
+    assert asked(3, turns=False) == ("d\ne", 2)

@@ -1,8 +1,13 @@
+import json
+import re
+import signal
+import time
+
 import pytest
 import torch
-from conftest import SMALL, call, make_nanogpt_chars
+from conftest import SMALL, Script, call, call_on_terminal, make_nanogpt_chars
 
-from sample import text_pieces, until
+from inference import text_pieces, until
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +22,8 @@ def trained(tmp_path_factory):
     return folder
 
 
-def sample(folder, *arguments, code=0):
-    done = call("sample.py", "--device=cpu", *arguments, cwd=folder)
+def sample(folder, *arguments, code=0, **options):
+    done = call("sample.py", "--device=cpu", *arguments, cwd=folder, **options)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr.strip().splitlines()[-1]
 
@@ -78,9 +83,25 @@ def test_text_longer_than_the_context_is_written(trained):
         (["--device=tpu"], "--device=tpu"),
         (["--quantize=int4"], "--quantize=int4: choose int8"),
         (["--temprature=1"], "did you mean temperature"),
+        (["--chat", "--explain"], "--chat and --explain: one of them at a time"),
+        (["--beams=2", "--num_samples=3"], "--beams=2 finds no more than 2"),
+        (["--beams=-1"], "--beams=-1: must be at least 0"),
+        (["--prompts=gone.txt"], "gone.txt"),
+        (["--prompts=empty.txt"], "there is no prompt in it"),
+        (["--prompts=bad.jsonl"], 'bad.jsonl, line 2: not an object with a text "prompt"'),
+        (["--prompts=odd.txt"], "--prompts=odd.txt, 2.: character 'A' is not among the 26"),
+        (["--prompts=good.txt", "--output=gone/x.jsonl"], "there is no folder gone"),
+        (["--chat", "--turns=perhaps"], "--turns=perhaps: choose auto, True or False"),
     ],
 )
 def test_bad_input_is_told_in_one_line(trained, arguments, words):
+    for name, text in (
+        ("empty.txt", "\n\n"),
+        ("bad.jsonl", '{"prompt": "a"}\n["b"]\n'),
+        ("odd.txt", "abc\nABC\n"),
+        ("good.txt", "a"),
+    ):
+        (trained / name).write_text(text)
     message = sample(trained, *arguments, code=2)
     assert message.startswith("error: ") and words in message
 
@@ -130,3 +151,126 @@ def test_a_character_spread_over_tokens_appears_when_it_is_whole():
             return bytes([i])
 
     assert list(text_pieces(Bytes(), "é🙂".encode())) == ["", "é", "", "", "", "🙂", ""]
+
+
+def test_many_prompts_of_any_length_are_completed_in_batches_as_they_would_be_alone(trained, tmp_path):
+    prompts = ["x", "abc", "mnopqrstuvwxyzabcdefg", "b", "hijkl"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p, "id": 1}) + "\n" for p in prompts))
+    greedy = ("--temperature=0", "--max_new_tokens=7")
+    alone = [sample(trained, f"--start={p}", *greedy)[len(p) : -1] for p in prompts]
+    for name, size in (("p.txt", 2), ("p.jsonl", 16)):
+        made = sample(trained, f"--prompts={tmp_path / name}", f"--batch_size={size}", *greedy)
+        assert [json.loads(line) for line in made.splitlines()] == [
+            {"prompt": p, "completion": c, "tokens": 7} for p, c in zip(prompts, alone)
+        ]
+    out = tmp_path / "made.jsonl"
+    printed = sample(
+        trained, f"--prompts={tmp_path / 'p.txt'}", f"--output={out}", "--num_samples=2", "--stop=h", *greedy
+    )
+    assert "made.jsonl: 10 completions" in printed and len(out.read_text().splitlines()) == 10
+    assert json.loads(out.read_text().splitlines()[2]) == {"prompt": "abc", "completion": "defg", "tokens": 7}
+
+
+def test_explain_shows_the_ten_likeliest_tokens_of_each_step(trained):
+    text = sample(trained, "--start=abc", "--explain", "--temperature=0", "--max_new_tokens=3")
+    blocks = text.split("\n\n")
+    assert [b.splitlines()[0] for b in blocks[:3]] == ["abc|", "abcd|", "abcde|"] and blocks[3] == "abcdef\n"
+    for block, taken in zip(blocks, "def"):
+        rows = re.findall(r"^ *([\d.]+)% (#*) *'(.)'(  <- taken)?$", block, re.M)
+        chances = [float(p) for p, *_ in rows]
+        assert len(rows) == 10 and chances == sorted(chances, reverse=True) and sum(chances) < 100.6
+        assert [t for _, _, t, mark in rows if mark] == [taken] and max(map(len, block.splitlines())) <= 80
+    rare = sample(
+        trained, "--start=abc", "--explain", "--temperature=50", "--top_k=0", "--max_new_tokens=20", "--seed=3"
+    )
+    assert rare.count("<- taken") == 20
+
+
+def test_the_likeliest_texts_of_a_beam_search(trained):
+    options = ("--start=abc", "--beams=3", "--max_new_tokens=5")
+    assert sample(trained, *options) == "abcdefgh\n"
+    two = sample(trained, *options, "--num_samples=2")
+    scores = [float(x) for x in re.findall(r"score (-[\d.]+)", two)]
+    assert two.startswith("abcdefgh\n") and len(scores) == 2 and scores[0] > scores[1]
+
+
+def chat(folder, typed, *arguments):
+    return sample(folder, "--chat", "--temperature=0", "--max_new_tokens=4", *arguments, stdin=typed)
+
+
+def test_a_plain_model_goes_on_with_what_is_typed(trained):
+    text = chat(trained, "abc\nwxy\n")
+    assert "by going on with your text" in text
+    assert re.findall(r"assistant> (.*)", text) == ["defg", "zabc"]
+
+
+def test_the_commands_of_a_chat(trained, tmp_path):
+    typed = "/help\n/temp 5\n/seed 7\nabc\n/reset\n/seed 7\nabc\n/reset\n/temp 0\n/max 2\nabc\n/nonsense\n/top_p 7\nABC\nquit\nabc\n"
+    text = chat(trained, typed)
+    answers = re.findall(r"assistant> (.*)", text)
+    assert len(answers) == 3 and answers[0] == answers[1] and answers[2] == "de"
+    assert "/system TEXT" in text and "error: /nonsense is no command" in text
+    assert "error: /top_p 7: a number from 0 to 1" in text and "character 'A' is not among" in text
+
+
+ANSWERS = ("Yes, it is.", "No, it is odd.")
+TURNS = "".join(f"User: Is {n} even?\nAssistant: {ANSWERS[n % 2]}\n<|endoftext|>\n" for n in range(200))
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A folder with a run that has learned to answer in turns."""
+    folder = tmp_path_factory.mktemp("chatty")
+    (folder / "even.txt").write_text(TURNS)
+    for argv in (
+        ["prepare_text.py", "--input=even.txt", "--dataset=even", "--tokenizer=char", "--val_fraction=0.1"],
+        ["train.py", *SMALL, "--dataset=even", "--max_iters=300", "--block_size=64", "--n_embd=64", "--eval_interval=0"]
+        + ["--batch_size=16", "--learning_rate=1e-2", "--pos=rope", "--sample_prompt=User: Is 1 even?\nAssistant:"],
+    ):
+        done = call(*argv, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_chat_model_answers_in_turns_remembers_and_is_saved(chatty):
+    typed = (
+        'Is 12 even?\n"""\nIs\n7 even?\n"""\nIs \\\n31 even?\n/save talk.txt\n/save talk.txt\n/reset\n'
+        "/system It is so.\nIs 44 even?\n/save two.txt\nexit\n"
+    )
+    (chatty / "talk.txt").unlink(missing_ok=True)
+    text = sample(chatty, "--chat", "--turns=True", "--temperature=0", "--max_new_tokens=30", stdin=typed)
+    assert "in turns, as the chat mix has them" in text
+    answers = re.findall(r"assistant> (.*)", text)
+    assert answers[0] == ANSWERS[0] and len(answers) == 4, text
+    assert "there is such a file already" in text and "no longer fits the context of 64 tokens" in text
+    saved = (chatty / "talk.txt").read_text().split("\n<|endoftext|>\n")
+    assert saved[-1].startswith("User: Is \n31 even?\nAssistant:")
+    assert (chatty / "two.txt").read_text().startswith("It is so.\n<|endoftext|>\nUser: Is 44 even?")
+
+
+def test_whether_it_answers_in_turns_is_known_from_its_dataset(chatty):
+    plain = sample(chatty, "--chat", stdin="/quit\n")
+    assert "it is no chat model" in plain
+    run = torch.load(chatty / "out" / "best.pt", weights_only=True)
+    assert run["turns"] is False
+    (chatty / "marked").mkdir(exist_ok=True)
+    torch.save(run | {"turns": True}, chatty / "marked" / "best.pt")
+    assert "in turns, as the chat mix" in sample(chatty, "--chat", "--out_dir=marked", stdin="exit\n")
+
+
+def test_on_a_terminal_ctrl_d_leaves(trained):
+    typed = [("user> ", "abd\x7fc\r"), ("defg\r\nuser> ", "\x04")]
+    arguments = ("--device=cpu", "--chat", "--temperature=0", "--max_new_tokens=4")
+    done, shown = call_on_terminal("sample.py", *arguments, cwd=trained, typed=typed)
+    assert done.returncode == 0 and "assistant> defg" in shown, shown
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(trained):
+    options = ("--device=cpu", "--chat", "--max_new_tokens=1000000")
+    talk = Script("sample.py", *options, cwd=trained, stdin="abc\n/max 3\n/temp 0\n/reset\nabc\n/quit\n")
+    until_it = time.monotonic() + 60
+    while "assistant> " not in talk.stdout and time.monotonic() < until_it:
+        time.sleep(0.05)
+    talk.kill(signal.SIGINT)
+    assert talk.wait().returncode == 0 and "(stopped)" in talk.stdout and "assistant> def\n" in talk.stdout

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, TEXT, Script, call, make_nanogpt_chars
+from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
 
 import train
 
 
 def metrics(folder: Path) -> list[dict]:
+    folder = folder if (folder / "metrics.jsonl").exists() else folder / "out"
     return [json.loads(line) for line in open(folder / "metrics.jsonl")]
 
 
@@ -249,7 +250,7 @@ def test_the_clock_ends_the_run_and_the_schedule_lands_with_it(run, chars):
 
 
 def test_two_ranks_stop_by_one_clock(chars):
-    torchrun(2, *SMALL, "--dataset=chars", "--max_minutes=0.05", "--gradient_accumulation_steps=2", cwd=chars)
+    torchrun(2, *SMALL, "--dataset=chars", "--max_minutes=0.15", "--gradient_accumulation_steps=2", cwd=chars)
     results = json.loads((chars / "out" / "results.json").read_text())
     assert results["total_steps"] == metrics(chars / "out")[-1]["step"] > 5
 
@@ -354,10 +355,16 @@ def test_nanogpts_config_files_run_unmodified(run, chars):
     assert texts.count("---------------\n") == 2
 
 
-def test_wandb_offline_gets_the_run(run, chars):
-    run("train.py", *SMALL, "--dataset=chars", "--wandb_log=True", "--wandb_project=p", "--wandb_run_name=r")
-    assert list((chars / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert torch.load(chars / "out" / "ckpt.pt", weights_only=True)["wandb_id"]
+def test_wandb_offline_gets_the_run_its_samples_and_if_asked_its_checkpoint(run, chars):
+    common = [*SMALL, "--dataset=chars", "--wandb_log=True", "--wandb_project=p", "--wandb_run_name=r"]
+    run("train.py", *common, "--sample_prompt=line", "--wandb_checkpoint", "--max_iters=3", "--lr_decay_iters=6")
+    files = chars / "out" / "wandb"
+    (first,) = files.glob("offline-run-*/run-*.wandb")
+    number = torch.load(chars / "out" / "ckpt.pt", weights_only=True)["wandb_id"]
+    assert number in first.name and list(files.rglob("media/html/sample*.html"))
+    assert f"{number}-model".encode() in first.read_bytes()
+    run("train.py", *common, "--lr_decay_iters=6", "--resume")
+    assert len({p.name for p in files.glob("offline-run-*/run-*.wandb")}) == 1  # it goes on in the same run
 
 
 def resident(pid: int, kind: str) -> float:
@@ -466,3 +473,41 @@ def test_datasets_mix_and_each_has_its_validation_loss(run, refused, tmp_path):
     each = [[m["train_loss"] for m in found if "train_loss" in m] for found in (metrics, parts)]
     assert each[0] == each[1]
     assert "there is no dataset data/c" in refused("train.py", *SMALL, "--dataset=a:1,c:1")
+
+
+def test_on_a_terminal_a_bar_of_80_columns_and_elsewhere_lines_that_fit(run, chars):
+    done, shown = call_on_terminal("train.py", *SMALL, "--dataset=chars", "--out_dir=bar", cwd=chars)
+    assert done.returncode == 0, shown
+    bars = [part for part in re.split(r"[\r\n]", shown) if re.search(r"loss [\d.]+ .*lr .*tok/s.*eta", part)]
+    assert bars and max(map(len, bars)) <= 80 and any(re.match(r" *[1-6]/6 ", b) and " val " in b for b in bars), shown
+    assert "val loss" in shown and "Try next:" in shown and "norm" not in shown.split("step:")[1]
+    lines = [
+        line for line in run("train.py", *SMALL, "--dataset=chars", "--out_dir=lines").splitlines() if " tok/s" in line
+    ]
+    assert len(lines) == 6 and max(map(len, lines)) <= 80
+    assert re.fullmatch(
+        r" +3/6  loss \d\.\d{4}  lr \d\.\de-\d  norm \d+\.\d\d  [\d.,]+ ms  [\d.]+k? tok/s  eta \d+:\d\d", lines[2]
+    )
+
+
+def test_numbers_of_a_line_are_short():
+    from report import duration, short
+
+    assert [
+        short(x) for x in (52_917, 1_370_000, 999_960, 7.5, 812, 4_012)
+    ] == "52.9k 1.37M 1.00M 7.5 812 4.01k".split()
+    assert [duration(s) for s in (38, 754, 7272, 186_000)] == ["0:38", "12:34", "2:01:12", "2d 03h"]
+
+
+def test_tensorboard_has_the_metrics_of_the_run_and_of_its_resumption(run, chars):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    common = [*SMALL, "--dataset=chars", "--tensorboard", "--sample_prompt=line"]
+    run("train.py", *common, "--max_iters=4", "--lr_decay_iters=6")
+    run("train.py", *common, "--lr_decay_iters=6", "--resume")
+    board = EventAccumulator(str(chars / "out" / "tensorboard")).Reload()
+    for key in ("train_loss", "val_loss", "lr"):
+        told = {e.step: e.value for e in board.Scalars(key)}
+        wanted = {m["step"]: m[key] for m in metrics(chars) if key in m}
+        assert told.keys() == wanted.keys() and all(abs(told[s] - wanted[s]) < 1e-6 for s in wanted)
+    assert "sample/text_summary" in board.Tags()["tensors"]

@@ -1,6 +1,6 @@
 """Runs our scripts in children forked from a process that has imported torch already: a start takes no time.
 
-Reads a request a line: {"argv", "cwd", "env", "limits", "out", "err"} starts a script and answers its pid, {"wait": pid} answers
+Reads a request a line: {"argv", "cwd", "env", "limits", "in", "out", "err"} starts a script and answers its pid, {"wait": pid} answers
 its exit status. What a child does is what `python script ...` does, exit code, handlers at exit and threads included.
 """
 
@@ -24,7 +24,7 @@ def child(request: dict) -> None:
         os.environ.update(request["env"])
         for name, value in request["limits"].items():
             resource.setrlimit(getattr(resource, name), (value, value))
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(request["in"], os.O_RDONLY), 0)
         for number, path in ((1, request["out"]), (2, request["err"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
         sys.stdin, sys.stdout, sys.stderr = (open(n, m, encoding="utf-8") for n, m in ((0, "r"), (1, "w"), (2, "w")))

@@ -1,0 +1,311 @@
+"""The page, in a real browser (Debian's chromium)."""
+
+import http.client
+import shutil
+import socket
+import time
+from urllib.parse import urlparse
+
+import pytest
+from conftest import SMALL, Script, call, make_nanogpt_chars
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run that has learned the alphabet, and a broken one."""
+    folder = tmp_path_factory.mktemp("demo")
+    make_nanogpt_chars(folder / "data" / "abc", ALPHABET * 100)
+    done = call(
+        "train.py", *SMALL, "--dataset=abc", "--max_iters=80", "--learning_rate=1e-2", "--eval_interval=40",
+        "--block_size=64", "--pos=rope", "--out_dir=out/abc", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder / "out" / "broken").mkdir()
+    (folder / "out" / "broken" / "best.pt").write_bytes((folder / "out" / "abc" / "best.pt").read_bytes()[:3000])
+    return folder
+
+
+class Demo:
+    """demo.py on a free port."""
+
+    def __init__(self, folder, *arguments):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.script = Script("demo.py", f"--port={self.port}", "--device=cpu", *arguments, cwd=folder)
+        until = time.monotonic() + 120
+        while time.monotonic() < until and "shows the page" not in self.script.stdout:
+            time.sleep(0.1)
+        assert "shows the page" in self.script.stdout, self.script.stdout + self.script.stderr
+
+    def end(self):
+        self.script.kill()
+        self.script.wait()
+
+
+@pytest.fixture(scope="module")
+def demo(trained):
+    served = Demo(trained, "--out_dir=out/abc")
+    yield served
+    served.end()
+
+
+@pytest.fixture(scope="module")
+def slow(trained):
+    """A page whose tokens come ten a second."""
+    served = Demo(trained, "--out_dir=out/abc", "--pace=0.1")
+    yield served
+    served.end()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def open_page(browser, demo):
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.asked = []
+    page.on("request", lambda r: page.asked.append(r.url))
+    page.goto(demo.url)
+    page.get_by_role("button", name="Generate").wait_for()
+    return page
+
+
+@pytest.fixture
+def page(browser, demo):
+    opened = open_page(browser, demo)
+    yield opened
+    opened.close()
+
+
+def set_value(page, name, value):
+    box = page.locator(f"#{name} input[type=number], #{name} textarea, #{name} input[type=text]").first
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def text_of(page, name="text"):
+    return page.locator(f"#{name} textarea").input_value()
+
+
+def eventually(true, seconds=30):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if true():
+            return
+        time.sleep(0.05)
+    assert true()
+
+
+def watch(page, name="text"):
+    """Record every value of a text box from here on."""
+    page.evaluate(
+        """name => {
+            const box = document.querySelector(`#${name} textarea`); window.seen = [];
+            setInterval(() => { if (window.seen.at(-1) !== box.value) window.seen.push(box.value) }, 1)
+        }""",
+        name,
+    )
+
+
+def greedy(page):
+    set_value(page, "top_k", 1)
+
+
+def letters_after(start, n):
+    at = ALPHABET.index(start[-1]) + 1
+    return start + "".join(ALPHABET[(at + k) % 26] for k in range(n))
+
+
+def test_enter_writes_and_tokens_arrive_one_by_one(browser, slow):
+    page = open_page(browser, slow)
+    greedy(page)
+    set_value(page, "max_new_tokens", 20)
+    watch(page)
+    page.locator("#prompt textarea").fill("abc")
+    page.keyboard.press("Enter")
+    eventually(lambda: text_of(page) == letters_after("abc", 20))
+    seen = [s for s in page.evaluate("window.seen") if s]
+    assert all(b.startswith(a) for a, b in zip(seen, seen[1:]))
+    assert sum(len(b) - len(a) == 1 for a, b in zip(seen, seen[1:])) >= 15, seen
+    eventually(lambda: "20 tokens" in page.locator("#speed").inner_text())
+    page.close()
+
+
+def test_sliders_and_the_seed_have_their_effect(page):
+    page.locator("#prompt textarea").fill("abc")
+    set_value(page, "max_new_tokens", 10)
+
+    def written():
+        page.get_by_role("button", name="Generate").click()
+        page.wait_for_timeout(300)
+        eventually(lambda: len(text_of(page)) == 13)
+        return text_of(page)
+
+    greedy(page)
+    assert written() == letters_after("abc", 10)
+    set_value(page, "top_k", 0)
+    set_value(page, "temperature", 2.0)
+    set_value(page, "seed", 5)
+    bold = written()
+    assert bold != letters_after("abc", 10) and written() == bold
+    set_value(page, "seed", 6)
+    assert written() != bold
+    set_value(page, "top_p", 0)
+    assert written() == letters_after("abc", 10)
+
+
+def test_stop_stops(browser, slow):
+    page = open_page(browser, slow)
+    page.locator("#prompt textarea").fill("abc")
+    set_value(page, "max_new_tokens", 500)
+    page.get_by_role("button", name="Generate").click()
+    eventually(lambda: len(text_of(page)) > 8)
+    page.locator("#stop").click()
+    page.wait_for_timeout(700)
+    stopped = text_of(page)
+    page.wait_for_timeout(500)
+    assert text_of(page) == stopped and len(stopped) < 100
+    page.close()
+
+
+def test_two_visitors_at_once(browser, slow):
+    pages = [open_page(browser, slow) for _ in range(2)]
+    starts = ("abc", "xyz")
+    for page, start in zip(pages, starts):
+        greedy(page)
+        set_value(page, "max_new_tokens", 40)
+        page.locator("#prompt textarea").fill(start)
+    for page in pages:
+        page.get_by_role("button", name="Generate").click()
+    eventually(lambda: all(len(text_of(page)) > 3 for page in pages))
+    assert all(len(text_of(page)) < 43 for page in pages)  # neither waits for the other's end
+    eventually(lambda: [text_of(page) for page in pages] == [letters_after(start, 40) for start in starts])
+    for page in pages:
+        page.close()
+
+
+def test_a_million_characters_and_one_that_is_not_known_are_told(page):
+    box = page.locator("#prompt textarea")
+    box.fill("a" * 1_000_000)
+    box.press("Enter")
+    page.get_by_text("The prompt has 1,000,000 characters; at most 20,000 are taken.").wait_for()
+    box.fill("ABC")
+    box.press("Enter")
+    page.get_by_text("character 'A' is not among the 26").wait_for()
+    greedy(page)
+    set_value(page, "max_new_tokens", 10)
+    box.fill(ALPHABET * 20)
+    box.press("Enter")
+    eventually(lambda: text_of(page) == ALPHABET * 20 + ALPHABET[:10])
+    assert "the last 64 of the prompt's 520 tokens" in page.locator("#speed").inner_text()
+
+
+def test_a_broken_checkpoint_is_told_and_the_old_model_stays(page):
+    page.locator("#run input").click()
+    page.get_by_role("option", name="out/broken").click()
+    page.get_by_text("best.pt is damaged").first.wait_for()
+    eventually(lambda: "out/abc" in page.locator("#run input").input_value())
+    greedy(page)
+    set_value(page, "max_new_tokens", 10)
+    page.locator("#prompt textarea").fill("abc")
+    page.keyboard.press("Enter")
+    eventually(lambda: text_of(page) == letters_after("abc", 10))
+
+
+def test_a_checkpoint_that_breaks_while_it_is_shown(browser, trained):
+    shutil.copytree(trained / "out" / "abc", trained / "out" / "live")
+    served = Demo(trained, "--out_dir=out/live")
+    page = open_page(browser, served)
+    best = trained / "out" / "live" / "best.pt"
+    best.write_bytes(best.read_bytes()[:2000])
+    greedy(page)
+    set_value(page, "max_new_tokens", 10)
+    page.locator("#prompt textarea").fill("abc")
+    page.keyboard.press("Enter")
+    page.get_by_text("The model from before stays").first.wait_for()
+    eventually(lambda: text_of(page) == letters_after("abc", 10))
+    page.close()
+    served.end()
+    shutil.rmtree(trained / "out" / "live")
+
+
+def test_the_next_token_and_what_it_could_have_been(page):
+    page.get_by_role("tab", name="Next token").click()
+    greedy(page)
+    page.locator("#grown textarea").fill("abc")
+    page.locator("#one").click()
+    eventually(lambda: text_of(page, "grown") == "abcd")
+    shown = page.locator("#could").inner_text()
+    assert shown.count("%") == 10 and "'d'" in shown and "'d'" in page.locator("#taken").inner_text()
+    set_value(page, "max_new_tokens", 10)
+    page.locator("#many").click()
+    eventually(lambda: text_of(page, "grown") == letters_after("abcd", 10))
+
+
+def test_a_chat(page):
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_text("It is no chat model: it goes on with your text.").wait_for()
+    greedy(page)
+    set_value(page, "max_new_tokens", 10)
+    for said, answer in (("abc", "defghijklm"), ("nop", "qrstuvwxyz")):
+        page.locator("#message textarea").fill(said)
+        page.keyboard.press("Enter")
+        page.locator("#talked").get_by_text(answer, exact=True).wait_for()
+        eventually(lambda: page.locator("#message textarea").input_value() == "")
+    page.locator("#talked button[title=Clear]").click()
+    eventually(lambda: "defghijklm" not in page.locator("#talked").inner_text())
+
+
+def test_the_loss_curve_of_the_run(page):
+    page.get_by_role("tab", name="Loss").click()
+    image = page.locator("#curve img")
+    image.wait_for()
+    eventually(lambda: image.evaluate("i => i.naturalWidth") > 300)
+    assert "final_val_loss" in page.locator("#results").inner_text()
+
+
+def test_no_request_leaves_the_machine(page):
+    for tab in ("Chat", "Next token", "Loss", "Write"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(200)
+    hosts = {urlparse(url).hostname for url in page.asked if not url.startswith(("data:", "blob:"))}
+    assert hosts == {"127.0.0.1"}
+
+
+def test_without_a_run_it_says_how_to_get_one_and_finds_it_later(browser, trained, tmp_path):
+    served = Demo(tmp_path)
+    page = open_page(browser, served)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("python train.py config/quickstart.py").first.wait_for()
+    shutil.copytree(trained / "out" / "abc", tmp_path / "out" / "abc")
+    page.get_by_role("button", name="Refresh").click()
+    page.locator("#run input").click()
+    page.get_by_role("option", name="out/abc").click()
+    greedy(page)
+    set_value(page, "max_new_tokens", 10)
+    page.locator("#prompt textarea").fill("abc")
+    page.keyboard.press("Enter")
+    eventually(lambda: text_of(page) == letters_after("abc", 10))
+    page.close()
+    served.end()
+
+
+def test_it_listens_where_it_is_told_and_only_there(demo, refused):
+    own = socket.gethostbyname(socket.gethostname())
+    if own.startswith("127."):
+        own = None
+    if own:
+        with pytest.raises(OSError):
+            http.client.HTTPConnection(own, demo.port, timeout=2).request("GET", "/")
+    assert f"--port={demo.port}: cannot listen there" in refused("demo.py", f"--port={demo.port}")
+    assert "there is no checkpoint gone" in refused("demo.py", "--out_dir=gone")
