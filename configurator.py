@@ -218,6 +218,9 @@ def short_errors():
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         last = traceback.extract_tb(e.__traceback__)[-1]
         ours = Path(last.filename).resolve().is_relative_to(HERE) and "site-packages" not in last.filename

@@ -34,6 +34,7 @@ AXES = {
     "n_embd": "width", "n_layer": "depth", "block_size": "context (tokens)", "data_fraction": "fraction of the data",
     "tokens": "training tokens", "params": "parameters", "flops": "training FLOPs",
 }  # fmt: skip
+COLUMNS = {"parameters": "params", "model size": "params", "training tokens": "tokens", "training flop": "flops"}
 KIND = "dataset optimizer schedule norm mlp pos qk_norm init tie_weights dropout label_smoothing learning_rate".split()
 LABEL = "validation loss (nats a token)"
 
@@ -84,15 +85,16 @@ def of_row(row: dict, config: dict) -> dict:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Points of a CSV: loss, and two of params, tokens and flops (flops = 6 params tokens)."""
+    """Points of a CSV: loss, and two of params, tokens and flops (flops = 6 params tokens), also by their names in COLUMNS."""
     points = []
     with open(path, newline="", encoding="utf-8") as f:
         for number, row in enumerate(csv.DictReader(f), 2):
             known = {}
             for k, v in row.items():
-                if k and k.strip().lower() in ("params", "tokens", "flops", "loss", *AXES) and v not in (None, ""):
+                name = COLUMNS.get((k or "").strip().lower(), (k or "").strip().lower())
+                if name in ("loss", *AXES) and v not in (None, ""):
                     try:
-                        known[k.strip().lower()] = float(v)
+                        known[name] = float(v)
                     except ValueError:
                         raise ValueError(f"{path}, line {number}: {k} is {v!r}, not a number") from None
             if "loss" not in known or len(known.keys() & {"params", "tokens", "flops"}) < 2:

@@ -319,6 +319,10 @@ def test_a_csv_that_is_wrong_is_told(tmp_path, text, words):
 def test_flops_stand_in_for_tokens_in_a_csv(tmp_path):
     (tmp_path / "p.csv").write_text("Params,FLOPs,Loss\n10,1200,3.0\n")
     assert scaling.read_csv(tmp_path / "p.csv") == [dict(params=10, flops=1200, loss=3, tokens=20)]
+    (tmp_path / "p.csv").write_text(
+        "x,Model Size,Training FLOP,hex_color,loss\n7,10,1200,#faebdd,3.0\n"
+    )  # of other projects
+    assert scaling.read_csv(tmp_path / "p.csv") == [dict(params=10, flops=1200, loss=3, tokens=20)]
 
 
 # -----------------------------------------------------------------------------

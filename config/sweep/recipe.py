@@ -16,6 +16,8 @@ arms = {
     "GELU": {"mlp": "gelu"},
     "SwiGLU": {"mlp": "swiglu"},
     "queries and keys not normalised": {"qk_norm": False},
+    "twice the learning rate": {"learning_rate": 0.04},
+    "twice the learning rate, queries and keys not normalised": {"learning_rate": 0.04, "qk_norm": False},
     "GPT-2's initialisation": {"init": "gpt2"},
     "tied head": {"tie_weights": True},
     "softcap 15": {"logit_softcap": 15.0},
