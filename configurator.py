@@ -169,9 +169,10 @@ def run_file(path: str, current: dict) -> dict:
     """The assignments a config file makes, run with the current values in sight. Raises ValueError if it cannot run."""
     file = Path(path)
     if not file.is_file():
-        near = HERE / "config" / f"{file.stem}.py"
-        shown = near.relative_to(HERE) if Path().resolve() == HERE else near
-        hint = f"; there is {shown}" if near.is_file() else "; options are written --key=value"
+        known = {p.stem: p for p in (HERE / "config").rglob("*.py")}
+        near = known.get(next(iter(difflib.get_close_matches(file.stem, known, n=1)), ""))
+        shown = near and (near.relative_to(HERE) if Path().resolve() == HERE else near)
+        hint = f"; there is {shown}" if near else "; options are written --key=value"
         raise ValueError(f"{path}: no such config file{hint}")
     scope = dict(current, __file__=str(file), __name__="config")
     try:
@@ -218,9 +219,13 @@ def short_errors():
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read our output has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        raise
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         last = traceback.extract_tb(e.__traceback__)[-1]
         ours = Path(last.filename).resolve().is_relative_to(HERE) and "site-packages" not in last.filename

@@ -29,7 +29,7 @@ dtype = "auto"  # auto (bfloat16 where native, float16 on older GPUs, else float
 quantize = ""  # int8: weights of 8 bits
 host = "127.0.0.1"  # the address to listen on; 0.0.0.0: on all, so that others reach the page
 port = 7870  # its port
-visitors = 8  # texts written at once, token by token in turns; who comes later waits
+visitors = 8  # texts written at once, token by token in turns; who comes later waits in a queue
 max_prompt = 20_000  # characters of a prompt at most
 pace = 0.0  # seconds at least from token to token, to watch them come
 
@@ -45,6 +45,7 @@ class Models:
 
     def __init__(self):
         self.lock, self.loaded = threading.Lock(), {}  # name -> [its file's time, (model, tokenizer, payload), trouble]
+        self.pretrained = ""  # the one model that is no run of ours, if there is one
 
     def get(self, name: str, warn=lambda message: None) -> tuple:
         """Model, tokenizer and checkpoint. One that changed and cannot be read stays as it was, and warn() is told.
@@ -52,11 +53,14 @@ class Models:
         Raises ValueError, OSError or RuntimeError if it cannot be loaded and is not in memory.
         """
         with self.lock:
-            changed = 0 if is_pretrained(name) else self.time_of(name)
+            file = (
+                name if name == self.pretrained else find_checkpoint(name)
+            )  # a run that is gone is not asked of a hub
+            changed = 0 if name == self.pretrained else modified(file)
             entry = self.loaded.pop(name, None)
             if entry is None or changed != entry[0]:
                 try:
-                    entry = [changed, load_for_inference(name, device, dtype, quantize, data_dir), ""]
+                    entry = [changed, load_for_inference(str(file), device, dtype, quantize, data_dir), ""]
                 except (ValueError, OSError, RuntimeError) as e:
                     if entry is None:
                         raise
@@ -68,11 +72,13 @@ class Models:
             warn(entry[2])
         return entry[1]
 
-    def time_of(self, name: str) -> float | None:
-        try:
-            return find_checkpoint(name).stat().st_mtime
-        except FileNotFoundError:
-            return None
+
+def modified(file: Path) -> float | None:
+    """When a file was last written; None if it is gone."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 models, turn = Models(), threading.Lock()  # of a step: whoever holds it has the whole machine for a token
@@ -89,9 +95,12 @@ def label(name: str) -> str:
 
 def choices() -> list[tuple[str, str]]:
     """(label, name) of the models to choose from."""
-    given = out_dir if init_from == "resume" else init_from
-    names = dict.fromkeys(([given] if given else []) + [str(p) for p in find_runs()])
-    return [(label(n), n) for n in names]
+    given, root, names = out_dir if init_from == "resume" else init_from, Path().resolve(), {}
+    if given:
+        names[given if given == models.pretrained else Path(given).resolve()] = given
+    for run in find_runs():
+        names.setdefault(root / run, str(run))
+    return [(label(n), n) for n in names.values()]
 
 
 def within(value, least, most, otherwise):
@@ -130,10 +139,14 @@ def new_ids(model, tokenizer, ids: list[int], settings: tuple, watch=None, most:
 
 def build_page(gr):
     """The page, as a gradio.Blocks."""
+    from PIL import Image  # gradio's own need
+
+    shared = {"concurrency_id": "texts", "concurrency_limit": visitors, "show_progress": "hidden"}
 
     def model_of(name: str | None, seed: str = "") -> tuple:
-        if seed.strip() and not seed.strip().isdecimal():
-            raise gr.Error(f"The seed {seed.strip()[:20]} is not a whole number.")
+        seed = seed.strip()
+        if seed and not (seed.isdecimal() and len(seed) < 20 and int(seed) < 2**63):
+            raise gr.Error(f"The seed {seed[:30]} is not a whole number below 2^63.")
         if not name:
             raise gr.Error("There is no trained model under out/ yet. Train one: python train.py config/quickstart.py")
         try:
@@ -151,12 +164,19 @@ def build_page(gr):
             raise gr.Error(str(e)) from None
         return model, tokenizer, ids[-model.config.block_size :], len(ids)
 
+    def told(stream):
+        """What a stream of ids gives; what goes wrong in it is shown in the page."""
+        try:
+            yield from stream
+        except (ValueError, RuntimeError) as e:
+            raise gr.Error(str(e)) from None
+
     def write(name, prompt, *settings):
         """The text as it grows, and how fast."""
         model, tokenizer, ids, all_ids = ids_of(name, prompt, settings[-1])
         note = f"; it sees the last {len(ids):,} of the prompt's {all_ids:,} tokens" if all_ids > len(ids) else ""
         text, count, began = prompt, 0, time.perf_counter()
-        for piece in text_pieces(tokenizer, new_ids(model, tokenizer, ids, settings)):
+        for piece in text_pieces(tokenizer, told(new_ids(model, tokenizer, ids, settings))):
             text, count = text + piece, count + 1
             yield text, f"{count} tokens, {count / (time.perf_counter() - began):.0f} a second{note}"
         yield text, f"{count - 1} tokens, {count / (time.perf_counter() - began):.0f} a second{note}"
@@ -165,7 +185,7 @@ def build_page(gr):
         """The text as it grows; what each token could have been; which it was."""
         model, tokenizer, ids, _ = ids_of(name, prompt, settings[-1])
         logits, text, new = [], prompt, []
-        for i in new_ids(model, tokenizer, ids, settings, lambda rows: logits.append(rows[0]), most):
+        for i in told(new_ids(model, tokenizer, ids, settings, lambda rows: logits.append(rows[0]), most)):
             could, new = likeliest(logits.pop(0), tokenizer), [*new, i]
             text, taken = prompt + tokenizer.decode(new), shown(tokenizer, i)
             yield text, dict(could), f"taken: `{taken}`, {dict(could).get(taken, 0):.1%}"
@@ -181,6 +201,7 @@ def build_page(gr):
             raise gr.Error(f"The message has {len(message):,} characters; at most {max_prompt:,} are taken.")
         model, tokenizer, payload = model_of(name, settings[-1])
         if not message.strip():
+            yield history, message, said
             return
         limit, in_turns = model.config.block_size, bool(payload.get("turns"))
         room = max(1, limit - min(int(within(settings[0], 10, 500, 200)), limit // 2))
@@ -189,24 +210,29 @@ def build_page(gr):
         except ValueError as e:
             raise gr.Error(str(e)) from None
         answer, over = "", []
-        pieces = text_pieces(tokenizer, new_ids(model, tokenizer, ids, settings, ended=lambda: over.append(True)))
+        stream = new_ids(model, tokenizer, ids, settings, ended=lambda: over.append(True))
+        pieces, box = (
+            text_pieces(tokenizer, told(stream)),
+            "",
+        )  # the message goes with the first token, and no later one
         for piece in until(pieces, END_OF_TURN if in_turns else ""):
             answer += piece if answer or not in_turns else piece.lstrip()
-            told = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
-            yield history + told, "", [*said, (message, answer)]
+            exchange = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+            yield history + exchange, box, [*said, (message, answer)]
+            box = gr.skip()
         if over and not in_turns:  # the text is at its end: what comes next begins another
-            yield history + told, "", []
+            yield gr.skip(), gr.skip(), []
 
     def choose(name, current):
-        """The run that was picked, or the one before if it cannot be loaded."""
+        """The run that was picked and a new conversation, or the one before if it cannot be loaded."""
         try:
             model_of(name)
         except gr.Error as e:
             if current is None:
                 raise
             gr.Warning(f"{e.message} {current} stays.")
-            return gr.update(value=current), current
-        return gr.update(), name
+            return gr.update(value=current), current, gr.skip(), gr.skip()
+        return gr.update(), name, [], []
 
     def look():
         """What there is to choose from now."""
@@ -215,7 +241,10 @@ def build_page(gr):
     def about(name):
         """The loss curve and results of a run."""
         folder = Path(name or "")
-        picture = str(folder / "loss.png") if name and (folder / "loss.png").exists() else None
+        picture = None
+        if name and (folder / "loss.png").exists():
+            with Image.open(folder / "loss.png") as file:
+                picture = file.copy()
         try:
             found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -286,27 +315,27 @@ def build_page(gr):
                     table = gr.Markdown(elem_id="results")
         settings = [max_new_tokens, temperature, top_k, top_p, seed]
         written = [
-            event(write, [current, prompt, *settings], [text, speed], show_progress="hidden", api_name=name)
+            event(write, [current, prompt, *settings], [text, speed], api_name=name, **shared)
             for event, name in ((go.click, "write"), (prompt.submit, False))
         ]
         stop.click(None, cancels=written)
         answers = [
-            event(talk, [current, message, talked, said, *settings], [talked, message, said], show_progress="hidden")
+            event(talk, [current, message, talked, said, *settings], [talked, message, said], **shared)
             for event in (send.click, message.submit)
         ]
         halt.click(None, cancels=answers)
-        talked.clear(lambda: [], None, said)
+        talked.clear(lambda: [], None, said, cancels=answers)
         steps = [
-            event(f, [current, grown, *settings], [grown, could, taken], show_progress="hidden", api_name=False)
+            event(f, [current, grown, *settings], [grown, could, taken], api_name=False, **shared)
             for event, f in ((one.click, grow_one), (many.click, grow))
         ]
         still.click(None, cancels=steps)
-        picked = run.input(choose, [run, current], [run, current], api_name=False)
+        picked = run.input(choose, [run, current], [run, current, talked, said], api_name=False)
         picked.then(about, current, [curve, table], api_name=False).then(kind_of, current, kind, api_name=False)
         again.click(look, None, run, api_name=False)
         loss_tab.select(about, current, [curve, table], api_name=False)
         page.load(look, None, run, api_name=False).then(kind_of, current, kind, api_name=False)
-    return page.queue(max_size=8 * visitors, default_concurrency_limit=visitors, api_open=False)
+    return page.queue(max_size=8 * visitors, default_concurrency_limit=4 * visitors, api_open=False)
 
 
 def main() -> None:
@@ -315,11 +344,12 @@ def main() -> None:
         import gradio as gr
     except ImportError:
         raise ImportError("the page needs gradio: pip install -e '.[demo]'") from None
-    for key, least in (("port", 1), ("visitors", 1), ("max_prompt", 1), ("pace", 0)):
-        if globals()[key] < least:
-            raise ValueError(f"--{key}={globals()[key]}: must be at least {least}")
+    for key, least, most in (("port", 1, 65535), ("visitors", 1, 1000), ("max_prompt", 1, 10**7), ("pace", 0, 60)):
+        if not least <= globals()[key] <= most:
+            raise ValueError(f"--{key}={globals()[key]}: must be between {least} and {most}")
     given = out_dir if init_from == "resume" else init_from
     if given:
+        models.pretrained = given if is_pretrained(given) else ""
         models.get(given)  # what was asked for is there, or this ends now
     own = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # no font is fetched
     theme = gr.themes.Default(font=own[0], font_mono=own[1])
@@ -328,8 +358,10 @@ def main() -> None:
             server_name=host, server_port=port, theme=theme, ssr_mode=False, footer_links=[], quiet=True,
             prevent_thread_lock=True,
         )  # fmt: skip
-    except OSError as e:
-        raise OSError(f"--host={host} --port={port}: cannot listen there ({e})") from None
+    except OSError:
+        raise ValueError(
+            f"--host={host} --port={port}: cannot listen there; the port is taken, or the address is not this machine's"
+        ) from None
     print(f"http://{host}:{port} shows the page; Ctrl-C ends it")
     threading.Event().wait()
 

@@ -165,6 +165,8 @@ def beam_search(
     scores[0], done = 0.0, []  # at first the beams are all the same text
     for n in range(1, max_new_tokens + 1):
         every = scores[:, None] + logits[:, -1].float().log_softmax(-1)
+        if every.isnan().any():
+            raise RuntimeError("the model's probabilities are not numbers")
         score, place = every.flatten().topk(min(beams * (1 + len(stops)), every.numel()))
         row, new = place // V, place % V
         ends = torch.isin(new, stops)

@@ -59,6 +59,8 @@ class Log:
     def __init__(
         self, run, config: dict, tokenizer: dict, tokens_a_step: int, first_step: int, steps: int, wandb_id: str | None
     ):
+        SummaryWriter = board_writer() if config["tensorboard"] else None  # what is missing is said before a file moves
+        purge = first_step + 1 if first_step else None
         self.run, self.config, self.tokens_a_step = run, config, tokens_a_step
         self.steps = steps  # of the whole run; an estimate where the clock decides
         self.folder, self.wandb, self.wandb_id, self.rate = Path(config["out_dir"]), None, wandb_id, 0.0
@@ -85,8 +87,8 @@ class Log:
         self.evaluated = {h["step"] for h in read_metrics(self.folder) if "val_loss" in h}
         self.scored = {h["step"] for h in read_metrics(self.folder) if "hellaswag_acc" in h}
         self.score: dict[str, float] = {}  # the latest on HellaSwag, if it is looked at
-        self.bar, self.last_val = make_bar(first_step, steps), None
-        self.board = make_board(self.folder, first_step) if config["tensorboard"] else None
+        self.last_val = None
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=purge) if SummaryWriter else None
         if config["wandb_log"]:
             try:
                 import wandb
@@ -100,6 +102,7 @@ class Log:
             except Exception as e:
                 raise ValueError(f"--wandb_log: {e}; run wandb login, or set WANDB_MODE=offline") from None
             self.wandb_id = self.wandb.id
+        self.bar = make_bar(first_step, steps)  # wandb has wrapped the console by now
 
     def rewind(self, name: str, step_of, first_step: int):
         """Open a log for appending, without what it says of steps after first_step, which come again."""
@@ -121,11 +124,19 @@ class Log:
         self.metrics.write(json.dumps(entry) + "\n")
         if self.wandb:
             self.wandb.log(values, step=step)
-        if self.board:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self.to_board(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
+
+    def to_board(self, write) -> None:
+        """On TensorBoard, for as long as its files can be written."""
+        if not self.board:
+            return
+        try:
+            write(self.board)
             self.board.flush()
+        except OSError as e:
+            print(f"warning: TensorBoard's files cannot be written ({e.strerror}); training goes on without")
+            self.board = None
 
     def place(self, step: int) -> str:
         if not self.config["max_minutes"]:
@@ -144,7 +155,7 @@ class Log:
         self.text.write(f"{step} train {loss:.6f}\n")
         speed, eta = f"{short(per_second)} tok/s", f"eta {duration(left)}"
         rate, known = f"lr {lr:.1e}".replace("e-0", "e-"), [f"mfu {mfu:.0%}"] if mfu else []
-        if self.bar:
+        if self.bar is not None:
             val = [] if self.last_val is None else [f"val {self.last_val:.3f}"]
             self.bar.total = self.steps if self.steps < sys.maxsize else None
             self.bar.set_description_str(" ".join([f"loss {loss:.3f}", *val, rate, speed, *known, eta]), refresh=False)
@@ -210,8 +221,7 @@ class Log:
             import wandb
 
             self.wandb.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
-        if self.board:
-            self.board.add_text("sample", text, step)
+        self.to_board(lambda board: board.add_text("sample", text, step))
         return text
 
     def sync(self) -> None:
@@ -262,8 +272,7 @@ class Log:
             if self.config["wandb_checkpoint"]:
                 self.upload("best.pt" if (self.folder / "best.pt").exists() else "ckpt.pt", best)
             self.wandb.finish()
-        if self.board:
-            self.board.close()
+        self.to_board(lambda board: board.close())
         names = ("results.json", "loss.png", "metrics.jsonl", "best.pt", "ckpt.pt", "samples")
         files = ", ".join(n for n in names if (self.folder / n).exists())
         print(f"val loss {val_loss:.4f} after {tokens:,} tokens in {total:.0f} s. {self.folder}/ has {files}")
@@ -301,13 +310,13 @@ def close_bars() -> None:
     sys.stdout = getattr(sys.stdout, "_wrapped", sys.stdout)
 
 
-def make_board(folder: Path, first_step: int):
-    """A writer of TensorBoard's event files; those of steps that come again are dropped."""
+def board_writer():
+    """The class that writes TensorBoard's event files."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ImportError("--tensorboard needs its package: pip install -e '.[tensorboard]'") from None
-    return SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
+    return SummaryWriter
 
 
 def short(number: float) -> str:

@@ -64,11 +64,14 @@ length_penalty = 1.0  # of beams: a text scores its log probability / length^thi
 explain = False  # show the ten likeliest tokens at every step
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, a line each; of a .jsonl file objects with a "prompt". Raises ValueError for other lines."""
+def read_prompts(path: Path) -> list[tuple[int, str]]:
+    """The prompts of a file and their lines' numbers, a line each; of a .jsonl file objects with a "prompt".
+
+    Raises ValueError for other lines, and for a file without any.
+    """
     found = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if path.suffix == ".jsonl" and line.strip():
                 try:
                     row = json.loads(line)
@@ -76,9 +79,9 @@ def read_prompts(path: Path) -> list[str]:
                     row = None
                 if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
                     raise ValueError(f'--prompts={path}, line {number}: not an object with a text "prompt"')
-                found.append(row["prompt"])
+                found.append((number, row["prompt"]))
             elif line.strip():
-                found.append(line)
+                found.append((number, line.removesuffix("\r")))
     except UnicodeDecodeError:
         raise ValueError(f"--prompts={path}: the file is not UTF-8 text") from None
     if not found:
@@ -119,8 +122,10 @@ class Sampler:
     def text(self, ids: list[int], stop: str, ended=lambda: None):
         """The text that continues ids, in pieces as it comes. ended() is called if the model ends it itself."""
 
+        stream = self.ids([ids])  # settings that cannot be are told now
+
         def written():
-            for new in self.ids([ids]):
+            for new in stream:
                 if (i := new.item()) == self.tokenizer.eot:
                     ended()
                     return
@@ -129,7 +134,7 @@ class Sampler:
         return until(text_pieces(self.tokenizer, written()), stop)
 
     def batch(self, rows: list[list[int]], stop: str) -> list[tuple[str, int]]:
-        """What continues each prompt: its text and how many tokens that is."""
+        """What continues each prompt: its text up to `stop`, and how many tokens were written for it."""
         new = torch.stack(list(self.ids(rows)), dim=1).tolist()
         shortest, eot, made = min(map(len, rows)), self.tokenizer.eot, []
         for row, ids in zip(rows, new):
@@ -150,8 +155,9 @@ def write(sampler: Sampler, prompt: str, ids: list[int]) -> None:
         for text, _ in sampler.batch([ids] * num_samples, stop):
             print(f"{prompt}{text}\n---------------")
         return
+    pieces = sampler.text(ids, stop)
     say(prompt)
-    for piece in sampler.text(ids, stop):
+    for piece in pieces:
         say(piece)
     say("\n")
 
@@ -184,6 +190,8 @@ def explain_steps(sampler: Sampler, prompt: str, ids: list[int]) -> None:
         if i == tokenizer.eot:
             break
         new.append(i)
+        if stop and stop in tokenizer.decode(new):
+            break
     print(prompt + tokenizer.decode(new))
 
 
@@ -191,25 +199,32 @@ def complete_file(sampler: Sampler) -> None:
     """Every prompt of a file, those of like length together, to JSONL in the file's order."""
     from tqdm import tqdm
 
-    texts, limit = read_prompts(Path(prompts)), sampler.model.config.block_size
-    if output and not Path(output).resolve().parent.is_dir():
-        raise ValueError(f"--output={output}: there is no folder {Path(output).parent}")
-    rows = [encode_prompt(sampler.tokenizer, t, limit, f"--prompts={prompts}, {n}.") for n, t in enumerate(texts, 1)]
+    texts, limit, path = read_prompts(Path(prompts)), sampler.model.config.block_size, Path(output)
+    if output and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise ValueError(
+            f"--output={output}: " + ("a folder" if path.is_dir() else f"there is no folder {path.parent}")
+        )
+    rows = [encode_prompt(sampler.tokenizer, t, limit, f"--prompts={prompts}, line {n}") for n, t in texts]
     order = sorted((n for n in range(len(rows)) for _ in range(num_samples)), key=lambda n: len(rows[n]))
-    made = {n: [] for n in range(len(rows))}
+    made, stopped = {n: [] for n in range(len(rows))}, False
     with tqdm(total=len(order), unit="text", disable=None) as bar:
-        for first in range(0, len(order), batch_size):
-            some = order[first : first + batch_size]
-            for n, done in zip(some, sampler.batch([rows[n] for n in some], stop)):
-                made[n].append(done)
-            bar.update(len(some))
-    lines = [{"prompt": texts[n], "completion": text, "tokens": size} for n in made for text, size in made[n]]
+        try:
+            for first in range(0, len(order), batch_size):
+                some = order[first : first + batch_size]
+                for n, done in zip(some, sampler.batch([rows[n] for n in some], stop)):
+                    made[n].append(done)
+                bar.update(len(some))
+        except KeyboardInterrupt:  # what there is is kept
+            stopped = True
+    lines = [{"prompt": texts[n][1], "completion": text, "tokens": size} for n in made for text, size in made[n]]
     written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if output:
-        atomic_write(Path(output), written)
-        print(f"{output}: {len(lines):,} completions")
+        atomic_write(path, written)
+        print(f"{output}: {len(lines):,} completions" + (f" of {len(order):,}" if stopped else ""))
     else:
         say(written)
+    if stopped:
+        raise KeyboardInterrupt
 
 
 COMMANDS = """\
@@ -229,7 +244,7 @@ def read_message() -> str:
     """What the user says: a line, more where they end in a backslash, or what is between two lines of triple quotes."""
     line = input("user> ")
     if line.strip() == '"""':
-        return "\n".join(iter(lambda: input("..... "), '"""'))
+        return "\n".join(iter(lambda: input("..... ").rstrip(), '"""'))
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
@@ -243,7 +258,8 @@ class Chat:
     def __init__(self, sampler: Sampler, payload: dict):
         if turns not in (True, False, "auto"):
             raise ValueError(f"--turns={turns}: choose auto, True or False")
-        self.sampler, self.said, self.system = sampler, [], system
+        self.sampler, self.system = sampler, system
+        self.said, self.written = [], []  # exchanges that the model is to remember; all that was said, as documents
         self.turns = bool(payload.get("turns")) if turns == "auto" else turns
 
     def run(self) -> None:
@@ -263,11 +279,11 @@ class Chat:
             if message.strip() in ("exit", "quit", "/exit", "/quit"):
                 return
             try:
-                if message.startswith("/"):
+                if message.startswith("/") and "\n" not in message:
                     self.command(*message[1:].split(" ", 1))
                 elif message.strip():
                     self.answer(message)
-            except (ValueError, OSError) as e:  # a character that the tokenizer lacks, a file that cannot be written
+            except (ValueError, OSError, RuntimeError) as e:  # a character that the tokenizer lacks, a full disk
                 print(f"error: {e}")
 
     def answer(self, question: str) -> None:
@@ -278,16 +294,24 @@ class Chat:
         if kept < len(self.said):
             print(f"({len(self.said) - kept} of what was said before no longer fits the context of {limit} tokens)")
             del self.said[: len(self.said) - kept]
-        text = ""
+        pieces, text = sampler.text(ids, stop, lambda: over.append(True)), ""
+        if self.turns:
+            pieces = until(pieces, END_OF_TURN)
         say("assistant> ")
         try:
-            for piece in sampler.text(ids, END_OF_TURN if self.turns else stop, lambda: over.append(True)):
+            for piece in pieces:
                 piece = piece if text or not self.turns else piece.lstrip()
                 text += piece
                 say(piece)
         except KeyboardInterrupt:
             say(" (stopped)")
         say("\n")
+        if self.turns:
+            self.written.append(f"User: {question}\nAssistant: {text.rstrip()}")
+        elif self.said:
+            self.written[-1] += f"\n{question}{text}"
+        else:
+            self.written.append(question + text)
         self.said.append((question, text.rstrip() if self.turns else text))
         if over and not self.turns:
             print("(the text ends here; what you write now begins another)")
@@ -332,10 +356,10 @@ class Chat:
             raise ValueError(
                 f"/save {name}: there is such a file already" if name else "/save FILE: its name is missing"
             )
-        said = [f"User: {q}\nAssistant: {a}" if self.turns else q + a for q, a in self.said]
-        texts = ([self.system] if self.system else []) + (said if self.turns else ["\n".join(said)])
-        atomic_write(Path(name), f"\n{EOT}\n".join(texts) + "\n")
-        print(f"{name}: {len(self.said)} questions and answers")
+        if not self.written:
+            raise ValueError("nothing was said yet")
+        atomic_write(Path(name), f"\n{EOT}\n".join(([self.system] if self.system else []) + self.written) + "\n")
+        print(f"{name}: all that was said")
 
 
 def main() -> None:
@@ -345,6 +369,12 @@ def main() -> None:
     for key, least in (("num_samples", 1), ("max_new_tokens", 1), ("batch_size", 1), ("beams", 0)):
         if globals()[key] < least:
             raise ValueError(f"--{key}={globals()[key]}: must be at least {least}")
+    if (chat or prompts) and start:
+        raise ValueError(f"--start={start}: not with --{modes[0]}, which has prompts of its own")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed={seed}: must be at least 0 and less than 2^63")
+    if not -10 <= length_penalty <= 10:
+        raise ValueError(f"--length_penalty={length_penalty}: must be between -10 and 10")
     prompt = start
     if start.startswith("FILE:"):
         try:
@@ -368,9 +398,10 @@ if __name__ == "__main__":
             sys.stdout.reconfigure(encoding="utf-8", errors="replace")
         configure(globals())
         if chat:
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
             with contextlib.suppress(ImportError):  # Windows has none
                 import readline  # noqa: F401  (line editing and history in input())
         try:
             main()
-        except (BrokenPipeError, KeyboardInterrupt):  # the reader has enough
+        except BrokenPipeError:  # the reader has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -138,6 +138,8 @@ def write_report(folder: Path, report: dict) -> None:
 
 
 def main() -> None:
+    if not steps:
+        raise ValueError("there are no steps: name a pipeline's file, such as config/pipeline/reproduce_small.py")
     order = in_order(steps)
     for key, wanted in (("step", step), ("from_step", from_step)):
         if wanted and wanted not in steps:

@@ -9,6 +9,7 @@ from conftest import SMALL
 import train
 from checkpoint import load_model
 from data import TrainingWindows, load_dataset
+from inference import beam_search
 from model import GPT, GPTConfig
 from optim import make_optimizers
 
@@ -124,3 +125,21 @@ def test_memory_that_runs_out_and_the_batch_that_fits(run, refused, chars):
         "train.py", *wide, "--batch_size=auto", f"--total_batch_tokens={tokens}", "--max_iters=2", timeout=600
     )
     assert f"= {tokens:,} tokens" in printed
+
+
+def test_prompts_of_different_lengths_and_beams_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=301, n_layer=2, n_head=4, n_embd=64, pos="rope")).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    rows = [torch.randint(301, (n,)).tolist() for n in (3, 9, 9, 17)]
+    idx = torch.tensor([r + [-1] * (17 - len(r)) for r in rows])
+
+    def write(on, **how):
+        return torch.stack(list(model.to(on).generate(idx.to(on), 12, temperature=0, **how)), dim=1).cpu()
+
+    here, beams = write("cpu"), beam_search(model, rows[1], 12, 4, (7,))
+    for graph in (True, False):
+        assert (write("cuda", graph=graph) == here).float().mean() > 0.95
+    for (a, one), (b, other) in zip(beams, beam_search(model.cuda(), rows[1], 12, 4, (7,))):
+        assert abs(a - b) < 1e-2 and (one == other or abs(a - b) < 1e-3)

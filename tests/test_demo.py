@@ -262,8 +262,34 @@ def test_a_chat(page):
         page.keyboard.press("Enter")
         page.locator("#talked").get_by_text(answer, exact=True).wait_for()
         eventually(lambda: page.locator("#message textarea").input_value() == "")
+    page.locator("#message textarea").fill("  ")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(500)
+    assert "qrstuvwxyz" in page.locator("#talked").inner_text()
     page.locator("#talked button[title=Clear]").click()
     eventually(lambda: "defghijklm" not in page.locator("#talked").inner_text())
+
+
+def test_the_next_message_is_typed_while_the_answer_comes_and_clear_ends_it(browser, slow):
+    page = open_page(browser, slow)
+    page.get_by_role("tab", name="Chat").click()
+    greedy(page)
+    page.locator("#message textarea").fill("abc")
+    page.keyboard.press("Enter")
+    page.locator("#talked").get_by_text("def").first.wait_for()
+    page.locator("#message textarea").press_sequentially("what next", delay=100)
+    assert page.locator("#message textarea").input_value() == "what next"
+    page.locator("#talked button[title=Clear]").click()
+    page.wait_for_timeout(1000)
+    assert "def" not in page.locator("#talked").inner_text()
+    page.close()
+
+
+def test_a_seed_that_is_none_is_told(page):
+    for seed in ("99999999999999999999999", "seven"):
+        set_value(page, "seed", seed)
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_text(f"The seed {seed} is not a whole number").first.wait_for()
 
 
 def test_the_loss_curve_of_the_run(page):
@@ -301,11 +327,14 @@ def test_without_a_run_it_says_how_to_get_one_and_finds_it_later(browser, traine
 
 
 def test_it_listens_where_it_is_told_and_only_there(demo, refused):
-    own = socket.gethostbyname(socket.gethostname())
-    if own.startswith("127."):
-        own = None
-    if own:
-        with pytest.raises(OSError):
-            http.client.HTTPConnection(own, demo.port, timeout=2).request("GET", "/")
+    def answers(address):
+        try:
+            http.client.HTTPConnection(address, demo.port, timeout=5).request("GET", "/")
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    assert answers("127.0.0.1") and not answers("127.0.0.2")  # a server on all addresses has both
     assert f"--port={demo.port}: cannot listen there" in refused("demo.py", f"--port={demo.port}")
+    assert "--port=70000: must be between 1 and 65535" in refused("demo.py", "--port=70000")
     assert "there is no checkpoint gone" in refused("demo.py", "--out_dir=gone")

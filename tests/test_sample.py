@@ -76,7 +76,7 @@ def test_text_longer_than_the_context_is_written(trained):
         (["--start=ABC"], "character 'A' is not among the 26"),
         (["--start=abc", "--top_k=27"], "--top_k=27: must be between 0 (all) and the vocabulary, 26"),
         (["--start=" + "abc" * 20], "60 tokens, the model's context is 32"),
-        (["--temperature=-1"], "--temperature=-1.0"),
+        (["--temperature=-1", "--start=abc"], "--temperature=-1.0"),
         (["--num_samples=0"], "--num_samples=0"),
         (["--start=FILE:gone.txt"], "gone.txt"),
         (["--out_dir=gone"], "there is no checkpoint gone"),
@@ -89,7 +89,12 @@ def test_text_longer_than_the_context_is_written(trained):
         (["--prompts=gone.txt"], "gone.txt"),
         (["--prompts=empty.txt"], "there is no prompt in it"),
         (["--prompts=bad.jsonl"], 'bad.jsonl, line 2: not an object with a text "prompt"'),
-        (["--prompts=odd.txt"], "--prompts=odd.txt, 2.: character 'A' is not among the 26"),
+        (["--prompts=odd.txt"], "--prompts=odd.txt, line 3: character 'A' is not among the 26"),
+        (["--prompts=good.txt", "--output=out"], "--output=out: a folder"),
+        (["--prompts=good.txt", "--start=a"], "--start=a: not with --prompts"),
+        (["--chat", "--start=a"], "--start=a: not with --chat"),
+        (["--start=a", "--seed=1180591620717411303424"], "less than 2^63"),
+        (["--start=a", "--beams=2", "--length_penalty=1000"], "must be between -10 and 10"),
         (["--prompts=good.txt", "--output=gone/x.jsonl"], "there is no folder gone"),
         (["--chat", "--turns=perhaps"], "--turns=perhaps: choose auto, True or False"),
     ],
@@ -98,7 +103,7 @@ def test_bad_input_is_told_in_one_line(trained, arguments, words):
     for name, text in (
         ("empty.txt", "\n\n"),
         ("bad.jsonl", '{"prompt": "a"}\n["b"]\n'),
-        ("odd.txt", "abc\nABC\n"),
+        ("odd.txt", "abc\n\nABC\n"),
         ("good.txt", "a"),
     ):
         (trained / name).write_text(text)
@@ -155,8 +160,9 @@ def test_a_character_spread_over_tokens_appears_when_it_is_whole():
 
 def test_many_prompts_of_any_length_are_completed_in_batches_as_they_would_be_alone(trained, tmp_path):
     prompts = ["x", "abc", "mnopqrstuvwxyzabcdefg", "b", "hijkl"]
-    (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n\n")
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p, "id": 1}) + "\n" for p in prompts))
+    (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n\n", encoding="utf-8-sig", newline="\r\n")
+    rows = [{"prompt": p, "told": "a\u2028b"} for p in prompts]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     greedy = ("--temperature=0", "--max_new_tokens=7")
     alone = [sample(trained, f"--start={p}", *greedy)[len(p) : -1] for p in prompts]
     for name, size in (("p.txt", 2), ("p.jsonl", 16)):
@@ -238,15 +244,19 @@ def test_a_chat_model_answers_in_turns_remembers_and_is_saved(chatty):
         'Is 12 even?\n"""\nIs\n7 even?\n"""\nIs \\\n31 even?\n/save talk.txt\n/save talk.txt\n/reset\n'
         "/system It is so.\nIs 44 even?\n/save two.txt\nexit\n"
     )
-    (chatty / "talk.txt").unlink(missing_ok=True)
+    for name in ("talk.txt", "two.txt"):
+        (chatty / name).unlink(missing_ok=True)
     text = sample(chatty, "--chat", "--turns=True", "--temperature=0", "--max_new_tokens=30", stdin=typed)
     assert "in turns, as the chat mix has them" in text
     answers = re.findall(r"assistant> (.*)", text)
     assert answers[0] == ANSWERS[0] and len(answers) == 4, text
     assert "there is such a file already" in text and "no longer fits the context of 64 tokens" in text
     saved = (chatty / "talk.txt").read_text().split("\n<|endoftext|>\n")
-    assert saved[-1].startswith("User: Is \n31 even?\nAssistant:")
-    assert (chatty / "two.txt").read_text().startswith("It is so.\n<|endoftext|>\nUser: Is 44 even?")
+    asked = ("Is 12 even?", "Is\n7 even?", "Is \n31 even?")  # all of it, not what the context has room for
+    assert [s.partition("\nAssistant: ")[0] for s in saved] == [f"User: {q}" for q in asked]
+    assert saved[0].endswith(ANSWERS[0])
+    two = (chatty / "two.txt").read_text()
+    assert two.startswith("It is so.\n<|endoftext|>\nUser: Is 12 even?") and "User: Is 44 even?\nAssistant: " in two
 
 
 def test_whether_it_answers_in_turns_is_known_from_its_dataset(chatty):
@@ -274,3 +284,29 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(trained):
         time.sleep(0.05)
     talk.kill(signal.SIGINT)
     assert talk.wait().returncode == 0 and "(stopped)" in talk.stdout and "assistant> def\n" in talk.stdout
+
+
+def test_ctrl_c_keeps_the_completions_that_are_done(trained, tmp_path):
+    (tmp_path / "p.txt").write_text("abc\n" * 400)
+    out = tmp_path / "made.jsonl"
+    options = (f"--prompts={tmp_path / 'p.txt'}", f"--output={out}", "--max_new_tokens=5000", "--batch_size=4")
+    writing = Script("sample.py", "--device=cpu", *options, cwd=trained)
+    until_it = time.monotonic() + 60
+    while "set:" not in writing.stderr and time.monotonic() < until_it:
+        time.sleep(0.05)
+    time.sleep(2)
+    writing.kill(signal.SIGINT)
+    assert writing.wait().returncode == 130, writing.stderr
+    assert "completions of 400" in writing.stdout and len(out.read_text().splitlines()) < 400
+
+
+def test_stop_holds_for_every_way_to_write(trained, chatty):
+    explained = sample(trained, "--start=abc", "--explain", "--temperature=0", "--stop=f", "--max_new_tokens=9")
+    assert explained.endswith("\nabcdef\n")
+    talk = ("--chat", "--turns=True", "--temperature=0", "--stop=,", "--max_new_tokens=20")
+    assert "assistant> Yes\n" in sample(chatty, *talk, stdin="Is 12 even?\n/quit\n")
+
+
+def test_a_chat_survives_what_is_no_text_and_saves_nothing_of_nothing(trained):
+    text = chat(trained, "/save x.txt\n/temp 1e-44\nabc\n/temp 0\nabc\n/quit\n")
+    assert "nothing was said yet" in text and "assistant> " in text.splitlines()[-2] or "defg" in text

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
 
 import train
+from report import Log
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -488,6 +489,24 @@ def test_on_a_terminal_a_bar_of_80_columns_and_elsewhere_lines_that_fit(run, cha
     assert re.fullmatch(
         r" +3/6  loss \d\.\d{4}  lr \d\.\de-\d  norm \d+\.\d\d  [\d.,]+ ms  [\d.]+k? tok/s  eta \d+:\d\d", lines[2]
     )
+
+
+@pytest.mark.parametrize("more", [["--max_minutes=0.02"], ["--wandb_log=True"]])
+def test_on_a_terminal_by_the_clock_and_with_wandb(chars, more):
+    done, shown = call_on_terminal("train.py", *SMALL, "--dataset=chars", *more, cwd=chars)
+    assert done.returncode == 0 and "Try next:" in shown, shown
+
+
+def test_a_full_disk_costs_tensorboards_files_alone(capsys):
+    class Full:
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    log = Log.__new__(Log)
+    log.board = Full()
+    for _ in range(2):
+        log.to_board(lambda board: None)
+    assert log.board is None and capsys.readouterr().out.count("No space left on device") == 1
 
 
 def test_numbers_of_a_line_are_short():
