@@ -10,6 +10,7 @@
 
 import csv
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -48,6 +49,25 @@ def figure(width=7.0, height=4.5):
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return plt, fig, axes
+
+
+def short_number(v: float) -> str:
+    """A tick's label: 200, 20k, 5M, 2e12."""
+    if 1e3 < v < 1e9:
+        return f"{v / 1e6:.3g}M" if v >= 1e6 else f"{v / 1e3:.3g}k"
+    return f"{v:.3g}".replace("e+0", "e").replace("e+", "e")
+
+
+def log_axis(axis, low: float, high: float) -> None:
+    """An axis (axes.xaxis or axes.yaxis) in logarithms, with few labels and none on top of another."""
+    from matplotlib import ticker
+
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    decades = math.log10(high / low) if high > low > 0 else 0
+    subs = (1, 2, 5) if decades < 2 else (1,)
+    axis.set_major_locator(ticker.MaxNLocator(5) if decades < 0.7 else ticker.LogLocator(subs=subs, numticks=12))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: short_number(v)))
 
 
 def find_rows(where: str) -> tuple[list[dict], Path]:
@@ -108,30 +128,36 @@ def mean_curve(curves: list[list[tuple[float, float]]]) -> list[tuple[float, flo
 
 
 def draw_curves(rows: list[dict], path: Path) -> bool:
-    """Loss against x: an arm a line, the mean of its seeds, shaded from the lowest to the highest."""
+    """Loss against x: an arm a line, the mean of its seeds, shaded from the lowest to the highest.
+
+    Where no run was evaluated twice there is no curve of that, and the training loss is drawn.
+    """
     plt, fig, axes = figure()
-    arms = list(dict.fromkeys(r["arm"] for r in rows))
-    drawn = 0
+    arms, key = list(dict.fromkeys(r["arm"] for r in rows)), curve
+    if key == "val_loss" and all(len(read_curve(r, key, x)) < 2 for r in rows):
+        key = "train_loss"
+        print("curves of the training loss: the runs were evaluated once (--eval_interval)")
+    every = []
     for n, arm in enumerate(arms):
-        curves = [read_curve(r, curve, x) for r in rows if r["arm"] == arm]
+        curves = [read_curve(r, key, x) for r in rows if r["arm"] == arm]
         points = mean_curve([c for c in curves if c])
         if not points:
             continue
         places, means, lows, highs = zip(*points)
+        every += places
         style = dict(color=COLOURS[n % len(COLOURS)], linestyle=DASHES[n // len(COLOURS) % len(DASHES)])
         axes.plot(places, means, label=arm, linewidth=1.6, marker="o" if len(points) < 3 else None, **style)
         axes.fill_between(places, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
-        drawn += 1
-    if drawn:
+    if every:
         axes.set_xlabel(UNITS[x])
-        axes.set_ylabel(NAMES.get(curve, curve))
+        axes.set_ylabel(NAMES.get(key, key))
         axes.set_title(title or path.parent.name)
         if x != "steps":
-            axes.set_xscale("log")
+            log_axis(axes.xaxis, min(every), max(every))
         axes.legend(frameon=False, fontsize=8)
         fig.savefig(path)
     plt.close(fig)
-    return bool(drawn)
+    return bool(every)
 
 
 def statistics_of(rows: list[dict]) -> list[dict]:
@@ -164,7 +190,7 @@ def draw_bars(rows: list[dict], table: list[dict], path: Path) -> None:
     axes.set_yticks(range(len(table)), [e["arm"] for e in table])
     axes.invert_yaxis()
     axes.set_xlim(low - room, high + room)
-    axes.set_xlabel(f"{NAMES.get(metric, metric)}: mean, standard deviation, every run")
+    axes.set_xlabel(f"{NAMES.get(metric, metric)}, axis from {low - room:.3g}: mean, standard deviation, every run")
     axes.set_title(title or path.parent.name)
     fig.savefig(path)
     plt.close(fig)

@@ -412,18 +412,16 @@ def fit_isoflop(points: list[dict]) -> dict:
 
 def draw(points: list[dict], laws: dict, folder: Path) -> list[str]:
     """A log-log scatter for each fitted axis, the surface with its residuals, IsoFLOP curves, loss against compute."""
-    from plot import COLOURS, figure
+    from plot import COLOURS, figure, log_axis, short_number
 
     made = []
 
     def save(plt, fig, axes, name: str, x: str, log=True) -> None:
         axes.set_xlabel(x)
         axes.set_ylabel(LABEL)
+        log_axis(axes.xaxis, *axes.dataLim.intervalx)
         if log:
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:.3g}"))
-            axes.yaxis.set_minor_formatter(plt.FuncFormatter(lambda v, _: f"{v:.3g}"))
+            log_axis(axes.yaxis, *axes.dataLim.intervaly)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
         fig.savefig(folder / name)
@@ -476,7 +474,7 @@ def draw(points: list[dict], laws: dict, folder: Path) -> list[str]:
                 sizes,
                 np.exp(surface(both["theta"], sizes, np.full_like(sizes, d))),
                 color=colour,
-                label=f"{d:.3g} tokens",
+                label=f"{short_number(d)} tokens",
             )
         save(plt, fig, axes, "params_and_tokens.png", AXES["params"])
         plt, fig, axes = figure()
@@ -496,11 +494,9 @@ def draw(points: list[dict], laws: dict, folder: Path) -> list[str]:
             own = [p for p in points if abs(p["flops"] / curve["flops"] - 1) <= 0.1]
             x = np.geomspace(min(p["params"] for p in own), max(p["params"] for p in own), 100)
             axes.plot([p["params"] for p in own], [p["loss"] for p in own], "o", color=colour, markersize=4)
-            axes.plot(
-                x, np.polyval(curve["coefficients"], np.log(x)), color=colour, label=f"{curve['flops']:.2g} FLOPs"
-            )
+            label = None if n % (1 + len(laws["isoflop"]["budgets"]) // 9) else f"{short_number(curve['flops'])} FLOPs"
+            axes.plot(x, np.polyval(curve["coefficients"], np.log(x)), color=colour, label=label)
             axes.plot(curve["best_params"], curve["best_loss"], "*", color=colour, markersize=12)
-        axes.set_xscale("log")
         save(plt, fig, axes, "isoflop.png", AXES["params"], log=False)
     plt, fig, axes = figure()
     by_size: dict[float, list] = {}
@@ -508,7 +504,7 @@ def draw(points: list[dict], laws: dict, folder: Path) -> list[str]:
         by_size.setdefault(p["params"], []).append((p["flops"], p["loss"]))
     for n, (size, found) in enumerate(sorted(by_size.items())):
         found.sort()
-        label = f"{size:.3g} parameters" if len(by_size) <= 10 else None
+        label = f"{short_number(size)} parameters" if len(by_size) <= 10 else None
         axes.plot(*zip(*found), "o-", color=COLOURS[n % len(COLOURS)], linewidth=0.8, markersize=4, label=label)
     frontier = groups_along(points, "flops")
     axes.plot([p["flops"] for p in frontier], [p["loss"] for p in frontier], "k:", label="the best so far")

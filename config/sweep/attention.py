@@ -2,7 +2,7 @@
 #
 #     python research/sweep.py config/sweep/attention.py
 name = "attention"
-base = "config/quickstart.py --max_iters=400 --final_eval_tokens=0 --sample_prompt="
+base = "config/quickstart.py --max_iters=400 --eval_interval=50 --final_eval_tokens=0 --sample_prompt="
 arms = {
     "4 heads": {},
     "1 head": {"n_head": 1},

@@ -5,5 +5,5 @@
 #     python research/sweep.py config/sweep/tokenizer.py
 #     python evaluate.py --checkpoints=out/tokenizer/runs
 name = "tokenizer"
-base = "config/quickstart.py --max_iters=400 --final_eval_tokens=0 --sample_prompt="
+base = "config/quickstart.py --max_iters=400 --eval_interval=50 --final_eval_tokens=0 --sample_prompt="
 axes = {"dataset": ["mine_char", "mine_bpe"]}
