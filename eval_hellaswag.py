@@ -15,7 +15,6 @@ Two ways of scoring are common, and they differ: the text they show the model an
 Chance is 0.25.
 """
 
-import contextlib
 import json
 import math
 import re
@@ -33,7 +32,8 @@ from checkpoint import find_tokenizer, load_model
 from configurator import configure, short_errors
 from corpus import download
 from data import atomic_write
-from machine import join_ranks, pick_device, pick_dtype
+from inference import for_inference
+from machine import join_ranks, pick_device, pick_dtype, tune_malloc
 from model import GPT, KVCache
 from tokenizer import Tokenizer
 
@@ -234,6 +234,8 @@ def main() -> None:
     if limit < 0 or batch_size < 0:
         raise ValueError(f"--limit={limit}, --batch_size={batch_size}: must be at least 0")
     on = pick_device(device)
+    if on.type == "cpu":
+        tune_malloc()
     rank, world = join_ranks(on, backend, timeout)
     if data and not Path(data).is_file():
         raise ValueError(f"--data={data}: there is no such file")
@@ -245,8 +247,7 @@ def main() -> None:
     model, payload = load_model(out_dir if init_from == "resume" else init_from)
     tokenizer = find_tokenizer(payload, data_dir)
     kind = pick_dtype(dtype, on)
-    model.to(on)
-    amp = contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind)
+    for_inference(model, on, kind)
     mine = examples[rank::world]
     if rank == 0:
         print(
@@ -257,18 +258,17 @@ def main() -> None:
     for name in SCORINGS if scoring == "both" else (scoring,):
         score, done, told, start = Score(), 0, time.perf_counter(), time.perf_counter()
         questions = [QUESTIONS[name](e, tokenizer) for e in mine]
-        with amp:
-            for chosen, losses in ending_losses(model, questions, batch_size):
-                for i, loss in zip(chosen, losses):
-                    acc, acc_norm = score.add(loss, questions[i].lengths, mine[i]["label"])
-                    results[i][name] = {"losses": [round(float(x), 6) for x in loss], "lengths": questions[i].lengths}
-                    results[i][name] |= {"acc": acc, "acc_norm": acc_norm}
-                done += len(chosen)
-                if rank == 0 and time.perf_counter() - told > 5:
-                    told = time.perf_counter()
-                    print(
-                        f"{done * world:>7,}/{len(examples):,}  {name} {score}  {done * world / (told - start):.1f} examples/s"
-                    )
+        for chosen, losses in ending_losses(model, questions, batch_size):
+            for i, loss in zip(chosen, losses):
+                acc, acc_norm = score.add(loss, questions[i].lengths, mine[i]["label"])
+                results[i][name] = {"losses": [round(float(x), 6) for x in loss], "lengths": questions[i].lengths}
+                results[i][name] |= {"acc": acc, "acc_norm": acc_norm}
+            done += len(chosen)
+            if rank == 0 and time.perf_counter() - told > 5:
+                told = time.perf_counter()
+                print(
+                    f"{done * world:>7,}/{len(examples):,}  {name} {score}  {done * world / (told - start):.1f} examples/s"
+                )
         count = torch.from_numpy(score.count)
         if world > 1:
             dist.all_reduce(count)  # gloo's, on the CPU

@@ -35,7 +35,7 @@ class GPTConfig:
     qk_norm: bool = False  # RMS-normalise queries and keys
     tie_weights: bool = True  # one matrix for the embedding and the head
     logit_softcap: float = 0.0  # c tanh(logits / c), as Gemma 2; 0: off
-    init: str = "gpt2"  # gpt2 | zero_proj (zero: residual projections, an untied head; other matrices: 1/4 fan-in^-1/2)
+    init: str = "gpt2"  # gpt2 | zero_proj (zero: residual projections, an untied head; other matrices: 1/2 fan-in^-1/2)
     attn: str = "sdpa"  # sdpa | manual (the formula written out)
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
     lora_rank: int = 0  # train low-rank additions to the blocks' matrices, and nothing else; 0: all weights
@@ -358,9 +358,9 @@ class GPT(nn.Module):
     def _init_weights(self, module):
         zero = self.config.init == "zero_proj"
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            # One size of what passes through a matrix, whatever the width; a quarter, because Muon's first updates are small
-            # beside 1, and what was drawn stays in the way (BENCHMARKS.md).
-            std = module.in_features**-0.5 / 4 if zero and isinstance(module, nn.Linear) else 0.02
+            # One size of what passes through a matrix, whatever the width; half of 1, because Muon's updates leave what was drawn
+            # in place, where it is in the way (BENCHMARKS.md).
+            std = module.in_features**-0.5 / 2 if zero and isinstance(module, nn.Linear) else 0.02
             if module is self.lm_head:
                 std = 0.0 if zero and not self.config.tie_weights else 0.02
             nn.init.normal_(module.weight, std=std)

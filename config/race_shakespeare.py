@@ -1,6 +1,6 @@
 # The race: Tiny Shakespeare by characters to a validation loss of 1.92 on the whole split, as fast as a CPU allows.
 # 2 layers, 4 heads, width 128, vocabulary 65: 410,496 parameters.
-# nanoGPT's CPU settings take 2,000 steps of 768 characters to get there, this takes 200 of 2,048. BENCHMARKS.md has the times.
+# nanoGPT's CPU settings take 2,000 steps of 768 characters to get there, this takes 150 of 2,048. BENCHMARKS.md has the times.
 #
 #     python prepare_text.py --input=tinyshakespeare.txt --dataset=shakespeare_char --tokenizer=char
 #     python train.py config/race_shakespeare.py
@@ -21,7 +21,7 @@ tie_weights = False
 
 batch_size = 32
 gradient_accumulation_steps = 1
-max_iters = 200
+max_iters = 150
 optimizer = "muon"
 learning_rate = 0.02
 embedding_lr = 0.01

@@ -175,7 +175,7 @@ def statistics_of(rows: list[dict]) -> list[dict]:
 
 def draw_bars(rows: list[dict], table: list[dict], path: Path) -> None:
     """The mean of each arm, its standard deviation, and every run as a point; the axis does not begin at 0."""
-    plt, fig, axes = figure(7.0, 1.2 + 0.38 * len(table))
+    plt, fig, axes = figure(7.0, 1.4 + 0.38 * len(table))
     values = [r[metric] for r in rows if r.get(metric) is not None]
     low, high = min(values), max(values)
     room = 0.15 * (high - low) or 0.05 * abs(high) or 1
@@ -190,7 +190,9 @@ def draw_bars(rows: list[dict], table: list[dict], path: Path) -> None:
     axes.set_yticks(range(len(table)), [e["arm"] for e in table])
     axes.invert_yaxis()
     axes.set_xlim(low - room, high + room)
-    axes.set_xlabel(f"{NAMES.get(metric, metric)}, axis from {low - room:.3g}: mean, standard deviation, every run")
+    axes.set_xlabel(
+        f"{NAMES.get(metric, metric)}\nmean, standard deviation, every run; the axis begins at {low - room:.3g}"
+    )
     axes.set_title(title or path.parent.name)
     fig.savefig(path)
     plt.close(fig)
