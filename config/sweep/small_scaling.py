@@ -1,8 +1,8 @@
-# Widths x steps on the embedded stories, small enough for two cores in ten minutes: a grid for L(N, D).
+# Widths x steps on the embedded stories, small enough for two cores in six minutes: a grid for L(N, D).
 #
 #     python research/sweep.py config/sweep/small_scaling.py
 #     python research/scaling.py --results=out/small_scaling
 name = "small_scaling"
 base = "config/quickstart.py --n_head=2 --final_eval_tokens=0 --sample_prompt= --eval_interval=0"
-axes = {"n_embd": [16, 32, 64, 128], "max_iters": [100, 200, 400, 800]}
+axes = {"n_embd": [16, 32, 64, 128], "max_iters": [200, 400, 800, 1600]}
 seeds = [1]
