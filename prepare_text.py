@@ -434,7 +434,12 @@ def prepare(folder: Path, find_parts: Callable[[], Parts], arguments: dict) -> N
     tokens = " and ".join(f"{counts[split]:,} {split}" for split in ("train", "val"))
     print(f"{folder}: {tokens} tokens, {tokenizer} vocabulary of {writer.tokenizer.n_vocab:,}")
     name = f"--dataset={folder.name}" + (f" --data_dir={data_dir}" if data_dir != "data" else "")
-    print(f"Train on it: python train.py config/quickstart.py {name} --out_dir=out/{folder.name}")
+    preset = f"config/quickstart.py --out_dir=out/{folder.name}"
+    if arguments.get("source") == "chat":
+        preset = "config/train_chat.py"
+        if "of" not in told.replace("instead of", "").split():
+            print("All of it is made-up sums: a model learns the form of answers from them, and nothing to talk about")
+    print(f"Train on it: python train.py {preset} {name}")
 
 
 def show_batches(name: str) -> None:

@@ -62,7 +62,7 @@ class Log:
         SummaryWriter = board_writer() if config["tensorboard"] else None  # what is missing is said before a file moves
         purge = first_step + 1 if first_step else None
         self.run, self.config, self.tokens_a_step = run, config, tokens_a_step
-        self.steps = steps  # of the whole run; an estimate where the clock decides
+        self.first_step, self.steps = first_step, steps  # of the whole run; an estimate where the clock decides
         self.folder, self.wandb, self.wandb_id, self.rate = Path(config["out_dir"]), None, wandb_id, 0.0
         try:
             self.tokenizer = tokenizer_from_dict(tokenizer)
@@ -273,13 +273,14 @@ class Log:
                 self.upload("best.pt" if (self.folder / "best.pt").exists() else "ckpt.pt", best)
             self.wandb.finish()
         self.to_board(lambda board: board.close())
+        since = f" since step {self.first_step:,}" if self.first_step else ""
         names = ("results.json", "loss.png", "metrics.jsonl", "best.pt", "ckpt.pt", "samples")
         files = ", ".join(n for n in names if (self.folder / n).exists())
-        print(f"val loss {val_loss:.4f} after {tokens:,} tokens in {total:.0f} s. {self.folder}/ has {files}")
-        start = shlex.quote(self.config["sample_prompt"] or " ".join(text.split()[:3])[:40])
+        print(f"val loss {val_loss:.4f} after {tokens:,} tokens in {total:.0f} s{since}. {self.folder}/ has {files}")
+        start = shlex.quote(self.config["sample_prompt"].split("\n")[0] or " ".join(text.split()[:3])[:40])
         print("Try next:")
         print(f"  python sample.py --out_dir={self.folder} --start={start}")
-        print(f"  python sample.py --out_dir={self.folder} --num_samples=5 --temperature=1.0")
+        print(f"  python sample.py --out_dir={self.folder} --chat")
         print("  python prepare_text.py --input=my.txt --dataset=mine --tokenizer=char      (train on your own text)")
 
     def upload(self, name: str, loss: float) -> None:

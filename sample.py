@@ -49,9 +49,7 @@ prompts = ""  # instead: complete every line of a file; of a .jsonl, the "prompt
 batch_size = 16  # of --prompts, how many at once
 output = ""  # where the completions of --prompts go, a JSONL file; empty: the terminal
 chat = False  # instead: talk with the model
-turns: bool | str = (
-    "auto"  # in a chat it answers in turns (True), or goes on with your text (False); auto: as it was trained
-)
+turns: bool | str = "auto"  # in a chat: answer in turns, or go on with your text (False); auto: as it was trained
 system = ""  # a text that stands before the whole chat
 # How
 seed = 1337  # the same seed, prompt and settings give the same text
@@ -84,6 +82,8 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
                 found.append((number, line.removesuffix("\r")))
     except UnicodeDecodeError:
         raise ValueError(f"--prompts={path}: the file is not UTF-8 text") from None
+    except FileNotFoundError:
+        raise ValueError(f"--prompts={path}: there is no such file") from None
     if not found:
         raise ValueError(f"--prompts={path}: there is no prompt in it")
     return found

@@ -235,8 +235,10 @@ def evaluate(run: Run, shards: list, limit: int, asked=lambda: False) -> tuple[f
     # Its own graph on a GPU; on a CPU compiling one takes longer than it saves.
     model = getattr(run.step_model, "module", run.step_model) if run.device.type == "cuda" else run.model
     model.eval()
-    sums = [torch.zeros(3, device=run.device)]
-    for x, y in validation_batches(found, block_size, run.windows.vocab_size, batch_size, run.rank, run.world):
+    sums, rows = [torch.zeros(3, device=run.device)], batch_size
+    if run.device.type == "cpu":  # logits of a quarter of a gigabyte at most: larger ones take fresh pages every time
+        rows = max(1, min(rows, 2**26 // (block_size * run.windows.vocab_size)))
+    for x, y in validation_batches(found, block_size, run.windows.vocab_size, rows, run.rank, run.world):
         if asked():
             break
         x, y = run.to_device(x, y)

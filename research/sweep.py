@@ -449,6 +449,8 @@ def report(children: list[Child], folder: Path) -> None:
 
 
 def main() -> None:
+    if not (axes or zipped or arms or base):
+        raise ValueError("which study? Name its file, such as config/sweep/width.py")
     folder = Path(output_dir or f"out/{name}")
     children = plan(folder)
     if list_runs:

@@ -98,7 +98,7 @@ def test_the_step_of_fixed_shapes_is_the_plain_one(pos, kv, attn):
     cache = KVCache(model.config, 2, 300, CPU, torch.float32)
     step = DecodeStep(model, cache, pick)
     with torch.no_grad():
-        ids = collect(model._decode(idx, 100, pick, cache, step, ()))
+        ids = collect(model._decode(idx, idx.size(1), 100, pick, cache, step, ()))
     assert set(step.graphs) == {256, 300}  # two reaches, and back to the first when the context was full
     assert torch.equal(ids, collect(model.generate(idx, 100, temperature=0)))
 
