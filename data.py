@@ -288,6 +288,8 @@ def how_to_make(name: str) -> str:
         return "make it with python prepare_tinystories.py" + (" --version=v2" if name.endswith("_v2") else "")
     if name.startswith("edu_fineweb"):
         return "make it with python build_fineweb_shards.py"
+    if name == "shakespeare_char":
+        return f"make it with python prepare_text.py --source=shakespeare --dataset={name} --tokenizer=char"
     tokenizer = " --tokenizer=char" if name.endswith("_char") else ""
     return f"make it with python prepare_text.py --input=FILE --dataset={name}{tokenizer}, or choose another --dataset"
 

@@ -2,7 +2,7 @@
 # 2 layers, 4 heads, width 128, vocabulary 65: 410,496 parameters.
 # nanoGPT's CPU settings take 2,000 steps of 768 characters to get there, this takes 150 of 2,048. BENCHMARKS.md has the times.
 #
-#     python prepare_text.py --input=tinyshakespeare.txt --dataset=shakespeare_char --tokenizer=char
+#     python prepare_text.py --source=shakespeare --dataset=shakespeare_char --tokenizer=char
 #     python train.py config/race_shakespeare.py
 #     python train.py config/race_shakespeare.py --max_minutes=1.5        how far it gets in a minute and a half
 out_dir = "out/race_shakespeare"

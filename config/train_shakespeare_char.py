@@ -2,7 +2,7 @@
 # 6 layers, 6 heads, width 384, vocabulary 65: 10,745,088 parameters. On a CPU make it smaller, as nanoGPT does:
 # see "Coming from nanoGPT" in README.md.
 #
-#     python prepare_text.py --input=tinyshakespeare.txt --dataset=shakespeare_char --tokenizer=char
+#     python prepare_text.py --source=shakespeare --dataset=shakespeare_char --tokenizer=char
 #     python train.py config/train_shakespeare_char.py
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"

@@ -1,6 +1,6 @@
 # What each part of the modern recipe is worth: Shakespeare by characters, one part taken out or put in at a time.
 #
-#     python prepare_text.py --input=tinyshakespeare.txt --dataset=shakespeare_char --tokenizer=char
+#     python prepare_text.py --source=shakespeare --dataset=shakespeare_char --tokenizer=char
 #     python research/sweep.py config/sweep/recipe.py
 name = "recipe"
 base = "config/race_shakespeare.py --max_iters=400 --sample_prompt="
