@@ -116,7 +116,7 @@ def interrupted_runs(folder: Path, setting: str, count: int, dice: random.Random
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_resume_after_kill_9_is_bitwise_equal(chars, setting):
-    for _, out in interrupted_runs(chars, setting, 5, random.Random(setting)):
+    for _, out in interrupted_runs(chars, setting, 3, random.Random(setting)):
         assert_same_run(out, chars / "whole")
 
 

@@ -251,7 +251,7 @@ def test_the_clock_ends_the_run_and_the_schedule_lands_with_it(run, chars):
 
 
 def test_two_ranks_stop_by_one_clock(chars):
-    torchrun(2, *SMALL, "--dataset=chars", "--max_minutes=0.15", "--gradient_accumulation_steps=2", cwd=chars)
+    torchrun(2, *SMALL, "--dataset=chars", "--max_minutes=0.1", "--gradient_accumulation_steps=2", cwd=chars)
     results = json.loads((chars / "out" / "results.json").read_text())
     assert results["total_steps"] == metrics(chars / "out")[-1]["step"] > 5
 
