@@ -199,9 +199,7 @@ class Dataset:
     val: list[Shard]
     tokenizer: dict | None  # as to_dict gives it; {"kind": "gpt2"} alone where the files do not say
     vocab_size: int
-    turns: bool = (
-        False  # conversations, "User: ...\nAssistant: ..." a document, as prepare_text.py --source=chat writes
-    )
+    turns: bool = False  # conversations as prepare_text.py --source=chat writes them, a turn a document
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False) -> Dataset:

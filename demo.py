@@ -53,9 +53,8 @@ class Models:
         Raises ValueError, OSError or RuntimeError if it cannot be loaded and is not in memory.
         """
         with self.lock:
-            file = (
-                name if name == self.pretrained else find_checkpoint(name)
-            )  # a run that is gone is not asked of a hub
+            # Of a run the file, not its name: a hub would be asked for one that is gone.
+            file = name if name == self.pretrained else find_checkpoint(name)
             changed = 0 if name == self.pretrained else modified(file)
             entry = self.loaded.pop(name, None)
             if entry is None or changed != entry[0]:
@@ -211,10 +210,8 @@ def build_page(gr):
             raise gr.Error(str(e)) from None
         answer, over = "", []
         stream = new_ids(model, tokenizer, ids, settings, ended=lambda: over.append(True))
-        pieces, box = (
-            text_pieces(tokenizer, told(stream)),
-            "",
-        )  # the message goes with the first token, and no later one
+        pieces = text_pieces(tokenizer, told(stream))
+        box = ""  # the message goes with the first token, and no later one
         for piece in until(pieces, END_OF_TURN if in_turns else ""):
             answer += piece if answer or not in_turns else piece.lstrip()
             exchange = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]

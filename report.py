@@ -62,7 +62,8 @@ class Log:
         SummaryWriter = board_writer() if config["tensorboard"] else None  # what is missing is said before a file moves
         purge = first_step + 1 if first_step else None
         self.run, self.config, self.tokens_a_step = run, config, tokens_a_step
-        self.first_step, self.steps = first_step, steps  # of the whole run; an estimate where the clock decides
+        self.first_step = first_step
+        self.steps = steps  # of the whole run; an estimate where the clock decides
         self.folder, self.wandb, self.wandb_id, self.rate = Path(config["out_dir"]), None, wandb_id, 0.0
         try:
             self.tokenizer = tokenizer_from_dict(tokenizer)

@@ -121,7 +121,6 @@ class Sampler:
 
     def text(self, ids: list[int], stop: str, ended=lambda: None):
         """The text that continues ids, in pieces as it comes. ended() is called if the model ends it itself."""
-
         stream = self.ids([ids])  # settings that cannot be are told now
 
         def written():
