@@ -190,9 +190,10 @@ def draw_bars(rows: list[dict], table: list[dict], path: Path) -> None:
     axes.set_yticks(range(len(table)), [e["arm"] for e in table])
     axes.invert_yaxis()
     axes.set_xlim(low - room, high + room)
-    axes.set_xlabel(
-        f"{NAMES.get(metric, metric)}\nmean, standard deviation, every run; the axis begins at {low - room:.3g}"
-    )
+    told = f"mean, standard deviation, every run; the axis begins at {low - room:.3g}"
+    fig.supxlabel(
+        f"{NAMES.get(metric, metric)}\n{told}", fontsize=10
+    )  # across the figure: names may leave the axes little
     axes.set_title(title or path.parent.name)
     fig.savefig(path)
     plt.close(fig)

@@ -17,7 +17,7 @@ arms = {
     "SwiGLU": {"mlp": "swiglu"},
     "queries and keys not normalised": {"qk_norm": False},
     "twice the learning rate": {"learning_rate": 0.04},
-    "twice the learning rate, queries and keys not normalised": {"learning_rate": 0.04, "qk_norm": False},
+    "twice the rate, not normalised": {"learning_rate": 0.04, "qk_norm": False},
     "GPT-2's initialisation": {"init": "gpt2"},
     "tied head": {"tie_weights": True},
     "softcap 15": {"logit_softcap": 15.0},
