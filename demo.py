@@ -321,7 +321,10 @@ def build_page(gr):
             for event in (send.click, message.submit)
         ]
         halt.click(None, cancels=answers)
-        talked.clear(lambda: [], None, said, cancels=answers)
+        cleared = talked.clear(
+            None, cancels=answers
+        )  # and then, for what cancels loses the answers of its own function
+        cleared.then(lambda: ([], []), None, [talked, said], api_name=False, show_progress="hidden")
         steps = [
             event(f, [current, grown, *settings], [grown, could, taken], api_name=False, **shared)
             for event, f in ((one.click, grow_one), (many.click, grow))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  imported after a group is made, it keeps that group and its threads for ever
 
 from configurator import first_line
 

@@ -142,7 +142,7 @@ def test_a_shard_that_meta_lists_but_is_gone_or_other_is_named(tmp_path):
     [
         ("tinystories_synthetic", "prepare_tinystories.py --synthetic=True"),
         ("edu_fineweb10B", "build_fineweb_shards.py"),
-        ("shakespeare_char", "prepare_text.py --input=FILE --dataset=shakespeare_char --tokenizer=char"),
+        ("shakespeare_char", "prepare_text.py --source=shakespeare --dataset=shakespeare_char --tokenizer=char"),
     ],
 )
 def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path, name, command):
