@@ -138,6 +138,10 @@ def main() -> None:
             f"--worker={worker} --num_workers={num_workers} --shard_tokens={shard_tokens} --max_tokens={max_tokens}: a "
             "worker is one of 0 to num_workers - 1, shards have tokens, and max_tokens is at least 0"
         )
+    if num_workers > 1 and tokenizer != "gpt2":
+        raise ValueError(
+            f"--num_workers={num_workers} --tokenizer={tokenizer}: shards put together are read as GPT-2's"
+        )
     files = find_files(source) if source else []
     default = pretokenized or (
         re.sub(r"\W+", "_", Path(source.split(",")[0]).stem) if source else "edu_fineweb" + sample[:-1]

@@ -93,7 +93,7 @@ class Saver:
         """Write payload to path; with `also`, keep it under that name too, and of such step_N.pt the last `keep`."""
         self.wait()
         copy = self.copies[path.name] = copy_to_host(payload, self.copies.get(path.name))
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.thread = threading.Thread(target=self.write, args=(path, copy, also, keep))
         self.thread.start()
@@ -143,7 +143,8 @@ def load_checkpoint(path: Path, map_location="cpu") -> dict:
     Raises Damaged if it is not whole, ValueError if it cannot be read now or holds anything but plain data.
     """
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}: train first, or set --out_dir to a run's folder")
+        runs = ", ".join(map(str, find_runs()[:3]))
+        raise ValueError(f"there is no checkpoint {path}: {f'there is {runs}' if runs else 'train first'}")
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as archive:
@@ -288,6 +289,9 @@ def restore(optimizers: list, scaler, payload: dict, keys: dict, steps: int, mic
     Raises ValueError where a run cannot go on with them.
     """
     before = {"optimizer": "adamw", **payload.get("asked", payload["config"])}  # nanoGPT knows no other
+    before |= {
+        k: payload["config"][k] for k in ("dataset",) if k in payload["config"]
+    }  # what was asked for was not there
     fixed = GPTConfig.__dataclass_fields__.keys() - {"dropout", "attn", "activation_checkpointing"} | {"optimizer"}
     for key in sorted(fixed & before.keys() & keys.keys()):
         if before[key] != keys[key] and ("asked" in payload or key in ("optimizer", "block_size")):
@@ -319,6 +323,8 @@ def restore(optimizers: list, scaler, payload: dict, keys: dict, steps: int, mic
             for name, t in values.items():
                 rows = len(parameters[number]) - len(t) if name in ("exp_avg", "exp_avg_sq") else 0
                 values[name] = torch.nn.functional.pad(t, (0, 0, 0, rows)) if rows > 0 else t
+        for theirs, ours in zip(state["param_groups"], fresh):  # it decides on which device the count of steps is
+            theirs |= {k: ours[k] for k in ("fused", "capturable") if k in ours}
         each.load_state_dict(state)
         for group, settings in zip(each.param_groups, fresh):  # the keys of this run, not the checkpoint's
             group.update(settings)

@@ -16,7 +16,7 @@ import ast
 import difflib
 import linecache
 import os
-import pprint
+import shutil
 import sys
 import textwrap
 import traceback
@@ -119,7 +119,7 @@ def configure(namespace: dict, argv: list[str] | None = None, dial: tuple | None
             expected = type_name(defaults[key], annotations.get(key))
             raise ValueError(f"{where}: {key} takes {expected}, not {type(value).__name__} {value!r}") from None
 
-    for argument in argv:
+    for place, argument in enumerate(argv):
         if not argument.startswith("-"):
             found = run_file(argument, {k: namespace[k] for k in keys})
             if dial and dial[0] in found:
@@ -134,7 +134,9 @@ def configure(namespace: dict, argv: list[str] | None = None, dial: tuple | None
         if key not in defaults:
             assign(key, text, "command line")
         elif not has_value and bool not in (typing.get_args(annotation) or (annotation or type(default),)):
-            raise ValueError(f"command line: --{key} needs a value: --{key}={default}")
+            after = argv[place + 1 : place + 2]
+            shown = after[0] if after and not after[0].startswith("-") else default
+            raise ValueError(f"command line: --{key} needs a value: --{key}={shown}")
         else:
             try:
                 value = parse(text, default, annotation) if has_value else True
@@ -195,12 +197,19 @@ def run_file(path: str, current: dict) -> dict:
 
 def print_help(namespace: dict, comments: dict[str, str], defaults: dict) -> None:
     print((namespace.get("__doc__") or "").strip() + "\n\nKeys, with their defaults:")
+    width, column = max(60, min(110, shutil.get_terminal_size((100, 24)).columns)), 35
     for key, comment in comments.items():
         if key.startswith("#"):
             print(f"\n{key[2:]}")
-        else:
-            value = pprint.pformat(defaults[key], width=40)
-            print(f"  --{key + '=' + value:<38} {comment}".rstrip())
+            continue
+        flag = f"  --{key}={defaults[key]!r} "
+        lines = textwrap.wrap(comment, width - column)
+        if len(flag) > column or not lines:
+            print(flag.rstrip())
+        elif lines:
+            print(flag.ljust(column) + lines.pop(0))
+        for line in lines:
+            print(" " * column + line)
 
 
 def first_line(e: BaseException) -> str:

@@ -5,6 +5,7 @@ A position is a JSON-able value, or a function that tells it when called at that
 """
 
 import array
+import contextlib
 import hashlib
 import itertools
 import json
@@ -25,6 +26,7 @@ from data import CHUNK, ShardWriter, atomic_write, file_sha256, writing
 from tokenizer import EOT, BPETokenizer, Tokenizer, tokenizer_from_dict
 
 Source = Callable[[object], Iterable[tuple[str, object]]]
+HUB = "https://huggingface.co"
 LONGEST = 2**24  # bytes of a document: what is longer is taken as several, so that memory stays flat
 MOST_UNIQUE = 10**8  # documents that are remembered, to find duplicates: 16 to 32 bytes each
 
@@ -121,6 +123,18 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable, separated: bool 
         while waiting:
             encoded, mark = waiting.popleft()
             yield encoded.result(), mark
+
+
+@contextlib.contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Hold a lock on a file, for which other processes wait here. Where the system has none (Windows) nobody waits."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as f:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 
 class DatasetWriter:
@@ -343,8 +357,17 @@ def open_stream(name: str, where: str = "", /, **options):
     corpus as errors name it.
     """
     import datasets
+    import requests
 
     datasets.disable_progress_bars()
+    offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
+    if not offline and "hf:" in str(options.get("data_files", "hf:")):
+        try:  # the hub's own client would try for a minute
+            requests.head(os.environ.get("HF_ENDPOINT", HUB), timeout=20)
+        except requests.RequestException as e:
+            raise ValueError(
+                f"{where or name} cannot be read: there is no way to the hub ({type(e).__name__})"
+            ) from None
     try:
         return datasets.load_dataset(name, streaming=True, **options)
     except Exception as e:
@@ -428,10 +451,12 @@ def download(url: str, path: Path, sha256: str = "") -> None:
 
     An attempt that fails is repeated after 1, 2, 4, ... seconds, six times without progress at most. Raises ValueError
     for what repeating does not mend, and then: what is there so far stays, and the same command goes on with it.
+    $HF_ENDPOINT, a mirror of the Hugging Face hub, is asked instead of the hub.
     """
     import requests
     from tqdm import tqdm
 
+    url = url.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"), 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     part, failures, total = path.with_name(path.name + ".part"), 0, None
     while True:

@@ -2,7 +2,7 @@
 
 A dataset is a folder of 1-D token arrays, one or more files a split, read as memory maps:
 
-    ours            {name}_{train|val}_{000000}.npy, uint16 (uint32 past 65,535 ids), and meta.json
+    ours            {name}_{train|val}_{000000}.npy, uint16 (uint32 past 65,536 ids), and meta.json
     nanoGPT         train.bin, val.bin, bare uint16, and for characters meta.pkl
     build-nanogpt   {name}_{train|val}_{000000}.npy
     llm.c, modded-nanogpt   {name}_{train|val}_{000000}.bin, behind a header of 256 int32
@@ -286,6 +286,10 @@ def how_to_make(name: str) -> str:
         return "make it with python prepare_tinystories.py" + (" --version=v2" if name.endswith("_v2") else "")
     if name.startswith("edu_fineweb"):
         return "make it with python build_fineweb_shards.py"
+    if name.startswith(("fineweb10B", "fineweb100B", "finewebedu10B")):
+        return f"make it with python build_fineweb_shards.py --pretokenized={name}"
+    if name in ("chat", "shakespeare", "openwebtext"):
+        return f"make it with python prepare_text.py --source={name}"
     if name == "shakespeare_char":
         return f"make it with python prepare_text.py --source=shakespeare --dataset={name} --tokenizer=char"
     tokenizer = " --tokenizer=char" if name.endswith("_char") else ""

@@ -33,7 +33,7 @@ from configurator import configure, short_errors
 from corpus import download
 from data import atomic_write
 from inference import for_inference
-from machine import join_ranks, pick_device, pick_dtype, tune_malloc
+from machine import join_ranks, leave_ranks, pick_dtype, pick_own_device, tune_malloc
 from model import GPT, KVCache
 from tokenizer import Tokenizer
 
@@ -169,18 +169,9 @@ def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) ->
             x, y = torch.from_numpy(x).to(on), torch.from_numpy(y).to(on)
             known = y >= 0
             each = torch.zeros(y.shape, device=on)
-            each[known] = token_losses(model, model.hidden(x, part)[known], y[known])
+            each[known] = model.token_losses(model.hidden(x, part)[known], y[known])[0]
             losses[torch.tensor(these, device=on)] = each.sum(1)
         yield chosen, losses.view(-1, 4).cpu().numpy()
-
-
-def token_losses(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p of targets (n,) after hidden (n, C), float32; on a CPU few at a time, whose logits stay in its cache."""
-    size, losses = 128 if hidden.device.type == "cpu" else 4096, []
-    for h, y in zip(hidden.split(size), targets.split(size)):
-        logits = model.logits(h).float()
-        losses.append(logits.logsumexp(-1) - logits.gather(-1, y[:, None])[:, 0])
-    return torch.cat(losses)
 
 
 class Score:
@@ -233,7 +224,7 @@ def main() -> None:
         raise ValueError(f"--scoring={scoring}: choose both, classic or harness")
     if limit < 0 or batch_size < 0:
         raise ValueError(f"--limit={limit}, --batch_size={batch_size}: must be at least 0")
-    on = pick_device(device)
+    on = pick_own_device(device)
     if on.type == "cpu":
         tune_malloc()
     rank, world = join_ranks(on, backend, timeout)
@@ -246,13 +237,11 @@ def main() -> None:
     examples = read_examples(Path(data), limit) if data else find_examples(split, data_dir, limit)
     model, payload = load_model(out_dir if init_from == "resume" else init_from)
     tokenizer = find_tokenizer(payload, data_dir)
-    kind = pick_dtype(dtype, on)
+    kind, params = pick_dtype(dtype, on), model.num_params()
     for_inference(model, on, kind)
     mine = examples[rank::world]
     if rank == 0:
-        print(
-            f"{len(examples):,} examples, {model.num_params():,} parameters, {on}, {str(kind).removeprefix('torch.')}"
-        )
+        print(f"{len(examples):,} examples, {params:,} parameters, {on}, {str(kind).removeprefix('torch.')}")
     results = [{"ind": e.get("ind", n), "label": e["label"]} for n, e in enumerate(mine)]
     scores, began = {}, time.perf_counter()
     for name in SCORINGS if scoring == "both" else (scoring,):
@@ -288,9 +277,7 @@ def main() -> None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(Path(output), "".join(json.dumps(r) + "\n" for r in results))
         print(f"{output}: {len(results):,} examples, {time.perf_counter() - began:.1f} s")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave_ranks()
 
 
 def long_options(argv: list[str]) -> list[str]:

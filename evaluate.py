@@ -9,8 +9,8 @@ Writes evaluation_results.csv and evaluation_results.json, with every sample, in
 
 loss             nats a token, on windows of block_size tokens that are the same for every model of that dataset
 bits per byte    loss in bits over the bytes of the text: comparable between vocabularies
-distinct-n       different n-grams of words over all n-grams of the samples: 1 never repeats itself
-KL               of the samples' token (and pair of tokens) frequencies from the corpus's, in nats; beside it stands what
+distinct-n       (dist-1, dist-2) different n-grams of words over all n-grams of the samples: 1 never repeats itself
+KL-1, KL-2       of the samples' token (and pair of tokens) frequencies from the corpus's, in nats; beside it stands what
                  as much text of the corpus itself scores, since few tokens never match many
 """
 
@@ -96,11 +96,14 @@ def measure(model: GPT, found: Dataset, tokenizer: Tokenizer, amp) -> dict:
     for x, y in batches:
         size += int(sizes[y[y >= 0]].sum())
         x, y = torch.from_numpy(x).to(on), torch.from_numpy(y).to(on)
-        known = int((y >= 0).sum())
+        known = y >= 0
         with amp():
-            logits, loss = model(x, y)
-        loss_sum, tokens = loss_sum + float(loss) * known, tokens + known
-        correct += int(((logits.argmax(-1) == y) & (y >= 0)).sum())
+            losses, right = model.token_losses(model.hidden(x)[known], y[known])
+        loss_sum, tokens, correct = (
+            loss_sum + float(losses.double().sum()),
+            tokens + len(right),
+            correct + int(right.sum()),
+        )
     loss = loss_sum / tokens
     return {
         "loss": loss,
@@ -215,17 +218,19 @@ def evaluate(name: str, on: torch.device, amp) -> Iterator[dict]:
         yield result
 
 
-COLUMNS = {
-    "loss": "{:.4f}", "perplexity": "{:,.2f}", "bits_per_byte": "{:.4f}", "accuracy": "{:.1%}", "distinct_1": "{:.3f}",
-    "distinct_2": "{:.3f}", "kl_unigram": "{:.3f}", "kl_bigram": "{:.3f}",
+COLUMNS = {  # of results: as the table calls them
+    "loss": ("loss", "{:.4f}"), "perplexity": ("perplexity", "{:,.2f}"), "bits_per_byte": ("bits/byte", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.1%}"), "distinct_1": ("dist-1", "{:.3f}"), "distinct_2": ("dist-2", "{:.3f}"),
+    "kl_unigram": ("KL-1", "{:.3f}"), "kl_bigram": ("KL-2", "{:.3f}"),
 }  # fmt: skip
 
 
 def table(results: list[dict]) -> str:
-    rows = [["", "step", "params", *COLUMNS]]
+    columns = {c: shown for c, shown in COLUMNS.items() if any(r.get(c) is not None for r in results)}
+    rows = [["", "params", *(title for title, _ in columns.values())]]
     for r in results:
-        numbers = [f.format(r[c]) if r.get(c) is not None else "" for c, f in COLUMNS.items()]
-        rows.append([r["path"], f"{r['step']:,}" if r["step"] is not None else "", f"{r['params']:,}", *numbers])
+        numbers = [f.format(r[c]) if r.get(c) is not None else "" for c, (_, f) in columns.items()]
+        rows.append([r["path"].replace("/best.pt", ""), f"{r['params'] / 1e6:.2f}M", *numbers])
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     lines = (
         "  ".join(cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths)))

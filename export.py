@@ -15,6 +15,7 @@ Leaves config.json, model.safetensors, tokenizer.json, tokenizer_config.json, ge
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def gpt2_export(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
         if not c.bias and (conv1d or "ln_" in name):
             weights[name.removesuffix("weight") + "bias"] = torch.zeros(len(tensor))
     config = {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": c.block_size, "n_embd": c.n_embd,
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": c.block_size,
+        "n_ctx": c.block_size, "n_embd": c.n_embd,
         "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.mlp_hidden, "layer_norm_epsilon": c.norm_eps,
         "activation_function": "gelu_new" if c.mlp == "gelu" else "gelu", "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
         "attn_pdrop": c.dropout, "tie_word_embeddings": c.tie_weights,
@@ -156,9 +158,13 @@ def model_card(name: str, model: GPT, config: dict, results: dict, target: str) 
     ]
     lines += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""] if rows else []
     if config:
-        keys = "init_from seed dataset batch_size block_size gradient_accumulation_steps max_iters optimizer learning_rate schedule".split()
+        keys = (
+            "init_from seed dataset data_fraction batch_size block_size gradient_accumulation_steps max_iters optimizer "
+            "learning_rate min_lr embedding_lr head_lr vector_lr schedule warmup_iters lr_decay_iters decay_fraction decay_lr "
+            "weight_decay beta1 beta2 momentum grad_clip label_smoothing"
+        ).split()
         keys += [k for k in GPTConfig.__dataclass_fields__ if k in config and k not in keys]
-        command = " ".join(f"--{k}={config[k]}" for k in keys if k in config)
+        command = shlex.join(f"--{k}={config[k]}" for k in keys if k in config)
         lines += ["```sh", f"python train.py {command}", "```", ""]
     lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += [

@@ -35,6 +35,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def pick_own_device(name: str) -> torch.device:
+    """The same, and under torchrun this rank's own GPU, which becomes the current one. Raises ValueError as pick_device."""
+    on = pick_device(name)
+    if on.type == "cuda":
+        on = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', on.index or 0)}")
+        torch.cuda.set_device(on)
+    return on
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of a --dtype key; auto is bfloat16 where the device has it, float16 on older GPUs, else float32.
 
@@ -63,9 +72,11 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def peak_memory(on: torch.device) -> float | None:
-    """MiB: of the GPU's allocator, or resident on a CPU; None where the system does not say."""
+    """MiB: of the GPU's allocator (a Mac's: what it holds now), or resident on a CPU; None where the system does not say."""
     if on.type == "cuda":
         return torch.cuda.max_memory_allocated(on) / 2**20
+    if on.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20
     try:
         import resource
     except ImportError:  # Windows
@@ -76,6 +87,8 @@ def peak_memory(on: torch.device) -> float | None:
 
 def free_memory(on: torch.device) -> float:
     """MiB that this process may have: of the GPU what is free or its own, else of the machine what is available."""
+    if on.type == "mps":
+        return torch.mps.recommended_max_memory() / 2**20
     if on.type == "cuda":
         return (torch.cuda.mem_get_info(on)[0] + torch.cuda.memory_reserved(on)) / 2**20
     if Path("/proc/meminfo").exists():
@@ -176,6 +189,13 @@ def join_ranks(on: torch.device, backend: str, timeout: float) -> tuple[int, int
     return rank, world
 
 
+def leave_ranks() -> None:
+    """Wait for the other ranks, and let go of them."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def greet(on: torch.device, rank: int, world: int) -> None:
     """All ranks add up 16 MiB a few times: says who is there and how fast they talk, or fails now and not in an hour."""
     names = [""] * world
@@ -198,7 +218,7 @@ def tune_malloc() -> None:
     """On a CPU with glibc, large tensors get memory that was freed before, and the first of it on huge pages.
 
     As it comes, malloc maps every large tensor anew and the kernel zeroes its pages: a sixth of a training step; and
-    reading weights in pages of 4 KiB costs a quarter of decoding (BENCHMARKS.md). Nothing is taken before it is used.
+    reading weights in pages of 4 KiB costs a tenth of decoding (BENCHMARKS.md). Nothing is taken before it is used.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError, RuntimeError):  # musl, macOS, Windows, a limit
         libc = ctypes.CDLL(None)

@@ -266,13 +266,23 @@ class HeadLoss(torch.autograd.Function):
     then their gradient, in the same pass. x (N, C), W (padded V, C), targets (N,), of which -1 counts for nothing.
     """
 
+    kept: dict[str, torch.Tensor] = {}
+
+    @staticmethod
+    def scratch(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """Memory for what is not kept, taken once: fresh pages cost more than what is computed on them, and blocks as large,
+        taken and freed again and again between small ones that stay, tear holes into a heap that only grows."""
+        if (found := HeadLoss.kept.get(name)) is None or found.shape != shape or found.dtype != like.dtype:
+            found = HeadLoss.kept[name] = like.new_empty(shape)
+        return found
+
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, targets, vocab_size: int, smoothing: float):
         w, known, total = weight[:vocab_size].to(x.dtype), targets >= 0, torch.zeros((), dtype=torch.float64)
         dx, dw = torch.empty_like(x), weight.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
-        # Memory that is taken once: fresh pages cost more than what is computed on them.
-        block, product = x.new_empty(min(2048, len(x)), vocab_size), x.new_empty(x.size(1), vocab_size)
+        block = HeadLoss.scratch("block", x, min(2048, len(x)), vocab_size)
+        product = HeadLoss.scratch("product", x, x.size(1), vocab_size)
         for first in range(0, len(x), 2048):
             at = slice(first, first + 2048)
             rows, mask = x[at], known[at]
@@ -405,6 +415,19 @@ class GPT(nn.Module):
         return F.cross_entropy(
             logits.reshape(-1, V).float(), targets.reshape(-1), ignore_index=-1, label_smoothing=label_smoothing
         )
+
+    def token_losses(self, hidden, targets) -> tuple[torch.Tensor, torch.Tensor]:
+        """-log p of targets (n,) after hidden (n, C), float32, and whether each was the likeliest token.
+
+        On a CPU a few rows at a time, whose logits stay in its cache.
+        """
+        rows = max(128, 2**22 // self.config.vocab_size) if hidden.device.type == "cpu" else 4096
+        losses, right = [], []
+        for h, y in zip(hidden.split(rows), targets.split(rows)):
+            logits = self.logits(h).float()
+            losses.append(logits.logsumexp(-1) - logits.gather(-1, y[:, None])[:, 0])
+            right.append(logits.argmax(-1) == y)
+        return torch.cat(losses), torch.cat(right)
 
     def hidden(self, idx, cache: KVCache | None = None):
         """What the head sees, (B, T, C); with a cache, of the T tokens that continue what it holds."""
@@ -692,8 +715,8 @@ def clean_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     """Names and layout of ours: wrapper prefixes and mask buffers dropped, GPT-2's Conv1D matrices transposed."""
     clean = {}
     for name, tensor in state_dict.items():
-        for prefix in ("_orig_mod.", "module."):
-            name = name.removeprefix(prefix)
+        while name.startswith(("_orig_mod.", "module.")):
+            name = name.partition(".")[2]
         name = name.replace("._orig_mod", "")
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             clean[name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name] = tensor

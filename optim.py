@@ -51,7 +51,8 @@ def make_optimizers(
         elif name == "adam":
             rest = torch.optim.Adam(groups, betas=(beta1, beta2), fused=fused)
         elif name == "sgd":
-            rest = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=fused)
+            # Not fused: that one, held in its first step, goes on from a momentum that was never written.
+            rest = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0)
         else:
             rest = torch.optim.Adafactor(groups)
         optimizers.append(rest)

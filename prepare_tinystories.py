@@ -333,6 +333,11 @@ def main() -> None:
             f"--max_docs={max_docs}, --data_fraction={data_fraction}, --shard_tokens={shard_tokens}: "
             "at least 0, above 0 and at most 1, and at least 1"
         )
+    if synthetic and (version, tokenizer, vocab_size, data_fraction) != ("v1", "gpt2", 4096, 1.0):
+        raise ValueError(
+            "--synthetic=True: these stories have a vocabulary of their own; --version, --tokenizer, --vocab_size and "
+            "--data_fraction are for TinyStories"
+        )
     name = dataset or ("tinystories_synthetic" if synthetic else "tinystories" + {"v1": "", "v2": "_v2"}[version])
     folder = Path(data_dir) / name
     if synthetic:

@@ -78,8 +78,8 @@ def read_pretrained(name: str) -> tuple[dict, dict[str, torch.Tensor], Path]:
     return arguments, clean_state_dict(weights), folder
 
 
-def download_pretrained(name: str) -> Path:
-    """The files of a model on the Hugging Face hub, in its cache. Raises ValueError if they cannot be had."""
+def download_pretrained(name: str, weights: bool = True) -> Path:
+    """The files of a model on the Hugging Face hub, in its cache, or without its weights. Raises ValueError if it has none."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
@@ -93,7 +93,7 @@ def download_pretrained(name: str) -> Path:
                 files = sorted(set(json.load(f)["weight_map"].values()))
         except EntryNotFoundError:
             files = ["model.safetensors"]
-        for file in files:
+        for file in files if weights else ():
             hf_hub_download(repository, file)
         for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             with contextlib.suppress(EntryNotFoundError):

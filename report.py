@@ -76,6 +76,22 @@ class Log:
         self.flops = run.model.flops_per_token(config["block_size"])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--out_dir={self.folder} cannot be written: {e.strerror}") from None
+        if config["wandb_log"]:
+            try:
+                import wandb
+            except ImportError:
+                raise ImportError("--wandb_log needs the wandb package: pip install wandb") from None
+            name, again = config["wandb_run_name"], dict(id=wandb_id, resume="allow") if wandb_id else {}
+            try:
+                self.wandb = wandb.init(
+                    project=config["wandb_project"], name=name, config=config, dir=self.folder, **again
+                )
+            except Exception as e:
+                raise ValueError(f"--wandb_log: {e}; run wandb login, or set WANDB_MODE=offline") from None
+            self.wandb_id = self.wandb.id
+        try:
             if not first_step and not config["resume"]:
                 put_aside(self.folder)
             atomic_write(self.folder / "config.json", json.dumps(config, indent=1))
@@ -90,19 +106,6 @@ class Log:
         self.score: dict[str, float] = {}  # the latest on HellaSwag, if it is looked at
         self.last_val = None
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=purge) if SummaryWriter else None
-        if config["wandb_log"]:
-            try:
-                import wandb
-            except ImportError:
-                raise ImportError("--wandb_log needs the wandb package: pip install wandb") from None
-            name, again = config["wandb_run_name"], dict(id=wandb_id, resume="allow") if wandb_id else {}
-            try:
-                self.wandb = wandb.init(
-                    project=config["wandb_project"], name=name, config=config, dir=self.folder, **again
-                )
-            except Exception as e:
-                raise ValueError(f"--wandb_log: {e}; run wandb login, or set WANDB_MODE=offline") from None
-            self.wandb_id = self.wandb.id
         self.bar = make_bar(first_step, steps)  # wandb has wrapped the console by now
 
     def rewind(self, name: str, step_of, first_step: int):

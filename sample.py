@@ -205,7 +205,7 @@ def complete_file(sampler: Sampler) -> None:
         )
     rows = [encode_prompt(sampler.tokenizer, t, limit, f"--prompts={prompts}, line {n}") for n, t in texts]
     order = sorted((n for n in range(len(rows)) for _ in range(num_samples)), key=lambda n: len(rows[n]))
-    made, stopped = {n: [] for n in range(len(rows))}, False
+    made, stopped = {n: [] for n in range(len(rows))}, None
     with tqdm(total=len(order), unit="text", disable=None) as bar:
         try:
             for first in range(0, len(order), batch_size):
@@ -213,8 +213,10 @@ def complete_file(sampler: Sampler) -> None:
                 for n, done in zip(some, sampler.batch([rows[n] for n in some], stop)):
                     made[n].append(done)
                 bar.update(len(some))
-        except KeyboardInterrupt:  # what there is is kept
-            stopped = True
+        except BaseException as e:  # Ctrl-C, or no memory for a long prompt: what there is is kept
+            stopped = e
+    if stopped and not any(made.values()):
+        raise stopped
     lines = [{"prompt": texts[n][1], "completion": text, "tokens": size} for n in made for text, size in made[n]]
     written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if output:
@@ -223,7 +225,7 @@ def complete_file(sampler: Sampler) -> None:
     else:
         say(written)
     if stopped:
-        raise KeyboardInterrupt
+        raise stopped
 
 
 COMMANDS = """\

@@ -331,7 +331,7 @@ def learn_tokenizer(
     if Path(kind).is_dir() or "/" in kind:
         from pretrained import download_pretrained
 
-        made = read_tokenizer(Path(kind) if Path(kind).is_dir() else download_pretrained(kind))
+        made = read_tokenizer(Path(kind) if Path(kind).is_dir() else download_pretrained(kind, weights=False))
         if made.eot is None:
             raise ValueError(f"--tokenizer={kind}: it has no end-of-text token to separate documents")
         return made

@@ -33,8 +33,9 @@ from machine import (
     is_out_of_memory,
     join_ranks,
     largest_batch,
-    pick_device,
+    leave_ranks,
     pick_dtype,
+    pick_own_device,
     read_later,
     tune_malloc,
 )
@@ -212,8 +213,8 @@ def train_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     overflow = torch.isfinite(known) & run.scaler.is_enabled()  # float16's, which the scaler mends
     run.bad += hold & ~overflow
     hold |= run.bad > skip_bad_steps
-    for each in run.optimizers:
-        if each.defaults.get("fused"):  # looks at found_inf on the device
+    for each in run.optimizers:  # a fused one looks at found_inf on the device, but for a Mac's
+        if each.defaults.get("fused") and run.device.type != "mps":
             each.found_inf = hold.float()
             each.step()
         elif not hold:  # waits for the device
@@ -235,17 +236,20 @@ def evaluate(run: Run, shards: list, limit: int, asked=lambda: False) -> tuple[f
     # Its own graph on a GPU; on a CPU compiling one takes longer than it saves.
     model = getattr(run.step_model, "module", run.step_model) if run.device.type == "cuda" else run.model
     model.eval()
-    sums, rows = [torch.zeros(3, device=run.device)], batch_size
-    if run.device.type == "cpu":  # logits of a quarter of a gigabyte at most: larger ones take fresh pages every time
-        rows = max(1, min(rows, 2**26 // (block_size * run.windows.vocab_size)))
-    for x, y in validation_batches(found, block_size, run.windows.vocab_size, rows, run.rank, run.world):
+    sums = [torch.zeros(3, device=run.device)]
+    for x, y in validation_batches(found, block_size, run.windows.vocab_size, batch_size, run.rank, run.world):
         if asked():
             break
         x, y = run.to_device(x, y)
+        known = y >= 0
         with run.autocast():
-            logits, loss = model(x, y)
-        known = (y >= 0).sum()
-        sums.append(torch.stack((loss.float() * known, ((logits.argmax(-1) == y) & (y >= 0)).sum(), known)))
+            if run.device.type == "cpu":  # the logits of a batch would be its largest tensor
+                losses, right = model.token_losses(model.hidden(x)[known], y[known])
+                loss = losses.sum()
+            else:
+                logits, loss = model(x, y)
+                loss, right = loss.float() * known.sum(), (logits.argmax(-1) == y) & known
+        sums.append(torch.stack((loss, right.sum(), known.sum())))
     model.train()
     total = torch.cat((torch.stack(sums).cpu().double().sum(0), torch.tensor([float(asked())], dtype=torch.float64)))
     if run.world > 1:
@@ -268,10 +272,8 @@ def evaluate_all(run: Run, found: list[tuple[Dataset, float]], limit: int, asked
 
 def set_up_device() -> tuple[torch.device, torch.dtype, int, int]:
     """Resolve device, then dtype; join the other ranks. Returns (device, dtype, rank, world size)."""
-    on = pick_device(device)
+    on = pick_own_device(device)
     if on.type == "cuda":
-        on = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else f"cuda:{on.index or 0}")
-        torch.cuda.set_device(on)
         torch.set_float32_matmul_precision("high")  # tf32 for what stays float32
     elif on.type == "cpu":
         tune_malloc()
@@ -290,10 +292,13 @@ def find_datasets(rank: int) -> list[tuple[Dataset, float]]:
     if "tinystories_synthetic" in re.split("[:,]", dataset):
         folder = root / "tinystories_synthetic"
         if rank == 0 and not (folder / "meta.json").exists():
+            from corpus import alone
             from prepare_tinystories import make_synthetic
 
-            print(f"{folder} is not there yet: writing its stories (python prepare_tinystories.py --synthetic=True)")
-            make_synthetic(folder)
+            with alone(root / ".tinystories_synthetic.lock"):  # two runs may begin at once
+                if not (folder / "meta.json").exists():
+                    print(f"{folder} is not there yet: writing its stories (prepare_tinystories.py --synthetic=True)")
+                    make_synthetic(folder)
         if dist.is_initialized():
             dist.barrier()
     name = dataset.partition(":")[0]
@@ -428,7 +433,7 @@ def compile_model(run: Run) -> torch.nn.Module:
 
 
 def share_out(run: Run, model: torch.nn.Module) -> torch.nn.Module:
-    """The (compiled) model with its gradients averaged over the ranks, while the backward pass goes on."""
+    """The model with its gradients averaged over the ranks: while the backward pass goes on, or if it is compiled after it."""
     if run.world == 1:
         return model
     gpus = [run.device.index] if run.device.type == "cuda" else None
@@ -575,7 +580,8 @@ def from_depth(keys: dict, given: set[str]) -> dict:
     width, T = known("n_embd", 64 * keys["depth"]), keys["block_size"]
     weights = 12 * known("n_layer", keys["depth"]) * width**2
     sequences = 2 ** max(0, round(math.log2(2**19 * (weights / 85e6) ** (2 / 3) / T)))
-    rows = 2 ** max(0, int(math.log2((2**16 if torch.cuda.is_available() else 2**13) / T)))
+    cuda = keys["device"].startswith("cuda") or (keys["device"] == "auto" and torch.cuda.is_available())
+    rows = 2 ** max(0, int(math.log2((2**16 if cuda else 2**13) / T)))
     rows = known("batch_size", max(1, min(rows, sequences // int(os.environ.get("WORLD_SIZE", 1)))))
     step = known("total_batch_tokens", sequences * T)
     if "gradient_accumulation_steps" in given and rows != "auto":
@@ -615,7 +621,7 @@ def main(config: dict) -> None:
     if master:
         describe(model, found, keys, on, kind, steps, micro_batches)
     if dry_run:
-        return
+        return leave_ranks()
     for each, _ in found:
         validation_windows(each.val, block_size)  # too little text is said now, not after the first steps
     optimizers = new_optimizers(model, kind)
@@ -704,7 +710,7 @@ def main(config: dict) -> None:
         box = [done]
         dist.broadcast_object_list(box, device=torch.device("cpu"))
         begun = done = box[0]
-    evaluated, unlogged = None, None  # the step evaluated last; the last one that has no line yet
+    evaluated, scored, unlogged = None, None, None  # the steps evaluated and scored last; the last that has no line yet
     expected = steps  # of the whole run; by the clock, at the present pace
     if max_minutes and first_step:
         expected = first_step * 60 * max_minutes / max(spent_before, 1e-3)
@@ -766,7 +772,7 @@ def main(config: dict) -> None:
         evaluate_now = (last or eval_only or due(eval_interval)) and evaluated != step
         save_now = last or (always_save_checkpoint and evaluate_now) or due(checkpoint_interval)
         sample_now = due(sample_interval) and not last
-        score_now = examples and step > 0 and (due(hellaswag_interval) or last)
+        score_now = examples and step > 0 and (due(hellaswag_interval) or last) and scored != step
         if evaluate_now or save_now or sample_now or score_now or stop:
             read_pending()
             aside = time.perf_counter()
@@ -798,6 +804,7 @@ def main(config: dict) -> None:
             if score_now:
                 with run.autocast():
                     scores = classic_accuracy(run.model, questions, rank, world)
+                scored = step
                 if master:
                     log.hellaswag(step, *scores)
             if master and sample_now:
@@ -828,10 +835,11 @@ def main(config: dict) -> None:
             read_pending()
     saver.wait()
     signals.catch(False)  # all that training made is on the disk
-    if (
-        world > 1
-    ):  # DDP goes before the process group: as its last owner it would wait for gloo's thread with the GIL held
+    if world > 1:  # DDP goes before its group: as the last owner it would wait for gloo's thread with the GIL held
         run.step_model = run.step_model.module
+    if not stop and not eval_only:  # the last word is said on more of the split
+        final = evaluate_all(run, found, -(-final_eval_tokens // block_size))
+    leave_ranks()  # who writes the results is not waited for
     if stop:
         if master and step > first_step and saver.steps.get("ckpt.pt") != step:
             raise OSError(
@@ -846,20 +854,15 @@ def main(config: dict) -> None:
             print(
                 f"val loss {val_loss:.4f}  perplexity {math.exp(min(val_loss, 700)):.2f}  accuracy {accuracy:.1%}{sources}"
             )
-    else:  # the last word is said on more of the split
-        val_loss, accuracy, by_source = evaluate_all(run, found, -(-final_eval_tokens // block_size))
-        if master:
-            total, log.steps = time.perf_counter() - started, steps
-            log.finish(val_loss, accuracy, by_source, best_val_loss, bad_steps, trained_seconds, total)
-            if best_step is not None and saver.steps.get("best.pt") != best_step:
-                raise OSError(f"{out_dir}/best.pt is not the best: that of step {best_step:,} could not be saved")
-            if steps > first_step and saver.steps.get("ckpt.pt") != steps:
-                raise OSError(
-                    f"the last checkpoint, of step {steps:,}, is not saved: make room, and --resume repeats the end"
-                )
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    elif master:
+        total, log.steps = time.perf_counter() - started, steps
+        log.finish(*final, best_val_loss, bad_steps, trained_seconds, total)
+        if best_step is not None and saver.steps.get("best.pt") != best_step:
+            raise OSError(f"{out_dir}/best.pt is not the best: that of step {best_step:,} could not be saved")
+        if steps > first_step and saver.steps.get("ckpt.pt") != steps:
+            raise OSError(
+                f"the last checkpoint, of step {steps:,}, is not saved: make room, and --resume repeats the end"
+            )
 
 
 if __name__ == "__main__":

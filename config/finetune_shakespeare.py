@@ -1,6 +1,6 @@
 # GPT-2 XL goes on with Shakespeare, nanoGPT's settings: 20 steps, of which the best by validation loss is kept.
 # 48 layers, 25 heads, width 1600, vocabulary 50,257: 1,557,611,200 parameters. A smaller GPU takes --init_from=gpt2, or
-# --lora_rank=8 --learning_rate=3e-4, which trains a thousandth of the weights.
+# --lora_rank=8 --learning_rate=3e-4, which trains a hundredth of the weights.
 #
 #     python prepare_text.py --source=shakespeare
 #     python train.py config/finetune_shakespeare.py

@@ -1,14 +1,14 @@
-# GPT-2's size on FineWeb-Edu until a loss that took it 10 billion tokens, with the modern recipe.
+# GPT-2's size on 1.7 billion tokens of FineWeb, for the loss that the classic recipe reaches in 10 billion.
 # 12 layers, 12 heads, width 768, vocabulary 50,257: 162,148,608 parameters (85 million of them in the blocks).
 # Expected: 3.28 on FineWeb's validation tokens after 1.7 billion, 3,243 steps of 524,288. The public record for a 124M-class
 # model in plain PyTorch with RoPE, QK-norm, ReLU squared, zero-initialised projections and Muon, all of it here, is 1.7 billion
-# and fewer (modded-nanogpt); RoPE alone took 5.0 and Muon 3.1. FineWeb-Edu is easier text than FineWeb: a loss on it is lower.
+# and fewer (modded-nanogpt); RoPE alone took 5.0 and Muon 3.1. These are that record's own shards.
 # Not yet measured: it needs the data and GPUs.
 #
-#     python build_fineweb_shards.py
+#     python build_fineweb_shards.py --pretokenized=fineweb10B --max_tokens=1_900_000_000
 #     torchrun --standalone --nproc_per_node=8 train.py config/speedrun_gpt2.py
 out_dir = "out/speedrun_gpt2"
-dataset = "edu_fineweb10B"
+dataset = "fineweb10B"
 
 n_layer = 12
 n_head = 12

@@ -2,6 +2,7 @@
 # on eight A100 GPUs (four days). 12 layers, 12 heads, width 768, vocabulary 50,257: 124,337,664 parameters.
 # Any number of GPUs trains the same run: the 40 micro-batches of a step are shared out among them.
 #
+#     python prepare_text.py --source=openwebtext        (38 GB of text)
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 out_dir = "out/gpt2"
 dataset = "openwebtext"

@@ -1,7 +1,7 @@
-# GPT-2 124M on ten billion tokens of FineWeb-Edu, one pass: the run train.py makes with no config, written out.
+# GPT-2 124M on ten billion tokens of FineWeb-Edu, one pass: train.py's own defaults, with a longer last evaluation.
 # 12 layers, 12 heads, width 768, vocabulary 50,257: 124,337,664 parameters.
 #
-#     python prepare_text.py --input=fineweb/ --dataset=edu_fineweb10B --tokenizer=gpt2
+#     python build_fineweb_shards.py
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fineweb.py
 out_dir = "out/gpt2_fineweb"
 dataset = "edu_fineweb10B"

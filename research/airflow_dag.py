@@ -18,26 +18,22 @@ import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "research")]
 
+import pipeline  # noqa: E402
 from airflow.providers.standard.operators.bash import BashOperator  # noqa: E402
 from airflow.sdk import DAG, task  # noqa: E402
-from pipeline import in_order, strings  # noqa: E402
 
 from configurator import run_file  # noqa: E402
 
 PIPELINE = os.environ.get("GPT_PIPELINE", str(ROOT / "config" / "pipeline" / "reproduce_small.py"))
 PYTHON = os.environ.get("GPT_PYTHON", sys.executable)
 WORK_DIR = os.environ.get("GPT_WORK_DIR", str(ROOT))
-
-
-def command_of(run: str, *more: str) -> list[str]:
-    """A step's command with GPT_PYTHON in the place of this one."""
-    words = [*shlex.split(run), *more]
-    return [PYTHON, str(ROOT / words[0]), *words[1:]] if words[0].endswith(".py") else words
+command_of = partial(pipeline.command_of, python=PYTHON)
 
 
 @task
@@ -54,7 +50,10 @@ def list_runs(run: str) -> list[str]:
 def add_step(title: str, s: dict, env: dict):
     """The step's first and last task."""
     about = dict(
-        cwd=WORK_DIR, env={**strings(env), **strings(s.get("env", {}))}, append_env=True, retries=s.get("retries", 0)
+        cwd=WORK_DIR,
+        env={**pipeline.strings(env), **pipeline.strings(s.get("env", {}))},
+        append_env=True,
+        retries=s.get("retries", 0),
     )
     if not s["run"].split()[0].endswith("sweep.py"):
         only = BashOperator(task_id=title, bash_command=shlex.join(command_of(s["run"])), **about)
@@ -72,7 +71,7 @@ with DAG(
     doc_md=f"{keys.get('name', 'pipeline')}, from {PIPELINE}",
 ) as dag:  # fmt: skip
     ends = {}
-    for title in in_order(keys["steps"]):
+    for title in pipeline.in_order(keys["steps"]):
         first, last = add_step(title, keys["steps"][title], keys.get("env", {}))
         for need in keys["steps"][title].get("after", []):
             ends[need] >> first

@@ -65,10 +65,10 @@ def in_order(steps: dict) -> list[str]:
     return ordered
 
 
-def command_of(s: dict) -> list[str]:
-    """The step's command as a list; our scripts run with this Python."""
-    words = shlex.split(s["run"])
-    return [sys.executable, str(ROOT / words[0]), *words[1:]] if words[0].endswith(".py") else words
+def command_of(run: str, *more: str, python: str = sys.executable) -> list[str]:
+    """A step's command as a list, and more arguments; our scripts are run by that Python."""
+    words = [*shlex.split(run), *more]
+    return [python, str(ROOT / words[0]), *words[1:]] if words[0].endswith(".py") else words
 
 
 def after_all(title: str, steps: dict) -> set[str]:
@@ -102,7 +102,9 @@ def run_step(title: str, s: dict, stopped: list) -> tuple[int, int]:
         if attempt:
             print(f"{title}: attempt {attempt + 1}")
         try:
-            process = subprocess.Popen(command_of(s), env={**os.environ, **strings(env), **strings(s.get("env", {}))})
+            process = subprocess.Popen(
+                command_of(s["run"]), env={**os.environ, **strings(env), **strings(s.get("env", {}))}
+            )
         except OSError as e:
             print(f"{title}: {e.strerror}: {e.filename}")
             return 127, attempt + 1

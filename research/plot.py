@@ -179,8 +179,9 @@ def draw_bars(rows: list[dict], table: list[dict], path: Path) -> None:
     values = [r[metric] for r in rows if r.get(metric) is not None]
     low, high = min(values), max(values)
     room = 0.15 * (high - low) or 0.05 * abs(high) or 1
+    begin = low - room if low < 0 else max(0.0, low - room)
     for n, entry in enumerate(table):
-        axes.barh(n, entry["mean"] - (low - room), left=low - room, height=0.62, color="#56B4E9", alpha=0.55)
+        axes.barh(n, entry["mean"] - begin, left=begin, height=0.62, color="#56B4E9", alpha=0.55)
         if entry["std"] is not None:
             axes.errorbar(entry["mean"], n, xerr=entry["std"], color="#333333", capsize=3, linewidth=1.1)
         own = [r[metric] for r in rows if r["arm"] == entry["arm"] and r.get(metric) is not None]
@@ -189,8 +190,8 @@ def draw_bars(rows: list[dict], table: list[dict], path: Path) -> None:
     axes.axvline(table[0]["mean"], color="#333333", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(table)), [e["arm"] for e in table])
     axes.invert_yaxis()
-    axes.set_xlim(low - room, high + room)
-    told = f"mean, standard deviation, every run; the axis begins at {low - room:.3g}"
+    axes.set_xlim(begin, high + room)
+    told = f"mean, standard deviation, every run; the axis begins at {begin:.3g}"
     fig.supxlabel(
         f"{NAMES.get(metric, metric)}\n{told}", fontsize=10
     )  # across the figure: names may leave the axes little

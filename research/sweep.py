@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,9 +268,8 @@ def run_all(children: list[Child]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    ended = before
+    ended, live = before, Live()
     print(f"{name}: {total} runs, {ended} ended before")
-    shown = ""
     while (waiting and not stopped) or running:
         while waiting and not stopped and len(running) < max(1, max_parallel):
             child = waiting.pop(0)
@@ -299,16 +299,31 @@ def run_all(children: list[Child]) -> None:
                 failure(child) if state != "done" else f"{metric} {value:.4f}" if value is not None else f"no {metric}"
             )
             left = (time.time() - began) / (ended - before) * (total - ended)
+            live.draw([])
             print(f"{ended:>4}/{total}  {child.title:<44} {what}  left {clock(left)}", flush=True)
-        now = "; ".join(f"{c.title}: {c.progress()}" for c in running)
-        if sys.stdout.isatty() and now != shown:
-            print(f"\r\033[K{now[:150]}", end="\r", flush=True)
-            shown = now
+        rows = [f"   ...  {c.title}: {c.progress()}" for c in running]
+        live.draw(
+            [*rows, f"{ended} of {total} ended, {len(running)} running, {len(waiting)} to come"] if running else []
+        )
     if stopped:
         print(
             f"stopped with {sum(c.state() == 'done' for c in children)} of {total} runs done: the same command goes on"
         )
         raise SystemExit(128 + stopped[0])
+
+
+class Live:
+    """Lines at the foot of a terminal that are drawn anew in their place. Elsewhere nothing is drawn."""
+
+    def __init__(self):
+        self.count = 0
+
+    def draw(self, lines: list[str]) -> None:
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            up = f"\033[{self.count}A\033[J" if self.count else ""
+            print(up + "".join(f"{line[:width]}\n" for line in lines), end="", flush=True)
+            self.count = len(lines)
 
 
 def failure(child: Child) -> str:

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,11 @@ def test_a_bad_config_file_is_named_with_the_place(namespace, tmp_path, text, wo
         assert word in str(error.value)
 
 
+def test_a_value_behind_a_space_is_shown_as_it_is_written(namespace):
+    with pytest.raises(ValueError, match="--batch_size needs a value: --batch_size=7"):
+        configure(namespace, ["--batch_size", "7"])
+
+
 def test_a_value_that_a_file_sets_back_to_the_default_counts(namespace, tmp_path):
     path = config_file(tmp_path, "flag = False\n")
     assert configure(namespace, ["--flag", path])["flag"] is False
@@ -120,7 +126,13 @@ def test_a_value_that_a_file_sets_back_to_the_default_counts(namespace, tmp_path
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_text.py", "prepare_tinystories.py"])
 def test_help_prints_every_key_with_default_and_comment(script, tmp_path):
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, root / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, root / script, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "100"},
+    )
     assert done.returncode == 0, done.stderr
     keys = [line.split() for line in done.stdout.splitlines() if line.startswith("  --")]
     assert len(keys) >= 8
@@ -128,3 +140,5 @@ def test_help_prints_every_key_with_default_and_comment(script, tmp_path):
         assert len(words) >= 2 and "=" in words[0], words
     seed = next(line for line in done.stdout.splitlines() if line.startswith("  --seed="))
     assert "1337" in seed and len(seed.split()) > 3
+    described = done.stdout.partition("Keys, with their defaults:")[2].splitlines()
+    assert max(map(len, described)) <= 100

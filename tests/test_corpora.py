@@ -1,103 +1,16 @@
 """Corpora by name and the chat mix, from a hub of datasets on 127.0.0.1, through the real `datasets`."""
 
-import hashlib
-import http.server
-import io
-import json
 import random
-import threading
 import time
-import urllib.parse
 from itertools import islice
 
 import pytest
 from conftest import SMALL, TEXT, Script
+from hub import parquet, start_hub
 from test_prepare import documents_of
 
 import prepare_text
 from data import load_dataset
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub and datasets ask for. server.repos: {id: {path: bytes}}, a path of the parquet branch after @."""
-
-    protocol_version = "HTTP/1.1"
-
-    def answer(self, body, code=200, **headers):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(code)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-        for repo, files in self.server.repos.items():
-            for kind in ("/api/datasets/", "/datasets/"):
-                if path.startswith(f"{kind}{repo}"):
-                    rest = path.removeprefix(f"{kind}{repo}").strip("/")
-                    parquet = "refs/convert/parquet" in rest or "1" * 40 in rest
-                    verb, _, rest = rest.partition("/")
-                    for name in ("refs/convert/parquet", "main", "0" * 40, "1" * 40):
-                        if f"{rest}/".startswith(f"{name}/"):
-                            rest = rest.removeprefix(name)
-                            break
-                    rest = f"{verb}/{rest.strip('/')}"
-                    ours = {p.lstrip("@"): data for p, data in files.items() if p.startswith("@") == parquet}
-                    return (self.api if "api" in kind else self.file)(repo, ours, rest, str(int(parquet)) * 40)
-        self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-
-    def do_POST(self):
-        self.asked = self.rfile.read(int(self.headers["Content-Length"]))
-        self.do_GET()
-
-    do_HEAD = do_GET
-
-    def file(self, repo, files, rest, commit):
-        data = files.get(rest.removeprefix("resolve/"))
-        if data is None:
-            return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
-        about = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": commit}
-        if not (wanted := self.headers.get("Range")):
-            return self.answer(data, **about)
-        self.server.ranges += 1
-        begin, end = wanted.removeprefix("bytes=").split("-")
-        end = min(int(end or len(data)), len(data) - 1)
-        part = data[int(begin) : end + 1]
-        self.answer(part, 206, Content_Range=f"bytes {begin}-{end}/{len(data)}", **about)
-
-    def api(self, repo, files, rest, commit):
-        def entry(path):
-            if path in files:
-                return {"type": "file", "path": path, "size": len(files[path]), "oid": "2" * 40}
-            return {"type": "directory", "path": path, "size": 0, "oid": "2" * 40}
-
-        folders = {"/".join(p.split("/")[:n]) for p in files for n in range(1, p.count("/") + 1)}
-        if rest.startswith("paths-info"):
-            paths = urllib.parse.parse_qs(self.asked.decode()).get("paths") or json.loads(self.asked)["paths"]
-            return self.answer([entry(p) for p in paths if p in files or p in folders])
-        if rest.startswith("tree"):
-            under = rest.removeprefix("tree").strip("/")
-            below = [p for p in [*files, *folders] if p != under and p.startswith(f"{under}/" if under else "")]
-            if "recursive=true" not in self.path.lower():
-                below = [p for p in below if "/" not in p[len(under) :].strip("/")]
-            return self.answer([entry(p) for p in below])
-        about = {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
-        self.answer({"id": repo, "sha": commit, "siblings": [{"rfilename": p} for p in files], **about})
-
-    def log_message(self, *a):
-        pass
-
-
-def parquet(rows: list[dict]) -> bytes:
-    import pyarrow
-    import pyarrow.parquet
-
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=100)
-    return file.getvalue()
 
 
 def tell(count: int) -> list[str]:
@@ -129,12 +42,10 @@ GSM8K = [
 ]
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.ranges = 0
+def corpora() -> dict[str, dict[str, bytes]]:
+    """What the hub has."""
     wiki = "wikitext-2-raw-v1"
-    server.repos = {
+    return {
         "Skylion007/openwebtext": {
             f"plain_text/train-{n:05d}-of-00003.parquet": parquet(ROWS[500 * n : 500 * n + 500]) for n in range(3)
         },
@@ -159,12 +70,12 @@ def hub(tmp_path, monkeypatch):
             "sample-10BT/validation-0.parquet": parquet(ROWS[:1]),
         },
     }  # fmt: skip
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }.items():
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server, environment = start_hub(corpora())
+    for name, value in {**environment, "HF_HOME": str(tmp_path / "hf")}.items():
         monkeypatch.setenv(name, value)
     yield server
     server.shutdown()
@@ -267,6 +178,13 @@ def test_the_chat_mix_speaks_in_turns_and_names_what_it_lacks(run, refused, hub,
     assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", "--dataset=none")
     assert not (tmp_path / "data" / "none").exists()
     run("train.py", *SMALL, "--dataset=chat:0.5,more:0.5", "--block_size=16")
+
+
+def test_without_a_way_to_the_hub_that_is_said_at_once(refused):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    message = refused("prepare_text.py", "--source=wikitext2", env=nowhere)
+    assert "Salesforce/wikitext cannot be read: there is no way to the hub (ConnectionError)" in message
+    assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", env=nowhere)
 
 
 def test_sums_are_right():

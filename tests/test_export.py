@@ -47,6 +47,10 @@ def test_transformers_loads_it_with_the_same_logits_text_and_tokens(run, book, k
     greedy = theirs.generate(x, do_sample=False, max_new_tokens=10, pad_token_id=0, eos_token_id=None)[0, 20:]
     assert greedy.tolist() == [int(t) for t in ours.generate(x, 10, temperature=0)]
     assert sum(p.numel() for p in theirs.parameters()) >= ours.num_params()
+    config = json.loads((book / "out" / "export" / "config.json").read_text())
+    assert (
+        config["model_type"] == "llama" or config["n_ctx"] == config["n_positions"]
+    )  # llama.cpp's converter asks for it
     card = (book / "out" / "export" / "README.md").read_text()
     results = json.loads((book / "out" / "results.json").read_text())
     assert f"{results['final_val_loss']:.4f}" in card and "| trained on | book |" in card and "--n_layer=2" in card

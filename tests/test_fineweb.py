@@ -129,6 +129,7 @@ def test_public_shards_are_fetched_checked_and_kept(run, refused, web, tmp_path)
     [
         (["--sample=1T"], "--sample=1T: choose one of 10BT"),
         (["--worker=2", "--num_workers=2"], "--worker=2 --num_workers=2"),
+        (["--num_workers=2", "--tokenizer=a/b"], "shards put together are read as GPT-2's"),
         (["--pretokenized=c4"], "--pretokenized=c4: choose one of"),
         (["--source=none"], "there is no .parquet or .jsonl file"),
         (["--source=jsonl,parquet"], "give files of one kind"),

@@ -159,6 +159,12 @@ def test_ranks_share_muon_and_step_alike(tmp_path):
         torch.testing.assert_close(first[name], alone[name], atol=1e-6, rtol=1e-5)
 
 
+def test_sgd_held_in_its_first_step_begins_from_its_gradient_afterwards():
+    net = model()
+    (sgd,) = make_optimizers(net, "sgd", learning_rate=0.5, momentum=0.9, weight_decay=0.0)
+    assert not sgd.defaults["fused"]  # torch's fused one keeps a momentum that it never wrote
+
+
 def test_parts_of_the_model_have_learning_rates_of_their_own():
     net = model(tie_weights=False)
     names = {p: n for n, p in net.named_parameters()}

@@ -312,6 +312,13 @@ def test_a_download_that_cannot_be_mended_says_so_and_goes_on_next_time(web, tmp
     assert (tmp_path / "i").read_bytes() == BLOB
 
 
+def test_a_mirror_of_the_hub_is_asked_instead_of_it(web, tmp_path, monkeypatch):
+    web.files["datasets/a/b"] = BLOB
+    monkeypatch.setenv("HF_ENDPOINT", f"{web.url}/")
+    download("https://huggingface.co/datasets/a/b", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == BLOB and web.asked[-1][0] == "/datasets/a/b"
+
+
 def test_a_download_larger_than_the_disk_is_refused_first(web, tmp_path, monkeypatch):
     web.files["f"] = BLOB
     monkeypatch.setattr("corpus.shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
@@ -405,6 +412,7 @@ def test_another_setting_does_not_go_on_with_what_is_there(tmp_path, monkeypatch
         (["--version=v3"], "--version=v3: choose v1 or v2"),
         (["--data_fraction=0.0"], "--data_fraction=0.0"),
         (["--synthetic=True", "--max_docs=1"], "at least 2 stories"),
+        (["--synthetic=True", "--tokenizer=char"], "these stories have a vocabulary of their own"),
         (["--source=."], "--source=.: there is no TinyStories-train.txt"),
     ],
 )

@@ -1,8 +1,6 @@
 """Weights of other projects: Hugging Face folders, a hub (one on this machine), nanoGPT's checkpoints."""
 
-import http.server
 import json
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL, TEXT, make_nanogpt_chars
+from hub import start_hub
 
 from model import GPT, clean_state_dict
 from pretrained import llama_to_gpt, pretrained_arguments
@@ -195,42 +194,14 @@ def test_a_pretrained_folder_is_prepared_for_fine_tuned_and_sampled(run, tmp_pat
     assert run("sample.py", "--start=line 1", "--max_new_tokens=5", "--device=cpu").startswith("line 1")
 
 
-class Hub(http.server.SimpleHTTPRequestHandler):
-    """A model hub for one repository: files of a folder, with the headers that its client asks for."""
-
-    def do_HEAD(self):
-        self.answer(False)
-
-    def do_GET(self):
-        self.answer(True)
-
-    def answer(self, body: bool):
-        path = Path(self.server.folder) / self.path.rpartition("/")[2]
-        known = self.path.startswith("/openai-community/gpt2/resolve/main/") and path.is_file()
-        data = path.read_bytes() if known else b""
-        self.send_response(200 if known else 404)
-        if not known:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("ETag", f'"{path.name}-1"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *a):
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path, gpt2_vocabulary):
     """The environment in which `gpt2` is a small model of a hub on this machine."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder = tmp_path / "hub"
-    save_gpt2(server.folder, vocab_size=50257, n_positions=1024, n_embd=8, n_layer=1)
-    save_gpt2_tokenizer(server.folder, gpt2_vocabulary)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    save_gpt2(tmp_path / "hub", vocab_size=50257, n_positions=1024, n_embd=8, n_layer=1)
+    save_gpt2_tokenizer(tmp_path / "hub", gpt2_vocabulary)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "hub").iterdir()}
+    server, environment = start_hub({"openai-community/gpt2": files})
+    yield {**environment, "HF_HOME": str(tmp_path / "hf")}
     server.shutdown()
 
 
@@ -259,6 +230,13 @@ def test_nanogpts_fine_tuning_and_evaluation_configs_run_unmodified(run, hub, tm
     printed = run("train.py", "evaluate.py", *SHORTER, env=hub)
     assert "trains on data/openwebtext" in printed and "val loss" in printed
     assert run("sample.py", "--init_from=gpt2", "--start=What", "--max_new_tokens=3", env=hub).startswith("What")
+
+
+def test_wrappers_names_are_dropped_in_whatever_order_they_were_put_on():
+    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        assert clean_state_dict({f"{prefix}transformer.ln_f.weight": torch.ones(2)}).keys() == {
+            "transformer.ln_f.weight"
+        }
 
 
 def nanogpt_checkpoint(folder: Path, steps: int) -> None:

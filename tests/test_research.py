@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call_on_terminal
 
 sys.path.insert(0, str(ROOT / "research"))
 import pipeline  # noqa: E402
@@ -106,6 +106,14 @@ def test_a_killed_sweep_loses_no_finished_run_and_goes_on(chars):
     assert first.stat().st_mtime_ns == before
     assert len(rows_of(chars / "out" / "study")) == 3
     assert "3 ended before" in lab("sweep.py", path, cwd=chars)
+
+
+def test_on_a_terminal_the_runs_under_way_are_shown(chars):
+    path = study(chars, axes={"dropout": [0.0, 0.1]}, seeds=[1], base=TINY.replace("max_iters=3", "max_iters=400"))
+    keys = ["--interval=0.1", "--max_parallel=2"]
+    done, shown = call_on_terminal("research/sweep.py", path, *keys, cwd=chars, timeout=100)
+    assert done.returncode == 0 and re.search(r"dropout=0\.[01], seed 1: +[\d,]+/400  loss", shown), shown
+    assert "0 of 2 ended, 2 running, 0 to come" in shown and "\x1b[3A\x1b[J" in shown
 
 
 def test_a_stopped_sweep_stops_its_runs_which_go_on_where_they_were(chars):

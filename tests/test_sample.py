@@ -2,12 +2,15 @@ import json
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL, Script, call, call_on_terminal, make_nanogpt_chars
 
+import sample as script
 from inference import text_pieces, until
+from tokenizer import CharTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def test_text_longer_than_the_context_is_written(trained):
         (["--temperature=-1", "--start=abc"], "--temperature=-1.0"),
         (["--num_samples=0"], "--num_samples=0"),
         (["--start=FILE:gone.txt"], "gone.txt"),
-        (["--out_dir=gone"], "there is no checkpoint gone"),
+        (["--out_dir=gone"], "there is no checkpoint gone: there is out"),
         (["--device=tpu"], "--device=tpu"),
         (["--quantize=int4"], "--quantize=int4: choose int8"),
         (["--temprature=1"], "did you mean temperature"),
@@ -156,6 +159,24 @@ def test_a_character_spread_over_tokens_appears_when_it_is_whole():
             return bytes([i])
 
     assert list(text_pieces(Bytes(), "é🙂".encode())) == ["", "é", "", "", "", "🙂", ""]
+
+
+def test_what_was_completed_before_a_batch_failed_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("a\nbb\nccc\n")
+    for name, value in dict(prompts=str(tmp_path / "p.txt"), output=str(tmp_path / "o.jsonl"), batch_size=2).items():
+        monkeypatch.setattr(script, name, value)
+
+    def batch(rows, stop):
+        if len(rows[0]) == 3:
+            raise RuntimeError("out of memory")
+        return [("x", 1)] * len(rows)
+
+    model = SimpleNamespace(config=SimpleNamespace(block_size=8))
+    tokenizer = CharTokenizer("abc")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        script.complete_file(SimpleNamespace(model=model, tokenizer=tokenizer, batch=batch))
+    kept = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert kept == [{"prompt": p, "completion": "x", "tokens": 1} for p in ("a", "bb")]
 
 
 def test_many_prompts_of_any_length_are_completed_in_batches_as_they_would_be_alone(trained, tmp_path):

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
 
 import train
+from data import load_dataset
 from report import Log
 
 
@@ -354,6 +355,24 @@ def test_nanogpts_config_files_run_unmodified(run, chars):
     assert (chars / "out-chars" / "best.pt").exists()
     texts = run("sample.py", "--out_dir=out-chars", "--start=a", "--num_samples=2", "--max_new_tokens=5")
     assert texts.count("---------------\n") == 2
+
+
+def test_two_first_runs_at_once_share_the_stories_one_of_them_writes(tmp_path):
+    quickstart = ["train.py", ROOT / "config" / "quickstart.py", "--dry_run"]
+    both = [Script(*quickstart, cwd=tmp_path) for _ in range(2)]
+    for one in both:
+        one.wait()
+        assert one.returncode == 0, one.stderr
+    assert sum("writing its stories" in one.stdout for one in both) == 1
+    load_dataset("tinystories_synthetic", tmp_path / "data", verify=True)
+
+
+def test_without_a_login_to_wandb_the_earlier_run_stays_where_it_is(run, chars):
+    run("train.py", *SMALL, "--dataset=chars")
+    nobody = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(chars), "NETRC": str(chars / "none")}
+    done = call("train.py", *SMALL, "--dataset=chars", "--wandb_log=True", cwd=chars, env=nobody)
+    assert done.returncode == 2 and "--wandb_log: " in done.stderr and "WANDB_MODE=offline" in done.stderr
+    assert (chars / "out" / "best.pt").exists() and not (chars / "out" / "previous-1").exists()
 
 
 def test_wandb_offline_gets_the_run_its_samples_and_if_asked_its_checkpoint(run, chars):

@@ -1,4 +1,4 @@
-# From nothing to a scaling law in under 15 minutes on two cores: stories, widths x data, fits, pictures, scores, an export.
+# From nothing to a scaling law in six minutes on two cores: stories, widths x data, fits, pictures, scores, an export.
 #
 #     python research/pipeline.py config/pipeline/reproduce_small.py
 name = "reproduce_small"

@@ -1,0 +1,101 @@
+"""A hub of models and corpora on 127.0.0.1, for the real clients."""
+
+import hashlib
+import http.server
+import io
+import json
+import threading
+import urllib.parse
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub and datasets ask for, of models and of corpora.
+
+    server.repos: {id: {path: bytes}}, a path of the parquet branch after @; server.ranges counts the parts asked for.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, body, code=200, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+        kind = next(k for k in ("/api/datasets/", "/datasets/", "/api/models/", "/") if path.startswith(k))
+        parts = path.removeprefix(kind).split("/")
+        repo, rest = "/".join(parts[:2]), "/".join(parts[2:])
+        if files := self.server.repos.get(repo):
+            parquet = "refs/convert/parquet" in rest or "1" * 40 in rest
+            verb, _, rest = rest.partition("/")
+            for name in ("refs/convert/parquet", "main", "0" * 40, "1" * 40):
+                if f"{rest}/".startswith(f"{name}/"):
+                    rest = rest.removeprefix(name)
+                    break
+            rest = f"{verb}/{rest.strip('/')}"
+            ours = {p.lstrip("@"): data for p, data in files.items() if p.startswith("@") == parquet}
+            return (self.api if "api" in kind else self.file)(repo, ours, rest, str(int(parquet)) * 40)
+        self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+
+    def do_POST(self):
+        self.asked = self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    do_HEAD = do_GET
+
+    def file(self, repo, files, rest, commit):
+        data = files.get(rest.removeprefix("resolve/"))
+        if data is None:
+            return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+        about = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": commit}
+        if not (wanted := self.headers.get("Range")):
+            return self.answer(data, **about)
+        self.server.ranges += 1
+        begin, end = wanted.removeprefix("bytes=").split("-")
+        end = min(int(end or len(data)), len(data) - 1)
+        part = data[int(begin) : end + 1]
+        self.answer(part, 206, Content_Range=f"bytes {begin}-{end}/{len(data)}", **about)
+
+    def api(self, repo, files, rest, commit):
+        def entry(path):
+            if path in files:
+                return {"type": "file", "path": path, "size": len(files[path]), "oid": "2" * 40}
+            return {"type": "directory", "path": path, "size": 0, "oid": "2" * 40}
+
+        folders = {"/".join(p.split("/")[:n]) for p in files for n in range(1, p.count("/") + 1)}
+        if rest.startswith("paths-info"):
+            paths = urllib.parse.parse_qs(self.asked.decode()).get("paths") or json.loads(self.asked)["paths"]
+            return self.answer([entry(p) for p in paths if p in files or p in folders])
+        if rest.startswith("tree"):
+            under = rest.removeprefix("tree").strip("/")
+            below = [p for p in [*files, *folders] if p != under and p.startswith(f"{under}/" if under else "")]
+            if "recursive=true" not in self.path.lower():
+                below = [p for p in below if "/" not in p[len(under) :].strip("/")]
+            return self.answer([entry(p) for p in below])
+        about = {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
+        self.answer({"id": repo, "sha": commit, "siblings": [{"rfilename": p} for p in files], **about})
+
+    def log_message(self, *a):
+        pass
+
+
+def parquet(rows: list[dict]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=100)
+    return file.getvalue()
+
+
+def start_hub(repos: dict[str, dict[str, bytes]]) -> tuple[http.server.ThreadingHTTPServer, dict[str, str]]:
+    """The server, and the environment in which Hugging Face's clients ask it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repos, server.ranges = repos, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1"}
