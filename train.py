@@ -837,9 +837,6 @@ def main(config: dict) -> None:
     signals.catch(False)  # all that training made is on the disk
     if world > 1:  # DDP goes before its group: as the last owner it would wait for gloo's thread with the GIL held
         run.step_model = run.step_model.module
-    if not stop and not eval_only:  # the last word is said on more of the split
-        final = evaluate_all(run, found, -(-final_eval_tokens // block_size))
-    leave_ranks()  # who writes the results is not waited for
     if stop:
         if master and step > first_step and saver.steps.get("ckpt.pt") != step:
             raise OSError(
@@ -847,7 +844,11 @@ def main(config: dict) -> None:
             )
         if master:
             print(f"stopped at step {step:,}: --resume goes on from there")
+        leave_ranks()  # together: torchrun ends the others when the first is gone
         raise SystemExit(128 + (signals.number or signal.SIGTERM))
+    if not eval_only:  # the last word is said on more of the split
+        final = evaluate_all(run, found, -(-final_eval_tokens // block_size))
+    leave_ranks()  # who writes the results is not waited for
     if eval_only:
         if master:
             sources = "".join(f"  {name} {loss:.4f}" for name, loss in by_source.items())
