@@ -98,7 +98,7 @@ def measure(model: GPT, found: Dataset, tokenizer: Tokenizer, amp) -> dict:
         x, y = torch.from_numpy(x).to(on), torch.from_numpy(y).to(on)
         known = y >= 0
         with amp():
-            losses, right = model.token_losses(model.hidden(x)[known], y[known])
+            losses, right = model.token_losses(model.hidden(x)[known], y[known], accuracy=True)
         loss_sum, tokens, correct = (
             loss_sum + float(losses.double().sum()),
             tokens + len(right),

@@ -416,8 +416,8 @@ class GPT(nn.Module):
             logits.reshape(-1, V).float(), targets.reshape(-1), ignore_index=-1, label_smoothing=label_smoothing
         )
 
-    def token_losses(self, hidden, targets) -> tuple[torch.Tensor, torch.Tensor]:
-        """-log p of targets (n,) after hidden (n, C), float32, and whether each was the likeliest token.
+    def token_losses(self, hidden, targets, accuracy=False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """-log p of targets (n,) after hidden (n, C), float32, and with accuracy whether each was the likeliest token.
 
         On a CPU a few rows at a time, whose logits stay in its cache.
         """
@@ -426,8 +426,9 @@ class GPT(nn.Module):
         for h, y in zip(hidden.split(rows), targets.split(rows)):
             logits = self.logits(h).float()
             losses.append(logits.logsumexp(-1) - logits.gather(-1, y[:, None])[:, 0])
-            right.append(logits.argmax(-1) == y)
-        return torch.cat(losses), torch.cat(right)
+            if accuracy:
+                right.append(logits.argmax(-1) == y)
+        return torch.cat(losses), torch.cat(right) if accuracy else None
 
     def hidden(self, idx, cache: KVCache | None = None):
         """What the head sees, (B, T, C); with a cache, of the T tokens that continue what it holds."""

@@ -244,7 +244,7 @@ def evaluate(run: Run, shards: list, limit: int, asked=lambda: False) -> tuple[f
         known = y >= 0
         with run.autocast():
             if run.device.type == "cpu":  # the logits of a batch would be its largest tensor
-                losses, right = model.token_losses(model.hidden(x)[known], y[known])
+                losses, right = model.token_losses(model.hidden(x)[known], y[known], accuracy=True)
                 loss = losses.sum()
             else:
                 logits, loss = model(x, y)

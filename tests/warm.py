@@ -27,7 +27,8 @@ def child(request: dict) -> None:
         os.dup2(os.open(request["in"], os.O_RDONLY), 0)
         for number, path in ((1, request["out"]), (2, request["err"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-        sys.stdin, sys.stdout, sys.stderr = (open(n, m, encoding="utf-8") for n, m in ((0, "r"), (1, "w"), (2, "w")))
+        sys.stdin, sys.stdout = (open(n, m, encoding="utf-8") for n, m in ((0, "r"), (1, "w")))
+        sys.stderr = open(2, "w", encoding="utf-8", buffering=1)
         sys.argv = request["argv"]
         sys.path[0] = str(Path(sys.argv[0]).parent)
         runpy.run_path(sys.argv[0], run_name="__main__")
