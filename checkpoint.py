@@ -289,9 +289,8 @@ def restore(optimizers: list, scaler, payload: dict, keys: dict, steps: int, mic
     Raises ValueError where a run cannot go on with them.
     """
     before = {"optimizer": "adamw", **payload.get("asked", payload["config"])}  # nanoGPT knows no other
-    before |= {
-        k: payload["config"][k] for k in ("dataset",) if k in payload["config"]
-    }  # what was asked for was not there
+    if "dataset" in payload["config"]:  # the one found, which where that asked for was missing is another
+        before["dataset"] = payload["config"]["dataset"]
     fixed = GPTConfig.__dataclass_fields__.keys() - {"dropout", "attn", "activation_checkpointing"} | {"optimizer"}
     for key in sorted(fixed & before.keys() & keys.keys()):
         if before[key] != keys[key] and ("asked" in payload or key in ("optimizer", "block_size")):

@@ -286,7 +286,7 @@ def how_to_make(name: str) -> str:
         return "make it with python prepare_tinystories.py" + (" --version=v2" if name.endswith("_v2") else "")
     if name.startswith("edu_fineweb"):
         return "make it with python build_fineweb_shards.py"
-    if name.startswith(("fineweb10B", "fineweb100B", "finewebedu10B")):
+    if name in ("fineweb10B", "fineweb100B", "finewebedu10B"):
         return f"make it with python build_fineweb_shards.py --pretokenized={name}"
     if name in ("chat", "shakespeare", "openwebtext"):
         return f"make it with python prepare_text.py --source={name}"

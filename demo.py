@@ -321,9 +321,7 @@ def build_page(gr):
             for event in (send.click, message.submit)
         ]
         halt.click(None, cancels=answers)
-        cleared = talked.clear(
-            None, cancels=answers
-        )  # and then, for what cancels loses the answers of its own function
+        cleared = talked.clear(None, cancels=answers)  # what cancels loses the answers of its own function, so then:
         cleared.then(lambda: ([], []), None, [talked, said], api_name=False, show_progress="hidden")
         steps = [
             event(f, [current, grown, *settings], [grown, could, taken], api_name=False, **shared)

@@ -99,11 +99,8 @@ def measure(model: GPT, found: Dataset, tokenizer: Tokenizer, amp) -> dict:
         known = y >= 0
         with amp():
             losses, right = model.token_losses(model.hidden(x)[known], y[known], accuracy=True)
-        loss_sum, tokens, correct = (
-            loss_sum + float(losses.double().sum()),
-            tokens + len(right),
-            correct + int(right.sum()),
-        )
+        loss_sum, correct = loss_sum + float(losses.double().sum()), correct + int(right.sum())
+        tokens += len(right)
     loss = loss_sum / tokens
     return {
         "loss": loss,

@@ -327,6 +327,10 @@ def chat_conversations() -> tuple[list[list[str]], str]:
         mix |= {"\n".join(c): c for c in found}
     if not mix:
         raise ValueError("no source of the chat mix can be had: go online, or --allow_synthetic=True for made-up sums")
+    if all("made-up" in t for t in told):
+        print(
+            "chat: all of it is made-up sums: a model learns the form of answers from them, and nothing to talk about"
+        )
     mixed = [*mix.values()]
     dice.shuffle(mixed)
     return mixed, ", ".join(told)
@@ -437,8 +441,6 @@ def prepare(folder: Path, find_parts: Callable[[], Parts], arguments: dict) -> N
     preset = f"config/quickstart.py --out_dir=out/{folder.name}"
     if arguments.get("source") == "chat":
         preset = "config/train_chat.py"
-        if "of" not in told.replace("instead of", "").split():
-            print("All of it is made-up sums: a model learns the form of answers from them, and nothing to talk about")
     print(f"Train on it: python train.py {preset} {name}")
 
 

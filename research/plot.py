@@ -192,9 +192,7 @@ def draw_bars(rows: list[dict], table: list[dict], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(begin, high + room)
     told = f"mean, standard deviation, every run; the axis begins at {begin:.3g}"
-    fig.supxlabel(
-        f"{NAMES.get(metric, metric)}\n{told}", fontsize=10
-    )  # across the figure: names may leave the axes little
+    fig.supxlabel(f"{NAMES.get(metric, metric)}\n{told}", fontsize=10)  # the axes may be narrow beside long names
     axes.set_title(title or path.parent.name)
     fig.savefig(path)
     plt.close(fig)
