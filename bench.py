@@ -1,4 +1,4 @@
-"""How fast, and where the time goes: training, decoding, data, start-up, and how they grow.
+"""How fast, and where the time goes: training, decoding, data, start-up.
 
     python bench.py                                      a training step that suits the device, synthetic tokens
     python bench.py config/baby_cpu.py --compile=True    of any config and keys of train.py
@@ -6,7 +6,6 @@
     python bench.py --mode=decode                        GPT-2 124M, tokens/s for one text and for a batch
     python bench.py --mode=data --input=corpus.txt       tokenizing and the batch reader
     python bench.py --mode=startup                       seconds to the first token, the first step, a compiled one
-    python bench.py --mode=scale --output=scale          time and memory against batch, context, depth, ranks: CSV, PNG
     python bench.py --output=before.json                 ... edit ...   python bench.py --compare=before.json
 
 The step is train.py's own. It is held against the roofline of this machine, which is measured in the same run: the rate of
@@ -14,7 +13,6 @@ a large matrix product at the run's dtype, and the bandwidth of a copy. Medians,
 """
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -40,7 +38,7 @@ from model import GPT, GPTConfig
 from report import Log
 from tokenizer import EOT, CharTokenizer, gpt2_tokenizer
 
-mode = "train"  # train | decode | data | startup | scale | all (but scale)
+mode = "train"  # train | decode | data | startup | all
 steps = 20  # training steps to time, after three that are not
 tokens = 100  # to decode
 quantize = ""  # int8: decode with weights of 8 bits
@@ -49,16 +47,13 @@ repeat = 5  # measurements of what is short, of which the median is told
 vocab_size = 50257  # ids of the synthetic tokens
 real_data = False  # train on --dataset instead of synthetic tokens
 find_batch = False  # train: double the micro-batch as long as it fits and gets faster
-axes = "batch_size,block_size,n_layer,ranks"  # scale: what grows
-points = 5  # scale: how often it doubles
 profile: bool | str = False  # True: a Chrome trace of three steps to trace.json; or a file for it
-output = ""  # a .json file for the figures; scale: a folder
+output = ""  # a .json file for the figures
 compare = ""  # such a file from before: prints the ratios
 input = ""  # data: a text to tokenize, documents separated by <|endoftext|>; empty: made-up stories
 megabytes = 100  # data: of text at most
 
 HERE = Path(__file__).resolve().parent
-train_arguments: list[str] = []  # what was given beside these keys
 
 
 def timed(work, on: torch.device | None = None) -> tuple:
@@ -128,9 +123,8 @@ def make_run() -> tuple[train.Run, float]:
     optimizers = train.new_optimizers(model, kind)
     scaler = torch.amp.GradScaler(on.type, enabled=kind == torch.float16)
     run = train.Run(model, model, optimizers, scaler, windows, on, kind, micro_batches // world, rank, world)
-    compiled, seconds = timed(lambda: train.compile_model(run), on)
-    run.step_model = train.share_out(run, compiled)
-    return run, 0.0 if compiled is model else seconds
+    run.step_model, seconds = timed(lambda: train.prepare_step(run), on)
+    return run, 0.0 if getattr(run.step_model, "module", run.step_model) is model else seconds
 
 
 def new_model(ids: int) -> GPT:
@@ -463,84 +457,6 @@ def bench_startup() -> dict:
     return figures
 
 
-def bench_scale() -> dict:
-    """Training steps in processes of their own, one key growing at a time: a CSV, a picture, and how each one grows."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ImportError("--mode=scale draws with matplotlib: pip install -e '.[plot]'") from None
-    known = ("batch_size", "block_size", "n_layer", "ranks")
-    if wrong := [a for a in axes.split(",") if a not in known]:
-        raise ValueError(f"--axes={axes}: {wrong[0]} is not one of {', '.join(known)}")
-    base = {"batch_size": 1, "block_size": max(16, train.block_size >> (points - 1)), "n_layer": 1, "ranks": 1}
-    most = torch.cuda.device_count() if torch.cuda.is_available() else cores()
-    rows, figures = [], {}
-    folder = Path(output or "scale")
-    folder.mkdir(parents=True, exist_ok=True)
-    for axis in axes.split(","):
-        for value in [base[axis] << n for n in range(points)]:
-            if axis == "ranks" and value > most:
-                break
-            result, ranks = folder / "point.json", value if axis == "ranks" else 1
-            command = [HERE / "bench.py", *suit_the_device(train_arguments), f"--gradient_accumulation_steps={ranks}"]
-            command += [f"--steps={steps}", "--repeat=1", f"--vocab_size={vocab_size}", f"--output={result.resolve()}"]
-            command += [f"--real_data={real_data}", "--total_batch_tokens=0"]
-            command += [f"--{axis}={value}"] if axis != "ranks" else []
-            if ranks > 1:
-                command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
-            try:
-                seconds_of(*map(str, command), times=1)
-            except RuntimeError as e:
-                print(f"{axis:>12} {value:>6} does not run: {e}")
-                break
-            point = json.loads(result.read_text(encoding="utf-8"))
-            row = {"axis": axis, "value": value} | {
-                k: point[k] for k in ("ms_a_step", "tokens_per_second", "peak_memory_mib")
-            }
-            rows.append(row)
-            print(
-                f"{axis:>12} {value:>6} {row['ms_a_step']:>12.1f} ms {row['tokens_per_second']:>12,.0f} tokens/s {row['peak_memory_mib']:>8,.0f} MiB"
-            )
-            result.unlink()
-    if not rows:
-        raise ValueError("nothing could be measured")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(folder / "scale.csv", text.getvalue())
-    drawn = [a for a in axes.split(",") if sum(r["axis"] == a for r in rows) > 1]
-    if not drawn:
-        print(f"{folder}/scale.csv; a single point makes no curve")
-        return figures
-    figure, panels = plt.subplots(2, len(drawn), figsize=(3.4 * len(drawn), 6), squeeze=False)
-    for column, axis in enumerate(drawn):
-        mine = [r for r in rows if r["axis"] == axis]
-        x = np.array([r["value"] for r in mine], float)
-        for panel, key, unit in zip(panels[:, column], ("ms_a_step", "peak_memory_mib"), ("ms a step", "peak MiB")):
-            y = np.array([r[key] for r in mine])
-            slope, start = np.polyfit(x, y, 1)
-            last = np.log2(y[-1] / y[-2]) / np.log2(x[-1] / x[-2])
-            off = np.abs(start + slope * x - y).max() / y.max()
-            figures[f"{axis}_{key}_exponent"] = float(last)
-            panel.plot(x, y, "o-", color="#0072B2", label="measured")
-            panel.plot(x, start + slope * x, "--", color="#D55E00", label=f"{start:,.3g} + {slope:,.3g} x")
-            panel.set(xlabel=axis, ylabel=unit, ylim=(0, None))
-            panel.legend(fontsize=7, frameon=False)
-            kind = "a straight line" if off < 0.05 else f"no straight line (up to {off:.0%} off)"
-            grows = f"{axis:>12}: {unit} is {kind}, at the end it grows as {axis}^{last:.2f}"
-            if key == "ms_a_step" and axis == "batch_size" and slope > 0:
-                grows += f"; {1e3 * train.block_size / slope:,.0f} tokens/s is the limit it approaches"
-            print(grows)
-    figure.tight_layout()
-    figure.savefig(folder / "scale.png", dpi=150)
-    print(f"{folder}/scale.csv, scale.png")
-    return figures
-
-
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     """Arguments for bench.py's own keys, and those for train.py's."""
     own = {k for k in read_keys(__file__) if not k.startswith("#")}
@@ -570,7 +486,7 @@ def bench_all() -> dict:
 
 
 BENCHES = {
-    "train": bench_train, "decode": bench_decode, "data": bench_data, "startup": bench_startup, "scale": bench_scale,
+    "train": bench_train, "decode": bench_decode, "data": bench_data, "startup": bench_startup,
     "all": bench_all,
 }  # fmt: skip
 
@@ -586,10 +502,8 @@ def show_ratios(figures: dict, before: dict) -> None:
 def main() -> None:
     if mode not in BENCHES:
         raise ValueError(f"--mode={mode}: choose one of {', '.join(BENCHES)}")
-    if min(megabytes, steps, tokens, decode_batch, repeat) < 1 or points < 2:
-        raise ValueError(
-            "--megabytes, --steps, --tokens, --decode_batch and --repeat are at least 1, --points at least 2"
-        )
+    if min(megabytes, steps, tokens, decode_batch, repeat) < 1:
+        raise ValueError("--megabytes, --steps, --tokens, --decode_batch and --repeat are at least 1")
     if find_batch and mode != "train":
         raise ValueError(f"--find_batch is for --mode=train, not {mode}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (mode != "train" or find_batch):
@@ -604,14 +518,13 @@ def main() -> None:
     figures = bench_batches() if mode == "train" and find_batch else BENCHES[mode]()
     if compare:
         show_ratios(figures, before)
-    if output and mode != "scale" and figures:
+    if output and figures:
         atomic_write(Path(output), json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
     with short_errors(), train.explained():
         mine, theirs = split_arguments(sys.argv[1:])
-        train_arguments = theirs
         configure(globals(), mine)
         if mode not in ("data", "startup"):
             configure(vars(train), suit_the_device(theirs), ("depth", train.from_depth))

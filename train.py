@@ -176,6 +176,19 @@ class Run:
         return ((step * self.accumulation + micro) * self.world + rank) * batch_size
 
 
+@dataclass
+class State:
+    """Where a run stands: what its checkpoints keep beside weights and optimizers."""
+
+    step: int = 0
+    best_val_loss: float = math.inf
+    waited: int = 0  # evaluations since the best one
+    elapsed: float = 0.0  # seconds in training steps
+    spent: float = 0.0  # seconds since the start, over all the processes there were
+    bad_steps: int = 0  # without an update
+    wandb_id: str | None = None
+
+
 def dropout_seed(step: int, rank: int) -> int:
     """Masks are a function of (seed, step, rank), as the batches are: a resumed run draws the same."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]) >> 1
@@ -233,9 +246,7 @@ def evaluate(run: Run, shards: list, limit: int, asked=lambda: False) -> tuple[f
     None if asked() became true on a rank, before all was done.
     """
     found = validation_windows(shards, block_size, limit)
-    # Its own graph on a GPU; on a CPU compiling one takes longer than it saves.
-    model = getattr(run.step_model, "module", run.step_model) if run.device.type == "cuda" else run.model
-    model.eval()
+    model = run.model.eval()  # not the compiled one: a graph without gradients would take longer than it saves
     sums = [torch.zeros(3, device=run.device)]
     for x, y in validation_batches(found, block_size, run.windows.vocab_size, batch_size, run.rank, run.world):
         if asked():
@@ -243,13 +254,8 @@ def evaluate(run: Run, shards: list, limit: int, asked=lambda: False) -> tuple[f
         x, y = run.to_device(x, y)
         known = y >= 0
         with run.autocast():
-            if run.device.type == "cpu":  # the logits of a batch would be its largest tensor
-                losses, right = model.token_losses(model.hidden(x)[known], y[known], accuracy=True)
-                loss = losses.sum()
-            else:
-                logits, loss = model(x, y)
-                loss, right = loss.float() * known.sum(), (logits.argmax(-1) == y) & known
-        sums.append(torch.stack((loss, right.sum(), known.sum())))
+            losses, right = model.token_losses(model.hidden(x)[known], y[known], accuracy=True)
+        sums.append(torch.stack((losses.sum(), right.sum(), known.sum())))
     model.train()
     total = torch.cat((torch.stack(sums).cpu().double().sum(0), torch.tensor([float(asked())], dtype=torch.float64)))
     if run.world > 1:
@@ -353,6 +359,33 @@ def find_payload(config: dict, rank: int, world: int) -> dict:
     return {} if init_from == "scratch" else load_payload(init_from)
 
 
+def resumed(payload: dict, steps: int) -> State:
+    """Where the checkpoint's run stands. Raises ValueError if it cannot go on from there."""
+    if any(k not in payload for k in ("optimizers", "scaler", "step", "best_val_loss", "config")):
+        raise ValueError(
+            f"{out_dir}/ckpt.pt has no state to go on from: begin a run with --init_from={out_dir}/ckpt.pt"
+        )
+    if payload["step"] > steps and not eval_only:
+        raise ValueError(f"--max_iters={steps}: the run to resume is at step {payload['step']:,} already")
+    state = State(**{k: payload[k] for k in State.__dataclass_fields__ if k in payload})
+    state.best_val_loss = float(state.best_val_loss)
+    return state
+
+
+def meet_best(state: State, rank: int, world: int) -> None:
+    """best.pt may know more than the checkpoint: what it is of counts, on all ranks, and its evaluation comes again."""
+    box = [state]
+    if rank == 0:
+        with contextlib.suppress(ValueError):  # there is none, or it is damaged
+            best = load_checkpoint(Path(out_dir) / "best.pt")
+            if best["step"] <= state.step:
+                state.best_val_loss = min(state.best_val_loss, best.get("val_loss", math.inf))
+                state.waited = -1 if best["step"] == state.step else state.waited
+    if world > 1:
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    state.best_val_loss, state.waited = box[0].best_val_loss, box[0].waited
+
+
 def find_hellaswag(rank: int) -> list[dict]:
     """The examples to score on while training, if that is asked for; rank 0 downloads them."""
     if not hellaswag_interval:
@@ -410,55 +443,57 @@ def new_optimizers(model: GPT, kind: torch.dtype) -> list[torch.optim.Optimizer]
     return make_optimizers(model, optimizer, learning_rate, weight_decay, beta1, beta2, momentum, *rates, dtype=exact)
 
 
-def compile_model(run: Run) -> torch.nn.Module:
-    """The model compiled, or as it is where that is not asked for or, under auto, not possible."""
-    if compile is False or (compile == "auto" and run.device.type != "cuda"):
-        return run.model
-    if compile not in (True, "auto"):
+def prepare_step(run: Run) -> torch.nn.Module:
+    """What a step calls: the model, compiled or, where that is not asked for or under auto not possible, as it is; with several
+    ranks in DDP, which averages the gradients while the backward pass goes on.
+    """
+    if compile not in (True, False, "auto"):
         raise ValueError(f"--compile={compile}: choose auto, True or False")
-    compiled = torch.compile(run.model, dynamic=False)
+    if compile is False or (compile == "auto" and run.device.type != "cuda"):
+        return share_out(run, run.model)
+    torch._dynamo.config.optimize_ddp = not activation_checkpointing  # which cannot be cut into DDP's buckets
+    step_model, failure = share_out(run, torch.compile(run.model, dynamic=False)), ""
     x, y = run.batch(0, 0)
     try:  # a graph is built at the first call: make it here, where a failure can be told from training's
+        if run.world > 1:
+            step_model.require_backward_grad_sync = False
         with run.autocast():
-            _, loss = compiled(x, y, return_logits=False, label_smoothing=label_smoothing)
-        run.scaler.scale(loss).backward()
-        run.model.zero_grad(set_to_none=True)
-        return compiled
+            _, loss = step_model(x, y, return_logits=False, label_smoothing=label_smoothing)
+        if run.world == 1:
+            run.scaler.scale(loss).backward()
     except Exception as e:
         if compile is True or is_out_of_memory(e):
             raise
-        print(f"torch.compile does not work here, going on without it ({first_line(e)}); --compile=True shows all")
-        run.model.zero_grad(set_to_none=True)
-        return run.model
+        failure = first_line(e)
+    run.model.zero_grad(set_to_none=True)
+    failed = torch.tensor(float(bool(failure)))
+    if run.world > 1:
+        dist.all_reduce(failed)  # gloo's, on the CPU: all go on without it, or none
+    if not failed:
+        return step_model
+    if failure:
+        print(f"torch.compile does not work here, going on without it ({failure}); --compile=True shows all")
+    del step_model
+    return share_out(run, run.model)
 
 
 def share_out(run: Run, model: torch.nn.Module) -> torch.nn.Module:
-    """The model with its gradients averaged over the ranks: while the backward pass goes on, or if it is compiled after it."""
+    """The model with its gradients averaged over the ranks."""
     if run.world == 1:
         return model
     gpus = [run.device.index] if run.device.type == "cuda" else None
-    # A static graph waits for ever where a micro-batch leaves the reduction to a later one.
+    # A static graph waits for ever where a micro-batch leaves the reduction to a later one. The buffers are constants.
     once = run.accumulation == 1
-    return DistributedDataParallel(model, gpus, gradient_as_bucket_view=True, static_graph=once)
+    return DistributedDataParallel(
+        model, gpus, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=once
+    )
 
 
-BOUNDS = (  # what values are at least, and less than
-    (1, math.inf, "block_size gradient_accumulation_steps max_iters log_interval eval_iters timeout"),
-    (0, 2**63, "seed"),
-    (
-        0,
-        math.inf,
-        "learning_rate min_lr weight_decay warmup_iters eval_interval grad_clip skip_bad_steps max_epochs norm_eps",
-    ),
-    (
-        0,
-        math.inf,
-        "embedding_lr head_lr vector_lr max_flops max_minutes patience depth",
-    ),
-    (0, math.inf, "keep_checkpoints total_batch_tokens final_eval_tokens sample_temperature checkpoint_interval"),
-    (0, math.inf, "sample_interval hellaswag_interval hellaswag_limit"),
-    (0, 1, "beta1 beta2 momentum label_smoothing"),
-)
+AT_LEAST_1 = "block_size gradient_accumulation_steps max_iters log_interval eval_iters timeout"
+AT_LEAST_0 = """depth learning_rate embedding_lr head_lr vector_lr min_lr weight_decay warmup_iters grad_clip norm_eps patience
+max_epochs max_flops max_minutes total_batch_tokens skip_bad_steps eval_interval final_eval_tokens sample_interval
+sample_temperature checkpoint_interval keep_checkpoints hellaswag_interval hellaswag_limit"""
+BELOW_1 = "beta1 beta2 momentum label_smoothing"
 
 
 def check_keys() -> None:
@@ -466,7 +501,8 @@ def check_keys() -> None:
     for key, value in globals().items():
         if type(value) is float and key.islower() and not math.isfinite(value):
             raise ValueError(f"--{key}={value}: must be a finite number")
-    for least, below, keys in BOUNDS:
+    bounds = ((AT_LEAST_1, 1, math.inf), (AT_LEAST_0, 0, math.inf), (BELOW_1, 0, 1), ("seed", 0, 2**63))
+    for keys, least, below in bounds:
         for key in keys.split():
             if not least <= globals()[key] < below:
                 most = f" and less than {below}" if below < math.inf else ""
@@ -539,8 +575,8 @@ def explained():
         close_bars()
 
 
-def dump_bad_step(run: Run, step: int, rank: int, config: dict, tokenizer: dict) -> tuple[Path, str]:
-    """Write what led to a bad step, weights and micro-batches, to out_dir/bad_step_N.pt; also says where these lie."""
+def dump_bad_step(run: Run, step: int, rank: int, config: dict, tokenizer: dict) -> str:
+    """Write what led to a bad step, weights and micro-batches, to out_dir/bad_step_N.pt; says so, and where these lie."""
     batches = [run.first_window(step, micro, rank) for micro in range(run.accumulation)]
     places = [
         (shard.path.name, shard.offset + int(start) * np.dtype(shard.dtype).itemsize)
@@ -560,7 +596,17 @@ def dump_bad_step(run: Run, step: int, rank: int, config: dict, tokenizer: dict)
             save_checkpoint(path, payload)
         except OSError as e:
             print(f"warning: {path} could not be written: {e.strerror}")
-    return path, f"{places[0][0]} at byte {places[0][1]:,} and {len(places) - 1} more"
+    return f"batch from {places[0][0]} at byte {places[0][1]:,} and {len(places) - 1} more. {path} reproduces it"
+
+
+def rate_at(step: int, steps: int, expected: float) -> float:
+    """The learning rate of a step of so many, or by the clock of so many as are expected."""
+    if not decay_lr:
+        return learning_rate
+    until, warmup = lr_decay_iters or steps, warmup_iters
+    if max_minutes:
+        until, warmup = expected, min(warmup_iters, expected / 10)
+    return learning_rate_at(step, schedule, learning_rate, min_lr, warmup, until, decay_fraction)
 
 
 def from_depth(keys: dict, given: set[str]) -> dict:
@@ -600,11 +646,13 @@ def from_depth(keys: dict, given: set[str]) -> dict:
 
 def main(config: dict) -> None:
     global batch_size, gradient_accumulation_steps
-    started, asked = time.perf_counter(), config
+    began, asked = time.perf_counter(), config
     signals = Signals()
     check_keys()
     on, kind, rank, world = set_up_device()
     master = rank == 0
+
+    # Data and model
     found = find_datasets(rank)
     first_found = found[0][0]  # its vocabulary is that of all
     windows = training_windows(found) if first_found.train else None
@@ -624,27 +672,20 @@ def main(config: dict) -> None:
         return leave_ranks()
     for each, _ in found:
         validation_windows(each.val, block_size)  # too little text is said now, not after the first steps
+
+    # What it goes on from
     optimizers = new_optimizers(model, kind)
     scaler = torch.amp.GradScaler(on.type, enabled=kind == torch.float16)
-    first_step, best_val_loss, best_step, trained_seconds, bad_steps, wandb_id = 0, math.inf, None, 0.0, 0, None
-    spent_before, waited = 0.0, 0  # seconds of the clock; evaluations since the best
+    state = State()
     if init_from == "resume":
-        if any(k not in payload for k in ("optimizers", "scaler", "step", "best_val_loss", "config")):
-            raise ValueError(
-                f"{out_dir}/ckpt.pt has no state to go on from: begin a run with --init_from={out_dir}/ckpt.pt"
-            )
+        state = resumed(payload, steps)
         restore(optimizers, scaler, payload, keys, steps, micro_batches)
-        first_step, best_val_loss = payload["step"], float(payload["best_val_loss"])
-        trained_seconds, bad_steps = payload.get("elapsed", 0.0), payload.get("bad_steps", 0)
-        wandb_id, spent_before = payload.get("wandb_id"), payload.get("spent", 0.0)
-        waited = payload.get("waited", 0)
-        if first_step > steps and not eval_only:
-            raise ValueError(f"--max_iters={steps}: the run to resume is at step {first_step:,} already")
         if payload.get("asked", {}).get("eval_iters") == eval_iters:  # the same windows, whatever the batch size now
             eval_sequences = payload["eval_sequences"]
+    first_step, started = state.step, began - state.spent
     accumulation = micro_batches // world
-    run = Run(model, model, optimizers, scaler, windows, on, kind, accumulation, rank, world, bad=bad_steps)
-    run.step_model = share_out(run, compile_model(run))
+    run = Run(model, model, optimizers, scaler, windows, on, kind, accumulation, rank, world, bad=state.bad_steps)
+    run.step_model = prepare_step(run)
     questions = classic_questions(examples, tokenizer_from_dict(first_found.tokenizer), block_size) if examples else []
     log, saver = None, Saver()
     if master and not eval_only:
@@ -655,83 +696,68 @@ def main(config: dict) -> None:
         }
         real = {k: v for k, v in asdict(model.config).items() if k in config}
         config = config | resolved | real | {"dataset": dataset}
-        log = Log(run, config, first_found.tokenizer, tokens_a_step, first_step, steps, wandb_id)
-        with contextlib.suppress(ValueError):  # there is none, or it is damaged
-            best = load_checkpoint(Path(out_dir) / "best.pt") if first_step else {"step": math.inf}
-            if best["step"] <= first_step:  # it may be of an evaluation just after the checkpoint
-                best_val_loss = min(best_val_loss, best.get("val_loss", math.inf))
-                best_step = first_step if best["step"] == first_step else None
-            del best
-    if world > 1:  # the ranks stop by one count
-        box = [(best_val_loss, best_step)]
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-        best_val_loss, best_step = box[0]
-    waited, best_step = waited if best_step is None else -1, None  # the evaluation that found the best comes again
+        log = Log(run, config, first_found.tokenizer, tokens_a_step, first_step, steps, state.wandb_id)
+        state.wandb_id = log.wandb_id
+    if first_step and not eval_only:
+        meet_best(state, rank, world)
     payload = None  # its tensors are in the model and the optimizers now
+
+    def spent() -> float:
+        return time.perf_counter() - started
 
     def save(name: str, whole: bool = True, **extra) -> None:
         """Rank 0 writes out_dir/name: the weights, and with whole what it takes to go on."""
         if not master:
             return
         log.sync()
-        state = {
+        state.spent = spent()
+        kept = {
             "model": model.state_dict(),
             "model_args": asdict(model.config),
-            "step": step,
-            "tokens": step * tokens_a_step,
-            "best_val_loss": best_val_loss,
-            "elapsed": trained_seconds,
-            "spent": spent(),
-            "waited": waited,
-            "bad_steps": bad_steps,
+            "tokens": state.step * tokens_a_step,
             "config": config,
             "tokenizer": log.tokenizer.to_dict() if log.tokenizer else first_found.tokenizer,
             "turns": any(each.turns for each, _ in found),
-            "wandb_id": log.wandb_id,
             "asked": asked,
             "eval_sequences": eval_sequences,
+            **asdict(state),
         }
         if whole:
-            state |= {"optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}
-        also = Path(out_dir) / f"step_{step}.pt" if whole and keep_checkpoints else None
-        saver.save(Path(out_dir) / name, state | extra, also, keep_checkpoints)
-
-    def spent() -> float:
-        """Seconds since the run's start, in this process and those before it."""
-        return spent_before + time.perf_counter() - started
+            kept |= {"optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}
+        also = Path(out_dir) / f"step_{state.step}.pt" if whole and keep_checkpoints else None
+        saver.save(Path(out_dir) / name, kept | extra, also, keep_checkpoints)
 
     gc.collect()
     gc.freeze()  # what lives for the whole run is not searched for garbage again
-    step, saved, pending, stop = first_step, first_step, None, 0
+    saved, pending, stop, best_step = first_step, None, 0, None
     mine = torch.eye(world, device=on)[rank]
-    clock, paused, last_logged = time.perf_counter(), 0.0, first_step
+    clock, last_logged = time.perf_counter(), first_step
+    evaluated, scored, unlogged = None, None, None  # the steps evaluated and scored last; the last that has no line yet
     begun = done = spent() / (60 * max_minutes) if max_minutes else 0.0  # part of the minutes, as rank 0 has it
     if world > 1 and max_minutes:
         box = [done]
         dist.broadcast_object_list(box, device=torch.device("cpu"))
         begun = done = box[0]
-    evaluated, scored, unlogged = None, None, None  # the steps evaluated and scored last; the last that has no line yet
     expected = steps  # of the whole run; by the clock, at the present pace
     if max_minutes and first_step:
-        expected = first_step * 60 * max_minutes / max(spent_before, 1e-3)
+        expected = first_step * 60 * max_minutes / max(state.spent, 1e-3)
 
     def due(interval: int) -> bool:
-        return interval > 0 and step % interval == 0
+        return interval > 0 and state.step % interval == 0
 
     def log_step() -> None:
         """A line for the last step that was read."""
-        nonlocal clock, paused, trained_seconds, last_logged, unlogged
+        nonlocal clock, last_logged, unlogged
         at, loss, norm, lr = unlogged
-        now = time.perf_counter()
-        seconds = now - clock - paused
-        trained_seconds += seconds
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        state.elapsed += seconds
         if master:
-            log.step(at, loss, norm, lr, seconds / (at - last_logged), trained_seconds)
-        clock, paused, last_logged, unlogged = now, 0.0, at, None
+            log.step(at, loss, norm, lr, seconds / (at - last_logged), state.elapsed)
+        last_logged, unlogged = at, None
 
     def read_pending() -> None:
         """Log the step before, which a GPU has finished by the time the next one is launched. Raises if it went bad."""
-        nonlocal pending, bad_steps, stop, done, expected, unlogged
+        nonlocal pending, stop, done, expected, unlogged
         if pending is None:
             return
         (at, read, lr, logged), pending = pending, None
@@ -745,40 +771,40 @@ def main(config: dict) -> None:
         if logged:
             log_step()
         if any(bad_loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
-            bad_steps += 1
+            state.bad_steps += 1
             worst = bad_loss.index(max(bad_loss))
             about = f"step {at:,}: loss {loss:.4g}, gradient norm {norm:.4g}, rank {worst}"
-            if bad_steps <= skip_bad_steps:
+            if state.bad_steps <= skip_bad_steps:
                 if master:
-                    print(f"warning: {about}: no update, {bad_steps} of {skip_bad_steps} tolerated")
+                    print(f"warning: {about}: no update, {state.bad_steps} of {skip_bad_steps} tolerated")
                 return
             saver.wait()
             good = saver.steps.get("ckpt.pt", first_step)
             good = f"the last good checkpoint is of step {good:,}" if good else "there is no checkpoint yet"
-            path, places = dump_bad_step(run, at - 1, worst, config, first_found.tokenizer)
             raise RuntimeError(
-                f"{about}, batch from {places}. {path} reproduces it; {good}. Lower "
+                f"{about}, {dump_bad_step(run, at - 1, worst, config, first_found.tokenizer)}; {good}. Lower "
                 "--learning_rate or --grad_clip, try --dtype=float32, or tolerate some by --skip_bad_steps=N"
             )
 
+    # The loop
     signals.catch(not eval_only)
     while True:
-        if max_minutes and done >= 1 and steps > step:
+        if max_minutes and done >= 1 and steps > state.step:
             read_pending()
             if unlogged and not eval_only:
                 log_step()
-            steps = step
-        last = step >= steps
-        evaluate_now = (last or eval_only or due(eval_interval)) and evaluated != step
+            steps = state.step
+        last = state.step >= steps
+        evaluate_now = (last or eval_only or due(eval_interval)) and evaluated != state.step
         save_now = last or (always_save_checkpoint and evaluate_now) or due(checkpoint_interval)
         sample_now = due(sample_interval) and not last
-        score_now = examples and step > 0 and (due(hellaswag_interval) or last) and scored != step
+        score_now = examples and state.step > 0 and (due(hellaswag_interval) or last) and scored != state.step
         if evaluate_now or save_now or sample_now or score_now or stop:
             read_pending()
             aside = time.perf_counter()
-            if (save_now or stop) and step > saved:  # before the evaluation, which may fail
+            if (save_now or stop) and state.step > saved:  # before the evaluation, which may fail
                 save("ckpt.pt")
-                saved = step
+                saved = state.step
             if stop:
                 break
             if evaluate_now:
@@ -789,61 +815,61 @@ def main(config: dict) -> None:
                 val_loss, accuracy, by_source = measured
                 if eval_only:
                     break
-                evaluated, waited = step, waited + 1
-                if val_loss < best_val_loss:
-                    best_val_loss, waited = val_loss, 0
-                    if step or init_from != "scratch":
-                        best_step = step
+                evaluated, state.waited = state.step, state.waited + 1
+                if val_loss < state.best_val_loss:
+                    state.best_val_loss, state.waited = val_loss, 0
+                    if state.step or init_from != "scratch":
+                        best_step = state.step
                         save("best.pt", whole=False, val_loss=val_loss)
                 if master:
-                    log.validation(step, val_loss, accuracy, best_val_loss, by_source)
-                if patience and waited >= patience and step < steps:
-                    steps = step
+                    log.validation(state.step, val_loss, accuracy, state.best_val_loss, by_source)
+                if patience and state.waited >= patience and state.step < steps:
+                    steps = state.step
                     if master:
-                        print(f"stopped at step {step:,}: no lower loss in {waited} evaluations; best.pt has the best")
+                        print(
+                            f"stopped at step {steps:,}: no lower loss in {state.waited} evaluations; best.pt has the best"
+                        )
             if score_now:
                 with run.autocast():
                     scores = classic_accuracy(run.model, questions, rank, world)
-                scored = step
+                scored = state.step
                 if master:
-                    log.hellaswag(step, *scores)
+                    log.hellaswag(state.step, *scores)
             if master and sample_now:
-                log.sample(step)
-            paused += time.perf_counter() - aside
+                log.sample(state.step)
+            clock += time.perf_counter() - aside
         if last:
             break
-        if step >= steps:
+        if state.step >= steps:
             continue
-        lr = learning_rate
-        if decay_lr:
-            until = expected if max_minutes else lr_decay_iters or steps
-            warmup = min(warmup_iters, until / 10) if max_minutes else warmup_iters
-            lr = learning_rate_at(step, schedule, learning_rate, min_lr, warmup, until, decay_fraction)
+        lr = rate_at(state.step, steps, expected)
         for each in optimizers:
             for group in each.param_groups:
                 group["lr"] = lr * group["share"]
-        loss, norm = train_step(run, step)
+        loss, norm = train_step(run, state.step)
         read_pending()
-        step += 1
+        state.step += 1
         signalled = torch.full((), float(signals.number > 0), device=on)
         by_now = torch.full((), spent() / (60 * max_minutes) if master and max_minutes else 0.0, device=on)
         numbers = torch.cat((torch.stack((loss, norm.float(), signalled, by_now)), mine * ~torch.isfinite(loss)))
         if world > 1:  # so that all ranks stop together
             dist.all_reduce(numbers)
-        pending = (step, read_later(numbers), lr, step % log_interval == 0 or step == steps)
+        pending = (state.step, read_later(numbers), lr, due(log_interval) or state.step == steps)
         if on.type != "cuda":
             read_pending()
+
+    # The end
     saver.wait()
     signals.catch(False)  # all that training made is on the disk
     if world > 1:  # DDP goes before its group: as the last owner it would wait for gloo's thread with the GIL held
         run.step_model = run.step_model.module
     if stop:
-        if master and step > first_step and saver.steps.get("ckpt.pt") != step:
+        if master and state.step > first_step and saver.steps.get("ckpt.pt") != state.step:
             raise OSError(
-                f"stopped at step {step:,}, which is not saved: make room, and --resume goes on from what there is"
+                f"stopped at step {state.step:,}, which is not saved: make room, and --resume goes on from what there is"
             )
         if master:
-            print(f"stopped at step {step:,}: --resume goes on from there")
+            print(f"stopped at step {state.step:,}: --resume goes on from there")
         leave_ranks()  # together: torchrun ends the others when the first is gone
         raise SystemExit(128 + (signals.number or signal.SIGTERM))
     if not eval_only:  # the last word is said on more of the split
@@ -856,8 +882,8 @@ def main(config: dict) -> None:
                 f"val loss {val_loss:.4f}  perplexity {math.exp(min(val_loss, 700)):.2f}  accuracy {accuracy:.1%}{sources}"
             )
     elif master:
-        total, log.steps = time.perf_counter() - started, steps
-        log.finish(*final, best_val_loss, bad_steps, trained_seconds, total)
+        log.steps = steps
+        log.finish(*final, state.best_val_loss, state.bad_steps, state.elapsed, time.perf_counter() - began)
         if best_step is not None and saver.steps.get("best.pt") != best_step:
             raise OSError(f"{out_dir}/best.pt is not the best: that of step {best_step:,} could not be saved")
         if steps > first_step and saver.steps.get("ckpt.pt") != steps:

@@ -34,8 +34,8 @@ NAMES = {"val_loss": "validation loss (nats a token)", "train_loss": "training l
 NAMES |= {"final_val_loss": NAMES["val_loss"], "best_val_loss": "best validation loss (nats a token)"}
 
 
-def figure(width=7.0, height=4.5):
-    """matplotlib's pyplot, a figure and its axes. Raises ImportError naming the extra."""
+def figure(width=7.0, height=4.5, panels=(1, 1)):
+    """matplotlib's pyplot, a figure and its axes, or an array of rows x columns of them. Raises ImportError naming the extra."""
     try:
         import matplotlib
     except ImportError:
@@ -43,12 +43,12 @@ def figure(width=7.0, height=4.5):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(figsize=(width, height), layout="constrained", dpi=150)
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return plt, fig, axes
+    fig, every = plt.subplots(*panels, figsize=(width, height), layout="constrained", dpi=150, squeeze=False)
+    for axes in every.flat:
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return plt, fig, axes if every.size == 1 else every
 
 
 def short_number(v: float) -> str:

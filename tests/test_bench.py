@@ -1,6 +1,5 @@
 """bench.py: it runs, and says what it measured. How fast is for people to read, not for tests to hold."""
 
-import csv
 import json
 import re
 
@@ -46,18 +45,6 @@ def test_batches_are_doubled_until_nothing_is_gained(run, tmp_path):
     assert [int(k.rpartition("_")[2]) for k in figures] == [2**n for n in range(len(figures))] and len(figures) > 2
 
 
-def test_scale_measures_draws_and_tells_how_it_grows(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    keys = [*TINY, "--mode=scale", "--axes=n_layer,ranks", "--points=2", "--steps=1", "--vocab_size=600"]
-    printed = run("bench.py", *keys, "--output=grown")
-    rows = list(csv.DictReader(open(tmp_path / "grown" / "scale.csv")))
-    found = [(r["axis"], r["value"]) for r in rows]
-    assert found[:3] == [("n_layer", "1"), ("n_layer", "2"), ("ranks", "1")]
-    assert all(float(r["ms_a_step"]) > 0 and float(r["peak_memory_mib"]) > 0 for r in rows)
-    assert "at the end it grows as n_layer^" in printed
-    assert (tmp_path / "grown" / "scale.png").read_bytes()[:4] == b"\x89PNG"
-
-
 def test_startup_times_whole_processes(monkeypatch, capsys):
     commands = []
     monkeypatch.setattr(bench, "seconds_of", lambda *c, times=3, **e: commands.append((c, e)) or ([0.5] * times, ""))
@@ -86,7 +73,6 @@ def test_bad_input_is_told_in_one_line(refused, tmp_path):
     assert "takes no key of train.py" in refused("bench.py", "--mode=data", "--n_layer=2")
     (tmp_path / "bad.json").write_text("{")
     assert "not a file that --output wrote" in refused("bench.py", "--compare=bad.json", *TINY)
-    assert "--axes=width: width is not one of" in refused("bench.py", "--mode=scale", "--axes=width", *TINY)
     assert "--quantize=int4: choose int8" in refused(
         "bench.py", "--mode=decode", "--quantize=int4", "--tokens=5", *TINY
     )

@@ -123,6 +123,20 @@ def test_ranks_greet_train_one_run_and_only_the_first_writes(chars, tmp_path_fac
     assert losses(chars / "two") == pytest.approx(losses(chars / "one"), abs=1e-4)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])  # micro-batches of a rank: with and without DDP's static graph
+def test_compiled_ranks_reduce_while_the_backward_pass_goes_on(chars, accumulation):
+    sizes = ["--n_embd=160", "--n_layer=2", f"--gradient_accumulation_steps={2 * accumulation}", "--max_iters=3"]
+    keys = [*JOB, *sizes, "--sample_prompt=", "--final_eval_tokens=64"]
+    logged = {"TORCH_LOGS": "ddp_graphs"}
+    with torchrun(*keys, "--compile=True", "--out_dir=compiled", cwd=chars, env=logged) as job:
+        assert job.wait(timeout=120) == 0, job.log.read_text()[-3000:]
+        assert (
+            "submod_1" in job.log.read_text()
+        )  # the graph is cut at DDP's buckets: one is reduced before all are there
+    plain, _ = two_ranks(*keys, "--compile=False", "--out_dir=plain", cwds=(chars, chars))
+    assert plain.returncode == 0 and losses(chars / "compiled") == pytest.approx(losses(chars / "plain"), abs=1e-4)
+
+
 def test_a_rank_that_does_not_come_is_told_within_the_timeout(chars):
     start = time.monotonic()
     (alone,) = two_ranks(*JOB, "--timeout=3", cwds=(chars,), ranks=(0,))

@@ -334,6 +334,30 @@ def test_flops_stand_in_for_tokens_in_a_csv(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# growth.py
+
+
+def test_growth_is_measured_drawn_and_told(tmp_path):
+    axes = "--axes={'n_layer': [2, 1], 'ranks': [1, 2]}"
+    base = "--base=--n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --device=cpu --compile=False"
+    told = lab("growth.py", base, axes, "--steps=1", "--vocab_size=600", "--output_dir=grown", cwd=tmp_path)
+    with open(tmp_path / "grown" / "growth.csv", newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    assert [(r["axis"], r["value"]) for r in rows][:3] == [("n_layer", "1"), ("n_layer", "2"), ("ranks", "1")]
+    assert all(float(r["ms_a_step"]) > 0 and float(r["peak_memory_mib"]) > 0 for r in rows)
+    assert "at the end it grows as n_layer^" in told
+    assert (tmp_path / "grown" / "growth.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_growth_says_what_does_not_run(tmp_path):
+    refused = lab("growth.py", "--axes={'width': [1]}", cwd=tmp_path, code=2)
+    assert "--axes: width is not one of batch_size, block_size, n_layer, ranks" in refused
+    assert "a list of whole numbers" in lab("growth.py", "--axes={'n_layer': 4}", cwd=tmp_path, code=2)
+    told = lab("growth.py", "--base=--n_embd=30 --n_head=4", "--axes={'n_layer': [1]}", cwd=tmp_path, code=2)
+    assert "does not run: error: --n_embd=30 is not divisible" in told and "nothing could be measured" in told
+
+
+# -----------------------------------------------------------------------------
 # plot.py and a whole small study
 
 

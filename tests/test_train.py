@@ -193,7 +193,7 @@ def test_compile_that_fails_falls_back_under_auto_and_raises_under_true(monkeypa
     model = torch.nn.Linear(1, 1)
 
     class FakeRun:
-        device = torch.device("cuda")
+        device, world = torch.device("cuda"), 1
 
         def batch(self, *a):
             return 0, 0
@@ -204,11 +204,11 @@ def test_compile_that_fails_falls_back_under_auto_and_raises_under_true(monkeypa
     run = FakeRun()
     run.model = model
     monkeypatch.setattr(train, "compile", "auto")
-    assert train.compile_model(run) is model
+    assert train.prepare_step(run) is model
     assert "going on without it (no compiler)" in capsys.readouterr().out
     monkeypatch.setattr(train, "compile", True)
     with pytest.raises(RuntimeError, match="no compiler"):
-        train.compile_model(run)
+        train.prepare_step(run)
 
 
 def test_fp16_scales_the_loss_and_trains(run, chars):
