@@ -137,30 +137,34 @@ def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) ->
     """The sum of every ending's token losses: yields (which questions, losses (len, 4) in nats), short ones first.
 
     Questions with contexts of about one length go together: what all have room for is read once, into the KV cache. Their
-    endings, each behind the rest of its context (a token at least), are then read in batches of about one length, and the
-    head sees the endings alone. A context that is too long loses its front. Raises ValueError for an ending longer than the
-    model's context.
+    endings, each behind the rest of its context (a token at least), are then read in batches of about one length and
+    64 batch_size tokens, and the head sees the endings alone. A context that is too long loses its front. Raises ValueError
+    for an ending longer than the model's context.
     """
-    T, on = model.config.block_size, model.device
+    T, on, kind = model.config.block_size, model.device, model.transformer.wte.weight.dtype
+    if torch.is_autocast_enabled(on.type):
+        kind = torch.get_autocast_dtype(on.type)
     batch_size = batch_size or (8 if on.type == "cpu" else 64)
     check_lengths(questions, T)
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].context))
-    for first in range(0, len(order), 4 * batch_size):
-        chosen = order[first : first + 4 * batch_size]
+    several = min(8 * batch_size, 256)  # of about one length; the cache holds them all
+    for first in range(0, len(order), several):
+        chosen = order[first : first + several]
         contexts = []
         for i in chosen:
             room = T + 1 - max(map(len, questions[i].endings))
             contexts.append(questions[i].context[-room:] or [0])
         shared = min(map(len, contexts)) - 1
-        cache = KVCache(model.config, len(chosen), shared, on, model._cache_dtype())
+        cache = KVCache(model.config, len(chosen), shared, on, kind)
         if shared:
             model.hidden(torch.tensor([c[:shared] for c in contexts], device=on), cache)
         rows = [(n, c[shared:], e) for n, c in enumerate(contexts) for e in questions[chosen[n]].endings]
         losses = torch.zeros(len(rows), device=on)
-        by_length = sorted(range(len(rows)), key=lambda r: len(rows[r][1]) + len(rows[r][2]))
-        for begin in range(0, len(rows), 4 * batch_size):
-            these = by_length[begin : begin + 4 * batch_size]
-            width = max(len(rows[r][1]) + len(rows[r][2]) for r in these) - 1
+        left = sorted(range(len(rows)), key=lambda r: len(rows[r][1]) + len(rows[r][2]))
+        while left:  # the longest first
+            width = len(rows[left[-1]][1]) + len(rows[left[-1]][2]) - 1
+            count = max(1, 64 * batch_size // width)
+            left, these = left[:-count], left[-count:]
             x, y = np.zeros((len(these), width), np.int64), np.full((len(these), width), -1, np.int64)
             for row, r in enumerate(these):
                 _, c, e = rows[r]

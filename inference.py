@@ -13,22 +13,25 @@ import torch.nn.functional as F
 
 from checkpoint import find_tokenizer, load_model
 from machine import pick_device, pick_dtype, tune_malloc
-from model import GPT, KVCache
+from model import GELU, GPT, KVCache
 from tokenizer import Tokenizer
 
 QUANTIZE = ("", "int8")
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights lie as oneDNN's kernels read them: one row goes through at the memory's speed."""
+    """A linear layer whose weights lie as oneDNN's kernels read them: one row goes through at the memory's speed.
 
-    def __init__(self, layer: nn.Linear):
+    gelu: tanh or none, to apply this approximation of GELU as well, while the product is at hand.
+    """
+
+    def __init__(self, layer: nn.Linear, gelu: str = ""):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 1)
-        self.bias = layer.bias
+        self.bias, self.then = layer.bias, ("gelu", [], gelu) if gelu else ("none", [], "")
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, self.bias, *self.then)
 
 
 class Int8Linear(nn.Module):
@@ -78,6 +81,9 @@ def for_inference(model: nn.Module, device: torch.device, dtype: torch.dtype, qu
         replace_linears(model, lambda layer: Int8Linear(layer, dtype))
     model.to(device, dtype)
     if packs(device, dtype):
+        for mlp in [block.mlp for block in model.transformer.h]:
+            if mlp.kind in GELU and not quantize:
+                mlp.c_fc, mlp.activate = PackedLinear(mlp.c_fc, GELU[mlp.kind]), lambda x: x
         replace_linears(model, PackedLinear)
     return model
 

@@ -178,8 +178,9 @@ class CausalSelfAttention(nn.Module):
         if fused:
             causal = T > 1 and mask is None
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
-        if grouped:
-            k, v = (z.repeat_interleave(q.size(1) // k.size(1), dim=1) for z in (k, v))
+        shape, groups = q.shape, q.size(1) // k.size(1)
+        if grouped:  # the heads that share keys stand one below the other
+            q = q.reshape(q.size(0), k.size(1), groups * T, q.size(-1))
         scale = 1 / math.sqrt(q.size(-1))
         if q.dtype == torch.float16:  # whose range is soon exceeded
             q, scale = q * scale, 1
@@ -187,8 +188,8 @@ class CausalSelfAttention(nn.Module):
         bias = scores.new_zeros(T, S)
         if mask is not None:
             bias.masked_fill_(~mask, float("-inf"))
-        scores = torch.add(bias, scores, alpha=scale)
-        return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
+        scores = torch.add(bias.repeat(groups, 1) if grouped else bias, scores, alpha=scale)
+        return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).view(shape)
 
 
 def rotary_table(length: int, head_size: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,6 +228,9 @@ class LoRALinear(nn.Linear):
         return plain
 
 
+GELU = {"gelu": "tanh", "gelu_erf": "none"}  # by --mlp: how torch calls its approximation
+
+
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -237,15 +241,15 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.c_fc(x)
+        return self.dropout(self.c_proj(self.activate(self.c_fc(x))))
+
+    def activate(self, x):
         if self.kind == "swiglu":
             gate, value = x.chunk(2, dim=-1)
-            x = F.silu(gate) * value
-        elif self.kind == "relu2":
-            x = F.relu(x).square()
-        else:
-            x = F.gelu(x, approximate="tanh" if self.kind == "gelu" else "none")
-        return self.dropout(self.c_proj(x))
+            return F.silu(gate) * value
+        if self.kind == "relu2":
+            return F.relu(x).square()
+        return F.gelu(x, approximate=GELU[self.kind])
 
 
 class Block(nn.Module):
@@ -421,11 +425,11 @@ class GPT(nn.Module):
 
         On a CPU a few rows at a time, whose logits stay in its cache.
         """
-        rows = max(128, 2**22 // self.config.vocab_size) if hidden.device.type == "cpu" else 4096
+        rows = max(256, 2**22 // self.config.vocab_size) if hidden.device.type == "cpu" else 4096
         losses, right = [], []
         for h, y in zip(hidden.split(rows), targets.split(rows)):
             logits = self.logits(h).float()
-            losses.append(logits.logsumexp(-1) - logits.gather(-1, y[:, None])[:, 0])
+            losses.append(F.cross_entropy(logits, y, reduction="none"))
             if accuracy:
                 right.append(logits.argmax(-1) == y)
         return torch.cat(losses), torch.cat(right) if accuracy else None

@@ -33,9 +33,10 @@ def look(model, idx) -> dict[str, torch.Tensor]:
 def coordinates(width: int, text: str, recipe: dict | None = None, steps: int = 10) -> dict[str, tuple[float, float]]:
     """RMS of each activation after so many steps, and of how far the steps moved it, for the dial's model of this width."""
     keys = recipe or train.from_depth(vars(train) | {"depth": 4, "n_embd": width, "block_size": 64}, {"n_embd"})
-    ids = torch.tensor([sorted(set(text)).index(c) for c in text])
+    letters = {c: i for i, c in enumerate(sorted(set(text)))}
+    ids = torch.tensor([letters[c] for c in text])
     model_keys = {k: v for k, v in keys.items() if k in GPTConfig.__dataclass_fields__}
-    sizes = dict(block_size=64, vocab_size=len(set(text)), n_layer=4, n_head=width // 64, n_embd=width, bias=False)
+    sizes = dict(block_size=64, vocab_size=len(letters), n_layer=4, n_head=width // 64, n_embd=width, bias=False)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**sizes, **model_keys}))
     rates = {k: keys[k] for k in ("embedding_lr", "head_lr", "vector_lr") if k in keys}
