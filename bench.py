@@ -29,21 +29,21 @@ import torch
 
 import train
 from checkpoint import load_model
-from configurator import configure, read_keys, short_errors
+from configurator import configure, error_of, read_keys, short_errors
 from corpus import DatasetWriter, cores, split_text
 from data import TrainingWindows, atomic_write, load_dataset
 from inference import for_inference
 from machine import free_memory, is_out_of_memory, largest_batch, peak_flops, peak_memory, pick_device
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, formula_is_faster
 from report import Log
 from tokenizer import EOT, CharTokenizer, gpt2_tokenizer
 
 mode = "train"  # train | decode | data | startup | all
-steps = 20  # training steps to time, after three that are not
+steps = 20  # training steps to time, after three to warm up
 tokens = 100  # to decode
 quantize = ""  # int8: decode with weights of 8 bits
 decode_batch = 16  # texts at a time, beside one alone
-repeat = 5  # measurements of what is short, of which the median is told
+repeat = 5  # how often what is short is measured, of which the median is told
 vocab_size = 50257  # ids of the synthetic tokens
 real_data = False  # train on --dataset instead of synthetic tokens
 find_batch = False  # train: double the micro-batch as long as it fits and gets faster
@@ -92,9 +92,9 @@ def roofline(on: torch.device, kind: torch.dtype) -> tuple[float, float]:
 def attention_backend(run: train.Run) -> str:
     """How this run's attention is computed."""
     c, T = run.model.config, train.block_size
-    if c.attn == "manual" or (run.device.type == "cpu" and run.dtype == torch.bfloat16 and T <= 512):
-        return "formula"
     q = torch.zeros(1, c.n_head, T, c.head_size, device=run.device, dtype=run.dtype, requires_grad=True)
+    if c.attn == "manual" or formula_is_faster(q, T, training=True):
+        return "formula"
     choice = torch._fused_sdp_choice(q, q, q, None, c.dropout, True)
     return torch.nn.attention.SDPBackend(choice).name.lower().replace("_attention", "")
 
@@ -412,33 +412,28 @@ def bench_data() -> dict:
     }
 
 
-def seconds_of(*command: str, times: int = 3, **environment: str) -> tuple[list[float], str]:
-    """Seconds of a process, from its start to its end, so many times, and what it printed. Raises RuntimeError if it fails."""
+def seconds_of(*command: str, times: int = 3, **environment: str) -> list[float]:
+    """Seconds of a Python process, from its start to its end, so many times. Raises RuntimeError if it fails."""
     found = []
     for _ in range(times):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, env=os.environ | environment
-        )  # fmt: skip
+        start, env = time.perf_counter(), os.environ | environment
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
         found.append(time.perf_counter() - start)
         if done.returncode:
-            errors = [
-                line for line in done.stderr.splitlines() if line.startswith("error: ")
-            ] or done.stderr.splitlines()
-            raise RuntimeError(f"{' '.join(command)}: {(errors or [''])[-1]}")
-    return found, done.stdout
+            raise RuntimeError(f"{' '.join(command)}: {error_of(done.stderr)}")
+    return found
 
 
 def bench_startup() -> dict:
     """Whole processes: what a person waits for before anything is to be seen."""
     figures, one = {}, ["--max_iters=1", "--eval_iters=1", "--final_eval_tokens=1000", "--eval_interval=0"]
 
-    def tell(name: str, seconds: list[float]) -> None:
+    def tell_seconds(name: str, seconds: list[float]) -> None:
         figures[f"seconds_{name.replace(' ', '_')}"] = value = statistics.median(seconds)
         note = f"{value / figures['seconds_import_torch']:.2f} x import torch"
         print(f"{name:<32} {value:>6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})  {note}")
 
-    tell("import torch", seconds_of("-c", "import torch", times=repeat)[0])
+    tell_seconds("import torch", seconds_of("-c", "import torch", times=repeat))
     with tempfile.TemporaryDirectory() as folder:
         out = f"--out_dir={folder}/run"
         quickstart = [
@@ -449,11 +444,12 @@ def bench_startup() -> dict:
             *one,
         ]
         seconds_of(*quickstart, times=1)  # makes its data
-        tell("sample.py, a small run", seconds_of(str(HERE / "sample.py"), out, "--max_new_tokens=20", times=repeat)[0])
-        tell("train.py, one step", seconds_of(*quickstart, times=repeat)[0])
+        sample = [str(HERE / "sample.py"), out, "--max_new_tokens=20"]
+        tell_seconds("sample.py, a small run", seconds_of(*sample, times=repeat))
+        tell_seconds("train.py, one step", seconds_of(*quickstart, times=repeat))
         cache = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
         for name, times in (("the same compiled, the first time", 1), ("again, from the cache on disk", 2)):
-            tell(name, seconds_of(*quickstart, "--compile=True", times=times, **cache)[0])
+            tell_seconds(name, seconds_of(*quickstart, "--compile=True", times=times, **cache))
     return figures
 
 
@@ -466,10 +462,8 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def suit_the_device(argv: list[str]) -> list[str]:
     """train.py's arguments; without any, those of a model that this machine can train."""
-    if argv or torch.cuda.is_available():
+    if argv or mode == "decode" or torch.cuda.is_available():
         return argv
-    if mode == "decode":
-        return ["--device=auto"]
     return [str(HERE / "config" / "baby_cpu.py"), "--dropout=0.0"]
 
 
@@ -515,7 +509,7 @@ def main() -> None:
         before = json.loads(Path(compare).read_text(encoding="utf-8")) if compare else {}
     except ValueError:
         raise ValueError(f"--compare={compare}: not a file that --output wrote") from None
-    figures = bench_batches() if mode == "train" and find_batch else BENCHES[mode]()
+    figures = bench_batches() if find_batch else BENCHES[mode]()
     if compare:
         show_ratios(figures, before)
     if output and figures:

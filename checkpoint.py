@@ -87,6 +87,7 @@ class Saver:
     def __init__(self):
         self.thread: threading.Thread | None = None
         self.steps: dict[str, int] = {}
+        self.failed: dict[str, int] = {}  # of which step the last write of a file was, if it failed
         self.copies: dict[str, dict] = {}  # the memory of the last copy, by file name
 
     def save(self, path: Path, payload: dict, also: Path | None = None, keep: int = 0) -> None:
@@ -102,11 +103,13 @@ class Saver:
         try:
             save_checkpoint(path, payload)
             self.steps[path.name] = payload["step"]
+            self.failed.pop(path.name, None)
             if also:
                 link(path, also)
                 for old in kept_steps(also.parent)[:-keep]:
                     old.unlink()
         except OSError as e:
+            self.failed[path.name] = payload["step"]
             need = sum(t.numel() * t.element_size() for t in tensors(payload)) / 2**20
             free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else math.nan
             old = f"; {path} is still the one before" if path.exists() else ""

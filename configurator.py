@@ -167,6 +167,12 @@ def configure(namespace: dict, argv: list[str] | None = None, dial: tuple | None
     return config
 
 
+def error_of(text: str) -> str:
+    """The first error that short_errors told on a child's stderr, or its last line."""
+    lines = text.splitlines() or [""]
+    return next((line for line in lines if line.startswith("error: ")), lines[-1])
+
+
 def run_file(path: str, current: dict) -> dict:
     """The assignments a config file makes, run with the current values in sight. Raises ValueError if it cannot run."""
     file = Path(path)

@@ -45,7 +45,9 @@ data_dir = "data"  # where the examples are kept, in hellaswag/
 source = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"  # where they are downloaded from
 scoring = "both"  # both | classic | harness
 limit = 0  # the first so many examples; 0: all
-batch_size = 0  # examples at a time, four endings each; 0: 8 on a CPU, 64 elsewhere
+batch_size = (
+    0  # 8 times as many contexts at a time (256 at most), 64 times as many tokens of endings; 0: 8 on a CPU, else 64
+)
 output = ""  # a .jsonl file of every example's losses and choices
 device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto (bfloat16 where native) | float32 | bfloat16 | float16
@@ -162,8 +164,8 @@ def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) ->
         losses = torch.zeros(len(rows), device=on)
         left = sorted(range(len(rows)), key=lambda r: len(rows[r][1]) + len(rows[r][2]))
         while left:  # the longest first
-            width = len(rows[left[-1]][1]) + len(rows[left[-1]][2]) - 1
-            count = max(1, 64 * batch_size // width)
+            width = max(1, len(rows[left[-1]][1]) + len(rows[left[-1]][2]) - 1)
+            count = max(1, min(64 * batch_size // width, 8 * batch_size))  # each has a copy of its context
             left, these = left[:-count], left[-count:]
             x, y = np.zeros((len(these), width), np.int64), np.full((len(these), width), -1, np.int64)
             for row, r in enumerate(these):

@@ -189,6 +189,14 @@ def join_ranks(on: torch.device, backend: str, timeout: float) -> tuple[int, int
     return rank, world
 
 
+def from_first_rank(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
 def leave_ranks() -> None:
     """Wait for the other ranks, and let go of them."""
     if dist.is_initialized():

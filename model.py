@@ -55,8 +55,8 @@ class GPTConfig:
             raise ValueError(f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"--n_head={self.n_head} is not divisible by --n_kv_head={self.n_kv_head}")
-        if self.pos == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"--pos=rope needs an even head size, not n_embd/n_head = {self.n_embd // self.n_head}")
+        if self.pos == "rope" and self.head_size % 2:
+            raise ValueError(f"--pos=rope needs an even head size, not n_embd/n_head = {self.head_size}")
         if self.lora_rank < 0 or self.lora_alpha <= 0:
             raise ValueError(f"--lora_rank={self.lora_rank} --lora_alpha={self.lora_alpha}: at least 0, and above 0")
         if not 0 <= self.dropout < 1:
@@ -98,8 +98,8 @@ class Norm(nn.Module):
 class KVCache:
     """Keys and values of every layer, (B, K, length, D) each, allocated once; the first `filled` positions are valid.
 
-    A step whose shapes never change (see DecodeStep) sets `at`, the position it writes to, integer (1,) on the device;
-    `mask`, the positions it looks at, bool (1, reach).
+    A step whose shapes never change (see DecodeStep) sets `at`, integer (1,) on the device, the position it writes to, and
+    `mask`, bool (1, reach), the positions it looks at.
     """
 
     def __init__(self, config: GPTConfig, batch: int, length: int, device, dtype):
@@ -170,9 +170,7 @@ class CausalSelfAttention(nn.Module):
         T, S = q.size(2), k.size(2)
         dropout = self.config.dropout if self.training else 0.0
         grouped = q.size(1) != k.size(1)
-        # On a CPU in bfloat16 the formula is faster for a while: the fused kernel's backward pass is slow (BENCHMARKS.md).
-        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S <= (512 if self.training else 256)
-        fused = self.config.attn == "sdpa" and not slow
+        fused = self.config.attn == "sdpa" and not formula_is_faster(q, S, self.training)
         if mask is None and T > 1 and (past or not fused):
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(past)
         if fused:
@@ -190,6 +188,11 @@ class CausalSelfAttention(nn.Module):
             bias.masked_fill_(~mask, float("-inf"))
         scores = torch.add(bias.repeat(groups, 1) if grouped else bias, scores, alpha=scale)
         return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).view(shape)
+
+
+def formula_is_faster(q, S: int, training: bool) -> bool:
+    """On a CPU in bfloat16, for a while: the fused kernel's backward pass is slow (BENCHMARKS.md)."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) and S <= (512 if training else 256)
 
 
 def rotary_table(length: int, head_size: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,14 +273,14 @@ class HeadLoss(torch.autograd.Function):
     then their gradient, in the same pass. x (N, C), W (padded V, C), targets (N,), of which -1 counts for nothing.
     """
 
-    kept: dict[str, torch.Tensor] = {}
+    memory: dict[str, torch.Tensor] = {}
 
     @staticmethod
     def scratch(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
-        """Memory for what is not kept, taken once: fresh pages cost more than what is computed on them, and blocks as large,
-        taken and freed again and again between small ones that stay, tear holes into a heap that only grows."""
-        if (found := HeadLoss.kept.get(name)) is None or found.shape != shape or found.dtype != like.dtype:
-            found = HeadLoss.kept[name] = like.new_empty(shape)
+        """Memory taken once: fresh pages cost more than the sums on them, and blocks so large, freed between small ones that
+        stay, tear holes into the heap."""
+        if (found := HeadLoss.memory.get(name)) is None or found.shape != shape or found.dtype != like.dtype:
+            found = HeadLoss.memory[name] = like.new_empty(shape)
         return found
 
     @staticmethod
@@ -312,7 +315,10 @@ class HeadLoss(torch.autograd.Function):
             torch.mm(p, w, out=dx[at])
             if dw is not None:
                 torch.mm(rows.t(), p, out=product)
-                dw[:vocab_size] = product.t() if not first else dw[:vocab_size].add_(product.t())
+                if first:
+                    dw[:vocab_size] += product.t()
+                else:
+                    dw[:vocab_size] = product.t()
         if dw is not None:
             dw[vocab_size:] = 0
         ctx.count = known.sum()
@@ -372,8 +378,8 @@ class GPT(nn.Module):
     def _init_weights(self, module):
         zero = self.config.init == "zero_proj"
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            # One size of what passes through a matrix, whatever the width; half of 1, because Muon's updates leave what was drawn
-            # in place, where it is in the way (BENCHMARKS.md).
+            # fan-in^-1/2 keeps activations of one size at every width; half of it, since Muon never shrinks what was drawn
+            # (BENCHMARKS.md).
             std = module.in_features**-0.5 / 2 if zero and isinstance(module, nn.Linear) else 0.02
             if module is self.lm_head:
                 std = 0.0 if zero and not self.config.tie_weights else 0.02
@@ -408,11 +414,11 @@ class GPT(nn.Module):
         """The loss of what hidden() returned, (B, T, C). On a CPU in training the logits are not kept, see HeadLoss."""
         if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
             x = x.to(torch.get_autocast_dtype("cpu"))
-        V, kept = self.config.vocab_size, x.device.type != "cpu" or torch.compiler.is_compiling()
-        kept = kept or not torch.is_grad_enabled() or self.config.logit_softcap
-        if kept or V < 512 or x.dtype == torch.float16:  # characters are few, and float16's range too small for it
-            return self.cross_entropy(self.logits(x), targets, label_smoothing)
-        return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), V, label_smoothing)
+        V, training = self.config.vocab_size, torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        pays = training and V >= 512 and x.dtype != torch.float16  # characters are few, and float16's range too small
+        if x.device.type == "cpu" and pays and not self.config.logit_softcap:
+            return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), V, label_smoothing)
+        return self.cross_entropy(self.logits(x), targets, label_smoothing)
 
     def cross_entropy(self, logits, targets, label_smoothing=0.0):
         V = self.config.vocab_size
@@ -470,11 +476,11 @@ class GPT(nn.Module):
         self, idx, max_new_tokens: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, stop_tokens=(), generator=None,
         graph=True, compile=False, watch=None,
     ) -> Iterator[torch.Tensor]:  # fmt: skip
-        """Continue idx, integer (B, T): yields the next id of every row, (B,), max_new_tokens times or until all stopped (on a GPU
-        up to 15 times more, since a look waits for it).
+        """Continue idx, integer (B, T): yields the next id of every row, (B,), max_new_tokens times or until all rows stopped (on
+        a GPU up to 15 ids later: to ask waits for it, so every 16th is asked).
 
-        Rows of different lengths are filled up with -1: what comes first are then the ids that longer rows still have of their
-        own, and there are as many more of them as the shortest row is shorter than T.
+        Shorter rows are filled up with -1. Decoding begins where the shortest ends; until T the longer rows yield their own
+        ids, which come on top of max_new_tokens.
 
         temperature 0 is greedy; top_k keeps the k likeliest ids (0: all), top_p the likeliest that sum to p
         (https://arxiv.org/abs/1904.09751), min_p those at least p times as likely as the likeliest
@@ -500,16 +506,11 @@ class GPT(nn.Module):
                 watch(logits[:, -1])
             return choose(logits[:, -1].float(), temperature, top_k, top_p, min_p, generator).to(idx.dtype)
 
-        step = None
-        cache = KVCache(
-            self.config,
-            len(idx),
-            min(self.config.block_size, -(-(idx.size(1) + max_new_tokens) // 256) * 256),  # few lengths to compile for
-            idx.device,
-            self._cache_dtype(),
-        )
-        if graph and not watch and idx.device.type == "cuda":
-            step = DecodeStep(self, cache, pick, generator, compile)
+        length = -(-(idx.size(1) + max_new_tokens) // 256) * 256  # few of them, to compile for
+        length = min(self.config.block_size, length)
+        cache = KVCache(self.config, len(idx), length, idx.device, self._cache_dtype())
+        graphed = graph and not watch and idx.device.type == "cuda"
+        step = DecodeStep(self, cache, pick, generator, compile) if graphed else None
         new = self._decode(idx, shortest, max_new_tokens, pick, cache, step, stop_tokens)
         return one_ahead(new) if idx.device.type == "cuda" else new
 
@@ -653,7 +654,7 @@ class DecodeStep:
         cache, model = self.cache, self.model
         cache.at, cache.mask = self.at, (torch.arange(reach, device=model.device) <= self.at)[None]
         if self.compile and not hasattr(model, "compiled_forward"):
-            object.__setattr__(model, "compiled_forward", torch.compile(model.forward, dynamic=False))
+            model.compiled_forward = torch.compile(model.forward, dynamic=False)
         forward = model.compiled_forward if self.compile else model.forward
         try:
             self.new.copy_(self.pick(forward(self.token[:, None], cache=cache)[0]))

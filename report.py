@@ -177,12 +177,8 @@ class Log:
             self.record(step, val_loss=loss, val_accuracy=accuracy, **more)
             self.text.write(f"{step} val {loss:.6f}\n")
         self.last_val = loss
-        note = "".join(f"  {name} {value:.4f}" for name, value in by_source.items())
-        note += "  (best)" if loss <= best else f"  (best {best:.4f})"
-        print(
-            f"{self.place(step)}  val loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}  "
-            f"accuracy {accuracy:.1%}{note}"
-        )
+        note = "(best)" if loss <= best else f"(best {best:.4f})"
+        print(f"{self.place(step)}  {measures(loss, accuracy, by_source)}  {note}")
         if step:
             with going_on("loss.png"):
                 plot_losses(self.folder)
@@ -294,6 +290,12 @@ class Log:
         artifact = wandb.Artifact(f"{self.wandb_id}-model", "model", metadata={"file": name, "val_loss": loss})
         artifact.add_file(self.folder / name)
         self.wandb.log_artifact(artifact)
+
+
+def measures(loss: float, accuracy: float, by_source: dict[str, float]) -> str:
+    """A line of what an evaluation found."""
+    sources = "".join(f"  {name} {value:.4f}" for name, value in by_source.items())
+    return f"val loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}  accuracy {accuracy:.1%}{sources}"
 
 
 def make_bar(first_step: int, steps: int):

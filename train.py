@@ -30,6 +30,7 @@ from data import Dataset, MixedWindows, TrainingWindows, load_mixture, validatio
 from eval_hellaswag import classic_accuracy, classic_questions, find_examples, read_examples
 from machine import (
     Signals,
+    from_first_rank,
     is_out_of_memory,
     join_ranks,
     largest_batch,
@@ -41,7 +42,7 @@ from machine import (
 )
 from model import GPT, GPTConfig
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
-from report import Log, close_bars, describe
+from report import Log, close_bars, describe, measures
 from tokenizer import tokenizer_from_dict
 
 # Run
@@ -61,7 +62,7 @@ block_size = 1024  # tokens in a sequence, the context
 gradient_accumulation_steps = 8  # micro-batches in a step, over all ranks together
 total_batch_tokens = 0  # tokens in a step: sets gradient_accumulation_steps; 0: off
 # Model
-depth = 0  # one dial: the modern recipe for so many blocks, its width, batch, rates and length; 0: off. What is given stands
+depth = 0  # one dial: the modern recipe for so many blocks, its width, batch, rates, length; keys given beside it win; 0: off
 n_layer = 12  # blocks
 n_head = 12  # attention heads
 n_embd = 768  # width
@@ -197,8 +198,8 @@ def dropout_seed(step: int, rank: int) -> int:
 def train_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One update of the weights. Returns this rank's mean loss and the gradient's norm, on the device, not waited for.
 
-    A gradient that is not finite updates nothing, and once there were more than skip_bad_steps of them none does: the
-    weights stay those that led there.
+    A gradient that is not finite updates nothing, and after more than skip_bad_steps of them no gradient does, so the weights
+    are still those that led there.
     """
     if dropout:
         torch.manual_seed(dropout_seed(step, run.rank))
@@ -226,7 +227,7 @@ def train_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     overflow = torch.isfinite(known) & run.scaler.is_enabled()  # float16's, which the scaler mends
     run.bad += hold & ~overflow
     hold |= run.bad > skip_bad_steps
-    for each in run.optimizers:  # a fused one looks at found_inf on the device, but for a Mac's
+    for each in run.optimizers:  # a fused one checks found_inf on the device, except on a Mac
         if each.defaults.get("fused") and run.device.type != "mps":
             each.found_inf = hold.float()
             each.step()
@@ -240,16 +241,16 @@ def train_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def evaluate(run: Run, shards: list, limit: int, asked=lambda: False) -> tuple[float, float] | None:
+def evaluate(run: Run, shards: list, limit: int, interrupted=lambda: False) -> tuple[float, float] | None:
     """Mean loss (nats a token) and accuracy over `limit` fixed validation windows (0: all), shared out over the ranks.
 
-    None if asked() became true on a rank, before all was done.
+    None if interrupted() became true on any rank.
     """
-    found = validation_windows(shards, block_size, limit)
-    model = run.model.eval()  # not the compiled one: a graph without gradients would take longer than it saves
+    windows = validation_windows(shards, block_size, limit)
+    model = run.model.eval()  # not the compiled one, whose graph without gradients would have to be built first
     sums = [torch.zeros(3, device=run.device)]
-    for x, y in validation_batches(found, block_size, run.windows.vocab_size, batch_size, run.rank, run.world):
-        if asked():
+    for x, y in validation_batches(windows, block_size, run.windows.vocab_size, batch_size, run.rank, run.world):
+        if interrupted():
             break
         x, y = run.to_device(x, y)
         known = y >= 0
@@ -257,18 +258,20 @@ def evaluate(run: Run, shards: list, limit: int, asked=lambda: False) -> tuple[f
             losses, right = model.token_losses(model.hidden(x)[known], y[known], accuracy=True)
         sums.append(torch.stack((losses.sum(), right.sum(), known.sum())))
     model.train()
-    total = torch.cat((torch.stack(sums).cpu().double().sum(0), torch.tensor([float(asked())], dtype=torch.float64)))
+    total = torch.cat(
+        (torch.stack(sums).cpu().double().sum(0), torch.tensor([float(interrupted())], dtype=torch.float64))
+    )
     if run.world > 1:
         dist.all_reduce(total)  # gloo's, on the CPU
     loss_sum, correct, tokens, stopped = total.tolist()
     return None if stopped else (loss_sum / tokens, correct / tokens)
 
 
-def evaluate_all(run: Run, found: list[tuple[Dataset, float]], limit: int, asked=lambda: False) -> tuple | None:
+def evaluate_all(run: Run, found: list[tuple[Dataset, float]], limit: int, interrupted=lambda: False) -> tuple | None:
     """evaluate() on each dataset: loss and accuracy, weighted by their shares, and the losses by name if they are several."""
     losses, accuracy = {}, 0.0
     for each, share in found:
-        measured = evaluate(run, each.val, limit, asked)
+        measured = evaluate(run, each.val, limit, interrupted)
         if measured is None:
             return None
         losses[each.name], accuracy = measured[0], accuracy + share * measured[1]
@@ -333,20 +336,10 @@ def find_payload(config: dict, rank: int, world: int) -> dict:
     if again or attempt:
         if rank == 0:
             payload = load_latest(Path(out_dir))
-            if (
-                payload
-                and not again
-                and any(
-                    payload.get("asked", {}).get(k) != config[k]
-                    for k in config
-                    if k not in ("wandb_run_name", "batch_size")
-                )
-            ):
+            same = config.keys() - {"wandb_run_name", "batch_size"}
+            if payload and not again and any(payload.get("asked", {}).get(k) != config[k] for k in same):
                 payload = None  # another run's, which this one was not asked to go on with
-        if world > 1:
-            box = [payload]
-            dist.broadcast_object_list(box, device=torch.device("cpu"))
-            payload = box[0]
+        payload = from_first_rank(payload)
         if payload is None and init_from == "resume":
             raise ValueError(
                 f"there is no checkpoint {out_dir}/ckpt.pt: train first, or set --out_dir to a run's folder"
@@ -355,7 +348,7 @@ def find_payload(config: dict, rank: int, world: int) -> dict:
             init_from = "resume"
             return payload
         if rank == 0:
-            print(f"there is no checkpoint in {out_dir} to resume: the run begins")
+            print(f"there is nothing in {out_dir} to go on from: the run begins")
     return {} if init_from == "scratch" else load_payload(init_from)
 
 
@@ -372,18 +365,17 @@ def resumed(payload: dict, steps: int) -> State:
     return state
 
 
-def meet_best(state: State, rank: int, world: int) -> None:
-    """best.pt may know more than the checkpoint: what it is of counts, on all ranks, and its evaluation comes again."""
-    box = [state]
+def meet_best(state: State, rank: int) -> State:
+    """The state, on all ranks, with the best loss of best.pt, which may be newer than the checkpoint. One of this very step is
+    evaluated again, which counts for nothing.
+    """
     if rank == 0:
         with contextlib.suppress(ValueError):  # there is none, or it is damaged
             best = load_checkpoint(Path(out_dir) / "best.pt")
             if best["step"] <= state.step:
                 state.best_val_loss = min(state.best_val_loss, best.get("val_loss", math.inf))
                 state.waited = -1 if best["step"] == state.step else state.waited
-    if world > 1:
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-    state.best_val_loss, state.waited = box[0].best_val_loss, box[0].waited
+    return from_first_rank(state)
 
 
 def find_hellaswag(rank: int) -> list[dict]:
@@ -444,15 +436,15 @@ def new_optimizers(model: GPT, kind: torch.dtype) -> list[torch.optim.Optimizer]
 
 
 def prepare_step(run: Run) -> torch.nn.Module:
-    """What a step calls: the model, compiled or, where that is not asked for or under auto not possible, as it is; with several
-    ranks in DDP, which averages the gradients while the backward pass goes on.
-    """
+    """The model as a step calls it: compiled where --compile asks for it (auto: on a GPU, if it works), in DDP if there are ranks."""
     if compile not in (True, False, "auto"):
         raise ValueError(f"--compile={compile}: choose auto, True or False")
     if compile is False or (compile == "auto" and run.device.type != "cuda"):
-        return share_out(run, run.model)
+        return in_ddp(run, run.model)
     torch._dynamo.config.optimize_ddp = not activation_checkpointing  # which cannot be cut into DDP's buckets
-    step_model, failure = share_out(run, torch.compile(run.model, dynamic=False)), ""
+    # With several ranks a trial of the backward pass would already reduce: its graph is built with the forward pass's.
+    torch._functorch.config.force_non_lazy_backward_lowering = run.world > 1
+    step_model, failure = in_ddp(run, torch.compile(run.model, dynamic=False)), ""
     x, y = run.batch(0, 0)
     try:  # a graph is built at the first call: make it here, where a failure can be told from training's
         if run.world > 1:
@@ -473,19 +465,20 @@ def prepare_step(run: Run) -> torch.nn.Module:
         return step_model
     if failure:
         print(f"torch.compile does not work here, going on without it ({failure}); --compile=True shows all")
-    del step_model
-    return share_out(run, run.model)
+    del step_model  # its hooks on the gradients go before the next ones come
+    return in_ddp(run, run.model)
 
 
-def share_out(run: Run, model: torch.nn.Module) -> torch.nn.Module:
-    """The model with its gradients averaged over the ranks."""
+def in_ddp(run: Run, model: torch.nn.Module) -> torch.nn.Module:
+    """The model, its gradients averaged over the ranks while the backward pass goes on."""
     if run.world == 1:
         return model
-    gpus = [run.device.index] if run.device.type == "cuda" else None
-    # A static graph waits for ever where a micro-batch leaves the reduction to a later one. The buffers are constants.
-    once = run.accumulation == 1
     return DistributedDataParallel(
-        model, gpus, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=once
+        model,
+        [run.device.index] if run.device.type == "cuda" else None,
+        broadcast_buffers=False,  # they are constants
+        gradient_as_bucket_view=True,
+        static_graph=run.accumulation == 1,  # with more, it would wait for ever for a reduction left to a later one
     )
 
 
@@ -568,7 +561,7 @@ def explained():
             ) from None
         if world > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
             if int(os.environ.get("LOCAL_WORLD_SIZE", world)) < world:
-                time.sleep(5)  # until torchrun has noticed that a host is lost, it would start again with it (README)
+                time.sleep(5)  # sooner, torchrun has not noticed that a host is lost, and starts again with it (README)
             raise RuntimeError(f"rank {rank}: another rank is gone ({first_line(e)})") from None
         raise
     finally:
@@ -576,7 +569,7 @@ def explained():
 
 
 def dump_bad_step(run: Run, step: int, rank: int, config: dict, tokenizer: dict) -> str:
-    """Write what led to a bad step, weights and micro-batches, to out_dir/bad_step_N.pt; says so, and where these lie."""
+    """Write the weights and micro-batches of a bad step to out_dir/bad_step_N.pt. Returns words on that and on where its data lies."""
     batches = [run.first_window(step, micro, rank) for micro in range(run.accumulation)]
     places = [
         (shard.path.name, shard.offset + int(start) * np.dtype(shard.dtype).itemsize)
@@ -584,9 +577,10 @@ def dump_bad_step(run: Run, step: int, rank: int, config: dict, tokenizer: dict)
         for shard, starts in run.windows.locate(first, batch_size)
         for start in starts
     ]
-    x, y = zip(*(run.windows.batch(first, batch_size) for first in batches))
     path = Path(out_dir) / f"bad_step_{step + 1}.pt"
+    told = f"batch from {places[0][0]} at byte {places[0][1]:,} and {len(places) - 1} more. {path} reproduces it"
     if run.rank == 0:
+        x, y = zip(*(run.windows.batch(first, batch_size) for first in batches))
         payload = {
             "model": run.model.state_dict(), "model_args": asdict(run.model.config), "config": config,
             "tokenizer": tokenizer, "step": step, "rank": rank, "dropout_seed": dropout_seed(step, rank),
@@ -595,8 +589,8 @@ def dump_bad_step(run: Run, step: int, rank: int, config: dict, tokenizer: dict)
         try:
             save_checkpoint(path, payload)
         except OSError as e:
-            print(f"warning: {path} could not be written: {e.strerror}")
-    return f"batch from {places[0][0]} at byte {places[0][1]:,} and {len(places) - 1} more. {path} reproduces it"
+            told = told.replace("reproduces it", f"could not be written: {e.strerror}")
+    return told
 
 
 def rate_at(step: int, steps: int, expected: float) -> float:
@@ -610,7 +604,7 @@ def rate_at(step: int, steps: int, expected: float) -> float:
 
 
 def from_depth(keys: dict, given: set[str]) -> dict:
-    """What --depth stands for, of all keys and those that were given: a model of so many blocks of width 64 times their number.
+    """The keys that --depth stands for: so many blocks, 64 times as wide. keys: all of them; given: those that were set, which win.
 
     Tokens: 20 for each weight in the blocks' matrices, 12 depth (64 depth)^2 of them (https://arxiv.org/abs/2203.15556).
     Tokens a step grow as tokens^(2/3), from 2^14 at depth 2 to 2^19 at depth 12. The head's rate falls as 1 / width, the others
@@ -645,7 +639,7 @@ def from_depth(keys: dict, given: set[str]) -> dict:
 
 
 def main(config: dict) -> None:
-    global batch_size, gradient_accumulation_steps
+    global batch_size, gradient_accumulation_steps  # as resolved: a step's batches and explained() use them
     began, asked = time.perf_counter(), config
     signals = Signals()
     check_keys()
@@ -662,12 +656,11 @@ def main(config: dict) -> None:
     eval_sequences = eval_iters * (batch_size if isinstance(batch_size, int) else 64)
     if batch_size == "auto":
         batch_size = largest_batch(model, total_batch_tokens, block_size, on, kind, world)
-    steps, micro_batches = steps_and_accumulation(model, world, windows)
-    gradient_accumulation_steps = micro_batches
-    tokens_a_step = micro_batches * batch_size * block_size
+    steps, gradient_accumulation_steps = steps_and_accumulation(model, world, windows)
+    tokens_a_step = gradient_accumulation_steps * batch_size * block_size
     keys = {k: globals()[k] for k in config}
     if master:
-        describe(model, found, keys, on, kind, steps, micro_batches)
+        describe(model, found, keys, on, kind, steps, gradient_accumulation_steps)
     if dry_run:
         return leave_ranks()
     for each, _ in found:
@@ -679,27 +672,23 @@ def main(config: dict) -> None:
     state = State()
     if init_from == "resume":
         state = resumed(payload, steps)
-        restore(optimizers, scaler, payload, keys, steps, micro_batches)
+        restore(optimizers, scaler, payload, keys, steps, gradient_accumulation_steps)
         if payload.get("asked", {}).get("eval_iters") == eval_iters:  # the same windows, whatever the batch size now
             eval_sequences = payload["eval_sequences"]
     first_step, started = state.step, began - state.spent
-    accumulation = micro_batches // world
+    accumulation = gradient_accumulation_steps // world
     run = Run(model, model, optimizers, scaler, windows, on, kind, accumulation, rank, world, bad=state.bad_steps)
     run.step_model = prepare_step(run)
     questions = classic_questions(examples, tokenizer_from_dict(first_found.tokenizer), block_size) if examples else []
     log, saver = None, Saver()
     if master and not eval_only:
-        resolved = {
-            "max_iters": max_iters if max_minutes else steps,
-            "gradient_accumulation_steps": micro_batches,
-            "batch_size": batch_size,
-        }
-        real = {k: v for k, v in asdict(model.config).items() if k in config}
-        config = config | resolved | real | {"dataset": dataset}
+        config = config | {k: keys[k] for k in ("dataset", "batch_size", "gradient_accumulation_steps")}
+        config |= {k: v for k, v in asdict(model.config).items() if k in config}
+        config["max_iters"] = max_iters if max_minutes else steps
         log = Log(run, config, first_found.tokenizer, tokens_a_step, first_step, steps, state.wandb_id)
         state.wandb_id = log.wandb_id
     if first_step and not eval_only:
-        meet_best(state, rank, world)
+        state = meet_best(state, rank)
     payload = None  # its tensors are in the model and the optimizers now
 
     def spent() -> float:
@@ -729,15 +718,11 @@ def main(config: dict) -> None:
 
     gc.collect()
     gc.freeze()  # what lives for the whole run is not searched for garbage again
-    saved, pending, stop, best_step = first_step, None, 0, None
-    mine = torch.eye(world, device=on)[rank]
+    saved, pending, stop = first_step, None, False
+    own_place = torch.eye(world, device=on)[rank]
     clock, last_logged = time.perf_counter(), first_step
     evaluated, scored, unlogged = None, None, None  # the steps evaluated and scored last; the last that has no line yet
-    begun = done = spent() / (60 * max_minutes) if max_minutes else 0.0  # part of the minutes, as rank 0 has it
-    if world > 1 and max_minutes:
-        box = [done]
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-        begun = done = box[0]
+    done_before = done = from_first_rank(spent() / (60 * max_minutes) if max_minutes else 0.0)  # part of the minutes
     expected = steps  # of the whole run; by the clock, at the present pace
     if max_minutes and first_step:
         expected = first_step * 60 * max_minutes / max(state.spent, 1e-3)
@@ -761,10 +746,10 @@ def main(config: dict) -> None:
         if pending is None:
             return
         (at, read, lr, logged), pending = pending, None
-        loss, norm, stop, done, *bad_loss = read()
-        loss, norm = loss / world, norm / world
-        if max_minutes and done > begun:
-            expected = at + max(0.0, 1 - done) / (done - begun) * (at - first_step)
+        loss, norm, stopped, done, *bad_loss = read()
+        loss, norm, stop = loss / world, norm / world, stopped > 0
+        if done > done_before:
+            expected = at + max(0.0, 1 - done) / (done - done_before) * (at - first_step)
             if master:
                 log.steps = round(expected)
         unlogged = (at, loss, norm, lr)
@@ -789,9 +774,9 @@ def main(config: dict) -> None:
     # The loop
     signals.catch(not eval_only)
     while True:
-        if max_minutes and done >= 1 and steps > state.step:
+        if done >= 1 and steps > state.step:  # the minutes are over
             read_pending()
-            if unlogged and not eval_only:
+            if unlogged:
                 log_step()
             steps = state.step
         last = state.step >= steps
@@ -810,7 +795,7 @@ def main(config: dict) -> None:
             if evaluate_now:
                 measured = evaluate_all(run, found, eval_sequences, lambda: signals.number > 0)
                 if measured is None:
-                    stop = 1
+                    stop = True
                     continue
                 val_loss, accuracy, by_source = measured
                 if eval_only:
@@ -819,7 +804,6 @@ def main(config: dict) -> None:
                 if val_loss < state.best_val_loss:
                     state.best_val_loss, state.waited = val_loss, 0
                     if state.step or init_from != "scratch":
-                        best_step = state.step
                         save("best.pt", whole=False, val_loss=val_loss)
                 if master:
                     log.validation(state.step, val_loss, accuracy, state.best_val_loss, by_source)
@@ -840,7 +824,7 @@ def main(config: dict) -> None:
             clock += time.perf_counter() - aside
         if last:
             break
-        if state.step >= steps:
+        if state.step >= steps:  # out of patience: once more round, as the last step
             continue
         lr = rate_at(state.step, steps, expected)
         for each in optimizers:
@@ -851,7 +835,7 @@ def main(config: dict) -> None:
         state.step += 1
         signalled = torch.full((), float(signals.number > 0), device=on)
         by_now = torch.full((), spent() / (60 * max_minutes) if master and max_minutes else 0.0, device=on)
-        numbers = torch.cat((torch.stack((loss, norm.float(), signalled, by_now)), mine * ~torch.isfinite(loss)))
+        numbers = torch.cat((torch.stack((loss, norm.float(), signalled, by_now)), own_place * ~torch.isfinite(loss)))
         if world > 1:  # so that all ranks stop together
             dist.all_reduce(numbers)
         pending = (state.step, read_later(numbers), lr, due(log_interval) or state.step == steps)
@@ -864,7 +848,7 @@ def main(config: dict) -> None:
     if world > 1:  # DDP goes before its group: as the last owner it would wait for gloo's thread with the GIL held
         run.step_model = run.step_model.module
     if stop:
-        if master and state.step > first_step and saver.steps.get("ckpt.pt") != state.step:
+        if "ckpt.pt" in saver.failed:
             raise OSError(
                 f"stopped at step {state.step:,}, which is not saved: make room, and --resume goes on from what there is"
             )
@@ -872,24 +856,16 @@ def main(config: dict) -> None:
             print(f"stopped at step {state.step:,}: --resume goes on from there")
         leave_ranks()  # together: torchrun ends the others when the first is gone
         raise SystemExit(128 + (signals.number or signal.SIGTERM))
-    if not eval_only:  # the last word is said on more of the split
+    if not eval_only:  # the final loss, over more of the split
         final = evaluate_all(run, found, -(-final_eval_tokens // block_size))
-    leave_ranks()  # who writes the results is not waited for
-    if eval_only:
-        if master:
-            sources = "".join(f"  {name} {loss:.4f}" for name, loss in by_source.items())
-            print(
-                f"val loss {val_loss:.4f}  perplexity {math.exp(min(val_loss, 700)):.2f}  accuracy {accuracy:.1%}{sources}"
-            )
+    leave_ranks()  # nobody waits while rank 0 writes the results
+    if eval_only and master:
+        print(measures(val_loss, accuracy, by_source))
     elif master:
         log.steps = steps
         log.finish(*final, state.best_val_loss, state.bad_steps, state.elapsed, time.perf_counter() - began)
-        if best_step is not None and saver.steps.get("best.pt") != best_step:
-            raise OSError(f"{out_dir}/best.pt is not the best: that of step {best_step:,} could not be saved")
-        if steps > first_step and saver.steps.get("ckpt.pt") != steps:
-            raise OSError(
-                f"the last checkpoint, of step {steps:,}, is not saved: make room, and --resume repeats the end"
-            )
+        for name, step in saver.failed.items():
+            raise OSError(f"{out_dir}/{name} of step {step:,} is not saved: make room, and --resume repeats the end")
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def test_resume_keeps_the_model_and_the_validation_windows(run, refused, chars):
 
 def test_resume_before_the_first_checkpoint_begins_and_insisting_is_refused(run, refused, chars):
     printed = run("train.py", *SMALL, "--dataset=chars", "--resume")
-    assert "there is no checkpoint in out to resume: the run begins" in printed
+    assert "there is nothing in out to go on from: the run begins" in printed
     message = refused("train.py", *SMALL, "--dataset=chars", "--init_from=resume", "--out_dir=none")
     assert "there is no checkpoint none/ckpt.pt" in message
 
@@ -353,7 +353,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(run, refused,
         done = call("train.py", *arguments(setting, "parts"), cwd=chars)
         assert done.returncode == 2 and f" {STEPS}/{STEPS} " in done.stdout, done.stderr
         assert "No space left on device" in done.stdout and "MiB are free" in done.stdout and "goes on" in done.stdout
-        assert "the last checkpoint, of step 30, is not saved" in done.stderr
+        assert "ckpt.pt of step 30 is not saved: make room" in done.stderr
         good = load_latest(chars / "parts")
         assert good is not None and 0 < good["step"] < STEPS
         (chars / "parts" / "other").unlink()
@@ -378,7 +378,7 @@ def test_stopped_where_nothing_can_be_saved_it_says_so(chars):
     assert script.wait().returncode == 2 and "which is not saved: make room" in script.stderr
     bad = [*SMALL, "--dataset=chars", "--learning_rate=1e12", "--optimizer=sgd", "--grad_clip=0.0", "--out_dir=bad"]
     done = call("train.py", *bad, "--max_iters=40", "--eval_interval=0", cwd=chars, limits={"RLIMIT_FSIZE": 100_000})
-    assert done.returncode == 2 and "could not be written: File too large" in done.stdout
+    assert done.returncode == 2 and "could not be written: File too large" in done.stderr
     assert "loss nan" in done.stderr and "there is no checkpoint yet" in done.stderr
 
 

@@ -130,9 +130,8 @@ def test_compiled_ranks_reduce_while_the_backward_pass_goes_on(chars, accumulati
     logged = {"TORCH_LOGS": "ddp_graphs"}
     with torchrun(*keys, "--compile=True", "--out_dir=compiled", cwd=chars, env=logged) as job:
         assert job.wait(timeout=120) == 0, job.log.read_text()[-3000:]
-        assert (
-            "submod_1" in job.log.read_text()
-        )  # the graph is cut at DDP's buckets: one is reduced before all are there
+        # The graph is cut at DDP's buckets: one is reduced before all are there.
+        assert "submod_1" in job.log.read_text()
     plain, _ = two_ranks(*keys, "--compile=False", "--out_dir=plain", cwds=(chars, chars))
     assert plain.returncode == 0 and losses(chars / "compiled") == pytest.approx(losses(chars / "plain"), abs=1e-4)
 

@@ -209,6 +209,13 @@ def test_compile_that_fails_falls_back_under_auto_and_raises_under_true(monkeypa
     monkeypatch.setattr(train, "compile", True)
     with pytest.raises(RuntimeError, match="no compiler"):
         train.prepare_step(run)
+    # Of several ranks one fails, and the others go on without as well.
+    run.world = 2
+    monkeypatch.setattr(train, "compile", "auto")
+    monkeypatch.setattr(torch, "compile", lambda model, **k: lambda *a, **k: (None, None))
+    monkeypatch.setattr(train, "in_ddp", lambda run, model: model)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda failed: failed.add_(1))
+    assert train.prepare_step(run) is model and not capsys.readouterr().out
 
 
 def test_fp16_scales_the_loss_and_trains(run, chars):
