@@ -343,9 +343,18 @@ def made_up_stories(path: Path, size: int) -> None:
             f.write("".join(f"{story(rng)}\n{EOT}\n" for _ in range(1000)))
 
 
+def rates_of(*works) -> list[list[float]]:
+    """Tokens/s of each work(), which returns its tokens: in turns, after one that does not count."""
+    rates: list[list[float]] = [[] for _ in works]
+    for _ in range(repeat + 1):
+        for own, work in zip(rates, works):
+            count, seconds = timed(work)
+            own.append(count / seconds)
+    return [own[1:] for own in rates]
+
+
 def bench_data() -> dict:
     """One core's encode_ordinary, our whole way from text to shards, and the reader of batches."""
-    tokenizer = gpt2_tokenizer()
     with tempfile.TemporaryDirectory() as place:
         folder, text = Path(place), Path(place) / "text.txt"
         if input:
@@ -353,63 +362,62 @@ def bench_data() -> dict:
                 text.write_text(f.read(megabytes * 10**6).decode("utf-8", errors="replace"), encoding="utf-8")
         else:
             made_up_stories(text, megabytes * 10**6)
-        documents = [document for document, _ in split_text(text)]
-        if not documents:
-            raise ValueError(f"--input={input}: there is no text in it")
-        size = sum(len(d.encode()) for d in documents)
-        print(f"text: {len(documents):,} documents, {size / 1e6:.1f} MB; {cores()} cores; medians of {repeat}")
+        return {
+            "tokenizing_tokens_per_second": bench_tokenizing(text, folder),
+            "reading_tokens_per_second": bench_reading(folder),
+        }
 
-        def bare() -> int:
-            encode = tokenizer.encoding.encode_ordinary
-            return sum(len(encode(d)) for d in documents)
 
-        def ours() -> int:
-            writer = DatasetWriter(folder / "d", {}, lambda: tokenizer, overwrite=True)
-            writer.write(lambda position: split_text(text, position or 0), "train")
-            return writer.finish("")["train"]
+def bench_tokenizing(text: Path, folder: Path) -> float:
+    """Tokens/s from a text to the shards of a dataset `d` in the folder."""
+    tokenizer = gpt2_tokenizer()
+    documents = [document for document, _ in split_text(text)]
+    if not documents:
+        raise ValueError(f"--input={input}: there is no text in it")
+    size = sum(len(d.encode()) for d in documents)
+    print(f"text: {len(documents):,} documents, {size / 1e6:.1f} MB; {cores()} cores; medians of {repeat}")
 
-        bare(), ours()
-        one_core, whole = [], []
-        for _ in range(repeat):
-            for rates, work in ((one_core, bare), (whole, ours)):
-                tokens, seconds = timed(work)
-                rates.append(tokens / seconds)
-        tell("tiktoken's encode_ordinary, one core", one_core)
-        tell("from text to shards, all cores", whole, [r * cores() for r in one_core], f"{cores()} cores of that")
+    def bare() -> int:
+        encode = tokenizer.encoding.encode_ordinary
+        return sum(len(encode(d)) for d in documents)
 
-        shards = load_dataset("d", folder).train
-        tokens, need = np.concatenate([s.map() for s in shards]), 64 * 1025
-        tokens = np.resize(tokens, max(len(tokens), need))
-        windows = TrainingWindows(shards, 1024, tokenizer.n_vocab)
-        count = max(1, 2 * 10**7 // (64 * 1024))
+    def ours() -> int:
+        writer = DatasetWriter(folder / "d", {}, lambda: tokenizer, overwrite=True)
+        writer.write(lambda position: split_text(text, position or 0), "train")
+        return writer.finish("")["train"]
 
-        def read() -> int:
-            for n in range(count):
-                windows.batch(n * 64, 64)
-            return count * 64 * 1024
+    one_core, whole = rates_of(bare, ours)
+    tell("tiktoken's encode_ordinary, one core", one_core)
+    tell("from text to shards, all cores", whole, [r * cores() for r in one_core], f"{cores()} cores of that")
+    return statistics.median(whole)
 
-        def copy() -> int:  # what any reader does at least: inputs and targets as int64
-            for n in range(count):
-                begin = n * 1000 % (len(tokens) - need + 1)
-                part = tokens[begin : begin + need].reshape(64, -1)
-                part[:, :-1].astype(np.int64), part[:, 1:].astype(np.int64)
-            return count * 64 * 1024
 
-        read(), copy()
-        reading, copying = [], []
-        for _ in range(repeat):
-            for rates, work in ((copying, copy), (reading, read)):
-                done, seconds = timed(work)
-                rates.append(done / seconds)
-        tell("copying tokens into inputs and targets", copying)
-        tell("batches of shuffled windows, one core", reading, copying, "that")
-        print(
-            f"8 GPUs at half a million tokens/s each take 4M: the reader gives {statistics.median(reading) / 4e6:.0f} x that"
-        )
-    return {
-        "tokenizing_tokens_per_second": statistics.median(whole),
-        "reading_tokens_per_second": statistics.median(reading),
-    }
+def bench_reading(folder: Path) -> float:
+    """Tokens/s of TrainingWindows on the dataset `d` in the folder."""
+    found = load_dataset("d", folder)
+    stream, need = np.concatenate([s.map() for s in found.train]), 64 * 1025
+    stream = np.resize(stream, max(len(stream), need))
+    windows = TrainingWindows(found.train, 1024, found.vocab_size)
+    count = max(1, 2 * 10**7 // (64 * 1024))
+
+    def read() -> int:
+        for n in range(count):
+            windows.batch(n * 64, 64)
+        return count * 64 * 1024
+
+    def copy() -> int:  # what any reader does at least: inputs and targets as int64
+        for n in range(count):
+            begin = n * 1000 % (len(stream) - need + 1)
+            part = stream[begin : begin + need].reshape(64, -1)
+            part[:, :-1].astype(np.int64), part[:, 1:].astype(np.int64)
+        return count * 64 * 1024
+
+    copying, reading = rates_of(copy, read)
+    tell("copying tokens into inputs and targets", copying)
+    tell("batches of shuffled windows, one core", reading, copying, "that")
+    times = statistics.median(reading) / 4e6
+    print(f"8 GPUs at half a million tokens/s each take 4M: the reader gives {times:.0f} x that")
+    return statistics.median(reading)
 
 
 def seconds_of(*command: str, times: int = 3, **environment: str) -> list[float]:

@@ -10,6 +10,7 @@ Each point is a process of bench.py, whose memory is its own. Leaves growth.csv 
 import csv
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -24,7 +25,6 @@ sys.path.insert(0, str(ROOT))
 from plot import COLOURS, figure  # noqa: E402
 
 from configurator import configure, error_of, short_errors  # noqa: E402
-from corpus import cores  # noqa: E402
 
 base = ""  # arguments of train.py for every point; empty: GPT-2 124M on a GPU, config/baby_cpu.py elsewhere
 axes: dict = {}  # key -> values; one key grows at a time; empty: all four, doubling
@@ -101,7 +101,8 @@ def main() -> None:
         shared = shlex.split(base or ("" if cuda else f"'{ROOT}/config/baby_cpu.py' --dropout=0.0"))
     except ValueError as e:
         raise ValueError(f"--base={base}: {e}") from None
-    most = torch.cuda.device_count() if cuda else cores()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = torch.cuda.device_count() if cuda else cores
     rows, folder = [], Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for axis, values in wanted.items():
