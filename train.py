@@ -442,8 +442,8 @@ def prepare_step(run: Run) -> torch.nn.Module:
     if compile is False or (compile == "auto" and run.device.type != "cuda"):
         return in_ddp(run, run.model)
     torch._dynamo.config.optimize_ddp = not activation_checkpointing  # which cannot be cut into DDP's buckets
-    # With several ranks a trial of the backward pass would already reduce: its graph is built with the forward pass's.
-    torch._functorch.config.force_non_lazy_backward_lowering = run.world > 1
+    if run.world > 1:  # a trial of the backward pass would already reduce: its graph is built with the forward pass's
+        torch._functorch.config.force_non_lazy_backward_lowering = True
     step_model, failure = in_ddp(run, torch.compile(run.model, dynamic=False)), ""
     x, y = run.batch(0, 0)
     try:  # a graph is built at the first call: make it here, where a failure can be told from training's
