@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, call_on_terminal
 
 sys.path.insert(0, str(ROOT / "research"))
+import laws  # noqa: E402
 import pipeline  # noqa: E402
 import plot  # noqa: E402
 import scaling  # noqa: E402
@@ -221,7 +222,7 @@ def test_known_coefficients_are_recovered_inside_their_intervals(tmp_path, seed)
         assert low - 0.25 * (high - low) <= true <= high + 0.25 * (high - low), (name, low, high)
         assert found[name] == pytest.approx(true, rel=0.1)
     assert found["leave_one_out"] is None and found["r2"] > 0.99
-    best = scaling.optimum(np.array([np.log(400), np.log(410), np.log(1.7), 0.34, 0.28]), found["budget"])
+    best = laws.optimum(np.array([np.log(400), np.log(410), np.log(1.7), 0.34, 0.28]), found["budget"])
     assert found["best_params"] == pytest.approx(best[0], rel=0.3)
 
 
@@ -229,14 +230,14 @@ def test_without_noise_the_law_is_found_exactly(tmp_path):
     write_points(tmp_path / "points.csv", noise=0.0)
     points, _ = scaling.read_points(str(tmp_path / "points.csv"))
     N, D, y = (np.array([p[k] for p in points]) for k in ("params", "tokens", "loss"))
-    theta = scaling.fit_surface(N, D, y, scaling.grid_of_starts(y))
-    assert scaling.natural(theta) == pytest.approx(dict(E=1.7, A=400, B=410, alpha=0.34, beta=0.28), rel=2e-3)
-    value, gradient = scaling.objective(theta + 0.1, N, D, y)
+    theta = laws.fit_surface(N, D, y, laws.grid_of_starts(y))
+    assert laws.natural(theta) == pytest.approx(dict(E=1.7, A=400, B=410, alpha=0.34, beta=0.28), rel=2e-3)
+    value, gradient = laws.objective(theta + 0.1, N, D, y, 1e-3)
     for i in range(5):
         step = np.zeros(5)
         step[i] = 1e-6
         numeric = (
-            scaling.objective(theta + 0.1 + step, N, D, y)[0] - scaling.objective(theta + 0.1 - step, N, D, y)[0]
+            laws.objective(theta + 0.1 + step, N, D, y, 1e-3)[0] - laws.objective(theta + 0.1 - step, N, D, y, 1e-3)[0]
         ) / 2e-6
         assert gradient[i] == pytest.approx(numeric, rel=1e-4)
 
@@ -245,16 +246,16 @@ def test_isoflop_parabolas_agree_with_the_law_that_made_them():
     def points(sizes, budgets=(1e18, 1e19, 1e20)):
         """Runs at multiples of each budget's best size."""
         theta = np.array([np.log(400), np.log(410), np.log(1.7), 0.34, 0.28])
-        best = {C: scaling.optimum(theta, C)[0] for C in budgets}
+        best = {C: laws.optimum(theta, C)[0] for C in budgets}
         pairs = [(C, m * best[C]) for C in budgets for m in sizes]
         return [dict(params=N, tokens=C / 6 / N, flops=C, loss=law(N, C / 6 / N)) for C, N in pairs]
 
     around = np.geomspace(0.25, 4, 7)
-    assert scaling.fit_isoflop(points(around))["exponent_of_N"] == pytest.approx(0.28 / 0.62, abs=0.02)
-    assert "a trend needs 2" in scaling.fit_isoflop(points(around, [1e18]))["refused"]
-    assert "add larger ones" in scaling.fit_isoflop(points(around / 16))["refused"]
-    assert "add smaller ones" in scaling.fit_isoflop(points(around * 16))["refused"]
-    assert "3 sizes, a parabola needs 4" in scaling.fit_isoflop(points([0.5, 1, 2]))["refused"]
+    assert laws.fit_isoflop(points(around))["exponent_of_N"] == pytest.approx(0.28 / 0.62, abs=0.02)
+    assert "a trend needs 2" in laws.fit_isoflop(points(around, [1e18]))["refused"]
+    assert "add larger ones" in laws.fit_isoflop(points(around / 16))["refused"]
+    assert "add smaller ones" in laws.fit_isoflop(points(around * 16))["refused"]
+    assert "3 sizes, a parabola needs 4" in laws.fit_isoflop(points([0.5, 1, 2]))["refused"]
 
 
 def test_power_laws_along_an_axis_are_recovered():
