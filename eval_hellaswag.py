@@ -34,7 +34,7 @@ from corpus import download
 from data import atomic_write
 from inference import for_inference
 from machine import join_ranks, leave_ranks, pick_dtype, pick_own_device, tune_malloc
-from model import GPT, KVCache
+from model import GPT
 from tokenizer import Tokenizer
 
 out_dir = ""  # the run's folder; empty: the newest run
@@ -45,9 +45,7 @@ data_dir = "data"  # where the examples are kept, in hellaswag/
 source = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"  # where they are downloaded from
 scoring = "both"  # both | classic | harness
 limit = 0  # the first so many examples; 0: all
-batch_size = (
-    0  # 8 times as many contexts at a time (256 at most), 64 times as many tokens of endings; 0: 8 on a CPU, else 64
-)
+batch_size = 0  # examples at a time; 0: 8 on a CPU, else 64
 output = ""  # a .jsonl file of every example's losses and choices
 device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto (bfloat16 where native) | float32 | bfloat16 | float16
@@ -138,46 +136,52 @@ def check_lengths(questions: list[Question], block_size: int) -> None:
 def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) -> Iterator[tuple[list[int], np.ndarray]]:
     """The sum of every ending's token losses: yields (which questions, losses (len, 4) in nats), short ones first.
 
-    Questions with contexts of about one length go together: what all have room for is read once, into the KV cache. Their
-    endings, each behind the rest of its context (a token at least), are then read in batches of about one length and
-    64 batch_size tokens, and the head sees the endings alone. A context that is too long loses its front. Raises ValueError
-    for an ending longer than the model's context.
+    A question is one row: its context, then its four endings, none of which sees another. So a context is read once, the
+    head sees the endings alone, and rows of about one length go together. A context that is too long loses its front.
+    Raises ValueError for an ending longer than the model's context.
     """
-    T, on, kind = model.config.block_size, model.device, model.transformer.wte.weight.dtype
-    if torch.is_autocast_enabled(on.type):
-        kind = torch.get_autocast_dtype(on.type)
-    batch_size = batch_size or (8 if on.type == "cpu" else 64)
+    T, on = model.config.block_size, model.device
     check_lengths(questions, T)
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].context))
-    several = min(8 * batch_size, 256)  # of about one length; the cache holds them all
-    for first in range(0, len(order), several):
-        chosen = order[first : first + several]
-        contexts = []
-        for i in chosen:
-            room = T + 1 - max(map(len, questions[i].endings))
-            contexts.append(questions[i].context[-room:] or [0])
-        shared = min(map(len, contexts)) - 1
-        cache = KVCache(model.config, len(chosen), shared, on, kind)
-        if shared:
-            model.hidden(torch.tensor([c[:shared] for c in contexts], device=on), cache)
-        rows = [(n, c[shared:], e) for n, c in enumerate(contexts) for e in questions[chosen[n]].endings]
-        losses = torch.zeros(len(rows), device=on)
-        left = sorted(range(len(rows)), key=lambda r: len(rows[r][1]) + len(rows[r][2]))
-        while left:  # the longest first
-            width = max(1, len(rows[left[-1]][1]) + len(rows[left[-1]][2]) - 1)
-            count = max(1, min(64 * batch_size // width, 8 * batch_size))  # each has a copy of its context
-            left, these = left[:-count], left[-count:]
-            x, y = np.zeros((len(these), width), np.int64), np.full((len(these), width), -1, np.int64)
-            for row, r in enumerate(these):
-                _, c, e = rows[r]
-                x[row, : len(c) + len(e) - 1], y[row, len(c) - 1 : len(c) + len(e) - 1] = (c + e)[:-1], e
-            part = cache.rows(torch.tensor([rows[r][0] for r in these], device=on), shared + width)
-            x, y = torch.from_numpy(x).to(on), torch.from_numpy(y).to(on)
-            known = y >= 0
-            each = torch.zeros(y.shape, device=on)
-            each[known] = model.token_losses(model.hidden(x, part)[known], y[known])[0]
-            losses[torch.tensor(these, device=on)] = each.sum(1)
+    batch_size = batch_size or (8 if on.type == "cpu" else 64)
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].context) + sum(map(len, questions[i].endings)))
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        rows = [laid_out(questions[i], T) for i in chosen]
+        shape = len(rows), max(len(row.ids) for row in rows)
+        ids, at, part = (np.zeros(shape, np.int64) for _ in range(3))
+        for n, row in enumerate(rows):
+            ids[n, : len(row.ids)], at[n, : len(row.ids)], part[n, : len(row.ids)] = row.ids, row.at, row.part
+        before = np.concatenate([n * shape[1] + np.array(row.before) for n, row in enumerate(rows)])
+        targets = np.concatenate([np.concatenate(questions[i].endings) for i in chosen])
+        of = np.repeat(np.arange(4 * len(rows)), [len(e) for i in chosen for e in questions[i].endings])
+        ids, at, part, before, targets, of = (torch.from_numpy(a).to(on) for a in (ids, at, part, before, targets, of))
+        key, query = part[:, None, None, :], part[:, None, :, None]
+        hidden = model.hidden(ids, at=at, mask=((key == 0) | (key == query)).tril())
+        each, _ = model.token_losses(hidden.flatten(0, 1)[before], targets)
+        losses = torch.zeros(4 * len(rows), device=on).index_add_(0, of, each)
         yield chosen, losses.view(-1, 4).cpu().numpy()
+
+
+class Row(NamedTuple):
+    """A question as one row of ids: each ending goes on from the context's last position. Its last token is not read."""
+
+    ids: list[int]
+    at: list[int]  # positions
+    part: list[int]  # 0: the context | 1 to 4: an ending
+    before: list[int]  # where in the row the token before each of the endings' tokens is
+
+
+def laid_out(question: Question, block_size: int) -> Row:
+    context = question.context[-(block_size + 1 - max(map(len, question.endings))) :] or [0]
+    end = len(context)
+    row = Row([*context], [*range(end)], [0] * end, [])
+    for n, ending in enumerate(question.endings, 1):
+        more, first = len(ending) - 1, len(row.ids)
+        row.ids.extend(ending[:-1])
+        row.at.extend(range(end, end + more))
+        row.part.extend([n] * more)
+        row.before.extend([end - 1, *range(first, first + more)])
+    return row
 
 
 class Score:

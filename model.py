@@ -141,7 +141,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary, cache: KVCache | None = None):
+    def forward(self, x, rotary, cache: KVCache | None = None, mask=None):
         c, (B, T, C) = self.config, x.shape
         H, K, D = c.n_head, c.n_kv_head, c.head_size
         q, k, v = self.c_attn(x).split((C, K * D, K * D), dim=2)
@@ -152,7 +152,7 @@ class CausalSelfAttention(nn.Module):
             q, k = F.rms_norm(q, (D,), eps=c.norm_eps), F.rms_norm(k, (D,), eps=c.norm_eps)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        past, mask = 0, None
+        past = 0
         if cache is not None:
             past, mask = cache.filled, cache.mask
             k, v = cache.add(self.layer, k, v)
@@ -185,8 +185,8 @@ class CausalSelfAttention(nn.Module):
         scores = q @ k.transpose(-2, -1)
         bias = scores.new_zeros(T, S)
         if mask is not None:
-            bias.masked_fill_(~mask, float("-inf"))
-        scores = torch.add(bias.repeat(groups, 1) if grouped else bias, scores, alpha=scale)
+            bias = bias.masked_fill(~mask, float("-inf"))
+        scores = torch.add(torch.cat([bias] * groups, -2) if grouped else bias, scores, alpha=scale)
         return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).view(shape)
 
 
@@ -263,8 +263,8 @@ class Block(nn.Module):
         self.ln_2 = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary, cache: KVCache | None = None):
-        x = x + self.attn(self.ln_1(x), rotary, cache)
+    def forward(self, x, rotary, cache: KVCache | None = None, mask=None):
+        x = x + self.attn(self.ln_1(x), rotary, cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -431,21 +431,28 @@ class GPT(nn.Module):
 
         On a CPU a few rows at a time, whose logits stay in its cache.
         """
-        rows = max(256, 2**22 // self.config.vocab_size) if hidden.device.type == "cpu" else 4096
+        on_cpu = hidden.device.type == "cpu"
+        rows = max(256, 2**22 // self.config.vocab_size) if on_cpu else 4096
+        few = max(8, 2**19 // self.config.vocab_size) if on_cpu else rows
         losses, right = [], []
-        for h, y in zip(hidden.split(rows), targets.split(rows)):
-            logits = self.logits(h).float()
-            losses.append(F.cross_entropy(logits, y, reduction="none"))
-            if accuracy:
-                right.append(logits.argmax(-1) == y)
+        for h, targets_of_h in zip(hidden.split(rows), targets.split(rows)):
+            for logits, y in zip(self.logits(h).split(few), targets_of_h.split(few)):
+                logits = logits.float()
+                losses.append(logits.logsumexp(-1) - logits.gather(-1, y[:, None])[:, 0])
+                if accuracy:
+                    right.append(logits.argmax(-1) == y)
         return torch.cat(losses), torch.cat(right) if accuracy else None
 
-    def hidden(self, idx, cache: KVCache | None = None):
-        """What the head sees, (B, T, C); with a cache, of the T tokens that continue what it holds."""
+    def hidden(self, idx, cache: KVCache | None = None, at=None, mask=None):
+        """What the head sees, (B, T, C); with a cache, of the T tokens that continue what it holds.
+
+        Rows that are not one text each give their tokens' positions `at`, integer (B, T), and what each looks at, mask, bool
+        (B, 1, T, T).
+        """
         config, T = self.config, idx.size(1)
         if cache is not None and cache.at is not None:
             at = cache.at
-        else:
+        elif at is None:
             past = cache.filled if cache is not None else 0
             if past + T > config.block_size:
                 raise ValueError(f"{past + T} tokens are more than the context: block_size is {config.block_size}")
@@ -456,12 +463,14 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(at)
         elif config.pos == "rope":
             rotary = self.cos[at], self.sin[at]
+            if at.dim() == 2:  # the same for all heads
+                rotary = [table[:, None] for table in rotary]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if config.activation_checkpointing and self.training:
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
-                x = block(x, rotary, cache)
+                x = block(x, rotary, cache, mask)
         if cache is not None and cache.at is None:
             cache.filled += T
         return self.transformer.ln_f(x)
