@@ -1,9 +1,10 @@
-"""How fast, and where the time goes: training, decoding, data, start-up.
+"""How fast, and where the time goes: training, decoding, HellaSwag, data, start-up.
 
     python bench.py                                      a training step that suits the device, synthetic tokens
     python bench.py config/baby_cpu.py --compile=True    of any config and keys of train.py
     python bench.py --find_batch=True                    which micro-batch is the fastest, and what memory it takes
     python bench.py --mode=decode                        GPT-2 124M, tokens/s for one text and for a batch
+    python bench.py --mode=hellaswag                     its examples/s, against one at a time in float32
     python bench.py --mode=data --input=corpus.txt       tokenizing and the batch reader
     python bench.py --mode=startup                       seconds to the first token, the first step, a compiled one
     python bench.py --output=before.json                 ... edit ...   python bench.py --compare=before.json
@@ -13,6 +14,7 @@ a large matrix product at the run's dtype, and the bandwidth of a copy. Medians,
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -26,19 +28,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import train
-from checkpoint import load_model
+from checkpoint import find_tokenizer, load_model
 from configurator import configure, error_of, read_keys, short_errors
 from corpus import DatasetWriter, cores, split_text
 from data import TrainingWindows, atomic_write, load_dataset
+from eval_hellaswag import Question, classic_question, ending_losses, find_examples, read_examples
 from inference import for_inference
 from machine import free_memory, is_out_of_memory, largest_batch, peak_flops, peak_memory, pick_device
 from model import GPT, GPTConfig, formula_is_faster
 from report import Log
 from tokenizer import EOT, CharTokenizer, gpt2_tokenizer
 
-mode = "train"  # train | decode | data | startup | all
+mode = "train"  # train | decode | hellaswag | data | startup | all (but HellaSwag, which is downloaded)
 steps = 20  # training steps to time, after three to warm up
 tokens = 100  # to decode
 quantize = ""  # int8: decode with weights of 8 bits
@@ -50,7 +54,10 @@ find_batch = False  # train: double the micro-batch as long as it fits and gets 
 profile: bool | str = False  # True: a Chrome trace of three steps to trace.json; or a file for it
 output = ""  # a .json file for the figures
 compare = ""  # such a file from before: prints the ratios
-input = ""  # data: a text to tokenize, documents separated by <|endoftext|>; empty: made-up stories
+examples = 400  # hellaswag: drawn at random, of which a tenth one at a time
+input = (
+    ""  # data: a text to tokenize, documents separated by <|endoftext|>; empty: made-up stories | hellaswag: examples
+)
 megabytes = 100  # data: of text at most
 
 HERE = Path(__file__).resolve().parent
@@ -327,6 +334,57 @@ def bench_decode() -> dict:
     return figures
 
 
+def bench_hellaswag() -> dict:
+    """Examples/s of eval_hellaswag.py, and of the same model in the plain way, in turns."""
+    on, kind, _, _ = train.set_up_device()
+    if train.init_from == "scratch":
+        tokenizer = gpt2_tokenizer()
+        model = new_model(tokenizer.n_vocab)
+    else:
+        model, payload = load_model(train.init_from)
+        tokenizer = find_tokenizer(payload, train.data_dir)
+    every = read_examples(Path(input)) if input else find_examples("val", train.data_dir)
+    drawn = random.Random(train.seed).sample(every, min(examples, len(every)))
+    questions = [classic_question(e, tokenizer) for e in drawn]
+    few = questions[: -(-len(questions) // 10)]
+    plain = copy.deepcopy(model).to(on).eval()
+    for_inference(model, on, kind)
+    print(f"{plain.num_params():,} parameters, {on}; {len(questions)} examples, {len(few)} of them one at a time")
+    choices, found = [-1] * len(few), np.zeros((len(questions), 4))
+
+    def one_at_a_time() -> int:
+        choices[:] = (int(plain_losses(plain, q).argmin()) for q in few)
+        return len(few)
+
+    def together() -> int:
+        for chosen, losses in ending_losses(model, questions):
+            found[chosen] = losses
+        return len(questions)
+
+    one, whole = rates_of(one_at_a_time, together, on=on)
+    times = statistics.median(a / b for a, b in zip(whole, one))
+    for name, rates in (("one at a time, float32", one), (f"together, {str(kind).removeprefix('torch.')}", whole)):
+        print(f"{name:<24} {statistics.median(rates):9.2f} examples/s ({min(rates):.2f} to {max(rates):.2f})")
+    same = sum(found[: len(few)].argmin(1) == choices)
+    print(f"{times:.2f} times as many, the same choice in {same} of {len(few)}")
+    return {"hellaswag_examples_per_second": statistics.median(whole)}
+
+
+@torch.no_grad()
+def plain_losses(model: GPT, question: Question) -> torch.Tensor:
+    """The four endings' sums of token losses, (4,): the texts padded to one length, all their logits."""
+    T, known = model.config.block_size, [len(e) for e in question.endings]
+    texts = [(question.context + e)[-T - 1 :] for e in question.endings]
+    ids = torch.zeros(4, max(map(len, texts)), dtype=torch.long)
+    scored = torch.zeros(4, ids.size(1) - 1)
+    for n, text in enumerate(texts):
+        ids[n, : len(text)], scored[n, len(text) - 1 - known[n] : len(text) - 1] = torch.tensor(text), 1
+    ids, scored = ids.to(model.device), scored.to(model.device)
+    logits, _ = model(ids[:, :-1])
+    each = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return (each.view(scored.shape) * scored).sum(1)
+
+
 def tell(name: str, rates: list[float], baseline: list[float] | None = None, of: str = "") -> None:
     ratio = statistics.median(a / b for a, b in zip(rates, baseline)) if baseline else None
     note = f"{ratio:8.2f} x {of}" if ratio is not None else ""
@@ -343,12 +401,12 @@ def made_up_stories(path: Path, size: int) -> None:
             f.write("".join(f"{story(rng)}\n{EOT}\n" for _ in range(1000)))
 
 
-def rates_of(*works) -> list[list[float]]:
-    """Tokens/s of each work(), which returns its tokens: in turns, after one that does not count."""
+def rates_of(*works, on: torch.device | None = None) -> list[list[float]]:
+    """What each work() returns, a second of it: in turns, after one that does not count."""
     rates: list[list[float]] = [[] for _ in works]
     for _ in range(repeat + 1):
         for own, work in zip(rates, works):
-            count, seconds = timed(work)
+            count, seconds = timed(work, on)
             own.append(count / seconds)
     return [own[1:] for own in rates]
 
@@ -470,7 +528,7 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def suit_the_device(argv: list[str]) -> list[str]:
     """train.py's arguments; without any, those of a model that this machine can train."""
-    if argv or mode == "decode" or torch.cuda.is_available():
+    if argv or mode in ("decode", "hellaswag") or torch.cuda.is_available():
         return argv
     return [str(HERE / "config" / "baby_cpu.py"), "--dropout=0.0"]
 
@@ -488,8 +546,8 @@ def bench_all() -> dict:
 
 
 BENCHES = {
-    "train": bench_train, "decode": bench_decode, "data": bench_data, "startup": bench_startup,
-    "all": bench_all,
+    "train": bench_train, "decode": bench_decode, "hellaswag": bench_hellaswag, "data": bench_data,
+    "startup": bench_startup, "all": bench_all,
 }  # fmt: skip
 
 
@@ -504,8 +562,8 @@ def show_ratios(figures: dict, before: dict) -> None:
 def main() -> None:
     if mode not in BENCHES:
         raise ValueError(f"--mode={mode}: choose one of {', '.join(BENCHES)}")
-    if min(megabytes, steps, tokens, decode_batch, repeat) < 1:
-        raise ValueError("--megabytes, --steps, --tokens, --decode_batch and --repeat are at least 1")
+    if min(megabytes, steps, tokens, decode_batch, repeat, examples) < 1:
+        raise ValueError("--megabytes, --steps, --tokens, --decode_batch, --repeat and --examples are at least 1")
     if find_batch and mode != "train":
         raise ValueError(f"--find_batch is for --mode=train, not {mode}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (mode != "train" or find_batch):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from conftest import TEXT
+from test_hellaswag import examples
 
 import bench
 
@@ -37,6 +38,14 @@ def test_training_and_decoding_print_and_keep_their_figures(run, tmp_path):
     assert "cpu, int8," in run("bench.py", "--mode=decode", "--quantize=int8", *keys)
 
 
+def test_hellaswag_mode_scores_the_same_way_twice(run, tmp_path):
+    (tmp_path / "hs.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples(30)))
+    keys = ["--mode=hellaswag", "--input=hs.jsonl", *TINY, "--block_size=128", "--dtype=float32", "--repeat=1"]
+    printed = run("bench.py", *keys, "--output=hs.json")
+    assert "30 examples, 3 of them one at a time" in printed and "the same choice in 3 of 3" in printed
+    assert json.loads((tmp_path / "hs.json").read_text())["hellaswag_examples_per_second"] > 0
+
+
 def test_batches_are_doubled_until_nothing_is_gained(run, tmp_path):
     printed = run("bench.py", *TINY, "--find_batch=True", "--steps=1", "--vocab_size=600", "--output=batches.json")
     figures = json.loads((tmp_path / "batches.json").read_text())
@@ -65,7 +74,7 @@ def test_arguments_go_where_they_belong():
 
 
 def test_bad_input_is_told_in_one_line(refused, tmp_path):
-    assert "--mode=speed: choose one of train, decode, data" in refused("bench.py", "--mode=speed", *TINY)
+    assert "--mode=speed: choose one of train, decode, hellaswag, data" in refused("bench.py", "--mode=speed", *TINY)
     assert "--input=gone.txt: there is no such file" in refused("bench.py", "--mode=data", "--input=gone.txt")
     assert "at least 1" in refused("bench.py", "--megabytes=0", *TINY)
     assert "unknown key n_layr (did you mean n_layer?)" in refused("bench.py", "--n_layr=2")
