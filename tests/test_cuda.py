@@ -9,6 +9,7 @@ from conftest import SMALL
 import train
 from checkpoint import load_model
 from data import TrainingWindows, load_dataset
+from eval_hellaswag import Question, ending_losses
 from inference import beam_search
 from model import GPT, GPTConfig
 from optim import make_optimizers
@@ -30,6 +31,23 @@ def test_every_precision_compiled_or_not_trains_the_run_of_the_cpu(run, chars):
         run("train.py", *common, *options, timeout=600)
         got = losses(chars / kind)
         assert len(got) == 20 and max(abs(a - b) for a, b in zip(got, want)) < close, (kind, got, want)
+
+
+def test_hellaswags_losses_are_the_cpus():
+    torch.manual_seed(0)
+    tokens = torch.randint(101, (500,)).tolist()
+    questions = [
+        Question(tokens[n : n + 5 + n], [tokens[i : i + 2 + (n + i) % 7] for i in range(4)], [1] * 4) for n in range(20)
+    ]
+    for heads in (4, 2):
+        options = dict(block_size=64, vocab_size=101, n_layer=2, n_head=4, n_embd=64, pos="rope", n_kv_head=heads)
+        model = GPT(GPTConfig(**options)).eval()
+        want = {i: row for chosen, rows in ending_losses(model, questions) for i, row in zip(chosen, rows)}
+        for kind, close in ((torch.float32, 1e-2), (torch.bfloat16, 0.3)):
+            model.to("cuda", kind)
+            for chosen, rows in ending_losses(model, questions):
+                for i, row in zip(chosen, rows):
+                    assert row == pytest.approx(want[i], abs=close), (heads, kind)
 
 
 def test_greedy_text_is_the_cpus():
