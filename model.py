@@ -426,6 +426,7 @@ class GPT(nn.Module):
             logits.reshape(-1, V).float(), targets.reshape(-1), ignore_index=-1, label_smoothing=label_smoothing
         )
 
+    @torch.no_grad()
     def token_losses(self, hidden, targets, accuracy=False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """-log p of targets (n,) after hidden (n, C), float32, and with accuracy whether each was the likeliest token.
 
@@ -438,9 +439,14 @@ class GPT(nn.Module):
         for h, targets_of_h in zip(hidden.split(rows), targets.split(rows)):
             for logits, y in zip(self.logits(h).split(few), targets_of_h.split(few)):
                 logits = logits.float()
-                losses.append(logits.logsumexp(-1) - logits.gather(-1, y[:, None])[:, 0])
-                if accuracy:
-                    right.append(logits.argmax(-1) == y)
+                own = logits.gather(-1, y[:, None])[:, 0]
+                losses.append(logits.logsumexp(-1) - own)
+                if accuracy:  # argmax takes a CPU ten times as long as amax: it is asked where there is a tie alone
+                    others = logits.scatter_(-1, y[:, None], -math.inf)
+                    best = others.amax(-1)
+                    right.append(own > best)
+                    tie = own == best
+                    right[-1][tie] = y[tie] < others[tie].argmax(-1)
         return torch.cat(losses), torch.cat(right) if accuracy else None
 
     def hidden(self, idx, cache: KVCache | None = None, at=None, mask=None):

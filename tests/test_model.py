@@ -320,3 +320,18 @@ def test_in_bfloat16_a_confident_prediction_keeps_a_gradient_of_the_right_size()
     assert HeadLoss.apply(-9 * x, weight, y, V, 0.0).isfinite()  # probabilities that are rounded to nothing
     assert 1e-3 < expected < 0.1  # where 1 - p rounds to nothing in bfloat16
     assert ours == pytest.approx(expected, rel=0.01) and (found - right).norm() / right.norm() < 0.02
+
+
+@pytest.mark.parametrize("vocab", [5, 65, 3000])
+def test_token_losses_are_cross_entropys_and_a_tie_goes_to_the_first_as_argmaxs(vocab):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=vocab, n_layer=1, n_head=1, n_embd=16, block_size=8))
+    hidden = torch.randn(2000, 16).round()
+    model.lm_head.weight.data.mul_(50).round_()  # whole numbers: many logits are the same
+    targets = model.logits(hidden).topk(3)[1][torch.arange(2000), torch.randint(3, (2000,))]
+    losses, right = model.token_losses(hidden, targets, accuracy=True)
+    logits = model.logits(hidden)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
+    assert torch.equal(right, logits.argmax(-1) == targets)
+    ties = ((logits == logits.amax(-1, keepdim=True)).sum(-1) > 1).sum()
+    assert 0 < right.sum() < 2000 and ties > 20
