@@ -55,9 +55,7 @@ profile: bool | str = False  # True: a Chrome trace of three steps to trace.json
 output = ""  # a .json file for the figures
 compare = ""  # such a file from before: prints the ratios
 examples = 400  # hellaswag: drawn at random, of which a tenth one at a time
-input = (
-    ""  # data: a text to tokenize, documents separated by <|endoftext|>; empty: made-up stories | hellaswag: examples
-)
+input = ""  # data: a text, documents separated by <|endoftext|>; empty: made-up stories | hellaswag: a .jsonl file
 megabytes = 100  # data: of text at most
 
 HERE = Path(__file__).resolve().parent
@@ -402,7 +400,7 @@ def made_up_stories(path: Path, size: int) -> None:
 
 
 def rates_of(*works, on: torch.device | None = None) -> list[list[float]]:
-    """What each work() returns, a second of it: in turns, after one that does not count."""
+    """The count that each work() returns, over its seconds: in turns, after one that is not measured."""
     rates: list[list[float]] = [[] for _ in works]
     for _ in range(repeat + 1):
         for own, work in zip(rates, works):
@@ -463,14 +461,14 @@ def bench_reading(folder: Path) -> float:
             windows.batch(n * 64, 64)
         return count * 64 * 1024
 
-    def copy() -> int:  # what any reader does at least: inputs and targets as int64
+    def convert() -> int:  # what any reader does at least: inputs and targets as int64
         for n in range(count):
             begin = n * 1000 % (len(stream) - need + 1)
             part = stream[begin : begin + need].reshape(64, -1)
             part[:, :-1].astype(np.int64), part[:, 1:].astype(np.int64)
         return count * 64 * 1024
 
-    copying, reading = rates_of(copy, read)
+    copying, reading = rates_of(convert, read)
     tell("copying tokens into inputs and targets", copying)
     tell("batches of shuffled windows, one core", reading, copying, "that")
     times = statistics.median(reading) / 4e6

@@ -172,6 +172,7 @@ class Row(NamedTuple):
 
 
 def laid_out(question: Question, block_size: int) -> Row:
+    """The question's row, its context's front cut where block_size has no room for it before the longest ending."""
     context = question.context[-(block_size + 1 - max(map(len, question.endings))) :] or [0]
     end = len(context)
     row = Row([*context], [*range(end)], [0] * end, [])

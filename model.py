@@ -165,7 +165,7 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v, past: int, mask=None):
         """Causal attention of T queries, the last of past + T positions, or as a mask says (True: looked at).
 
-        q (B, H, T, D), k and v (B, K, past + T, D)
+        q (B, H, T, D), k and v (B, K, past + T, D), mask bool, broadcast to (B, 1, T, past + T)
         """
         T, S = q.size(2), k.size(2)
         dropout = self.config.dropout if self.training else 0.0
@@ -452,8 +452,8 @@ class GPT(nn.Module):
     def hidden(self, idx, cache: KVCache | None = None, at=None, mask=None):
         """What the head sees, (B, T, C); with a cache, of the T tokens that continue what it holds.
 
-        Rows that are not one text each give their tokens' positions `at`, integer (B, T), and what each looks at, mask, bool
-        (B, 1, T, T).
+        Rows that are not one text each give, without a cache, their tokens' positions `at`, integer (B, T) below block_size,
+        and `mask`, bool (B, 1, T, T), True where one looks at another. Raises ValueError for a text beyond block_size.
         """
         config, T = self.config, idx.size(1)
         if cache is not None and cache.at is not None:
@@ -474,7 +474,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, use_reentrant=False)
+                x = checkpoint(block, x, rotary, None, mask, use_reentrant=False)
             else:
                 x = block(x, rotary, cache, mask)
         if cache is not None and cache.at is None:

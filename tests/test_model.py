@@ -131,6 +131,18 @@ def test_attention_written_out_equals_the_fused_kernel_and_checkpointing_changes
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_a_mask_and_positions_hold_with_activation_checkpointing_too():
+    torch.manual_seed(0)
+    ids, at = torch.randint(50, (2, 9)), torch.randint(16, (2, 9))
+    mask = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
+    for options in ({}, dict(pos="rope", n_kv_head=1), dict(attn="manual", n_kv_head=1)):
+        model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, **options)).train()
+        plain = model.hidden(ids, at=at, mask=mask)
+        model.config.activation_checkpointing = True
+        torch.testing.assert_close(model.hidden(ids, at=at, mask=mask), plain)
+        assert (plain - model.hidden(ids, at=at)).abs().max() > 1e-3
+
+
 def test_rope_and_softcap_against_float64_formulas():
     from model import rotary_table, rotate
 
