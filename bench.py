@@ -31,16 +31,16 @@ import torch
 import torch.nn.functional as F
 
 import train
-from checkpoint import find_tokenizer, load_model
+from common.checkpoint import find_tokenizer, load_model
+from common.corpus import DatasetWriter, cores, split_text
+from common.inference import for_inference
+from common.logger import Log
+from common.runtime import free_memory, is_out_of_memory, largest_batch, peak_flops, peak_memory, pick_device
+from common.shards import TrainingWindows, atomic_write, load_dataset
+from common.tokenizer import EOT, CharTokenizer, gpt2_tokenizer
 from configurator import configure, error_of, read_keys, short_errors
-from corpus import DatasetWriter, cores, split_text
-from data import TrainingWindows, atomic_write, load_dataset
 from eval_hellaswag import Question, classic_question, ending_losses, find_examples, read_examples
-from inference import for_inference
-from machine import free_memory, is_out_of_memory, largest_batch, peak_flops, peak_memory, pick_device
 from model import GPT, GPTConfig, formula_is_faster
-from report import Log
-from tokenizer import EOT, CharTokenizer, gpt2_tokenizer
 
 mode = "train"  # train | decode | hellaswag | data | startup | all (but HellaSwag, which is downloaded)
 steps = 20  # training steps to time, after three to warm up

@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.corpus import DatasetWriter, check_free, check_room, download, is_made, open_stream, stream_rows, text_of
+from common.shards import open_shard
+from common.tokenizer import learn_tokenizer
 from configurator import configure, short_errors
-from corpus import DatasetWriter, check_free, check_room, download, is_made, open_stream, stream_rows, text_of
-from data import open_shard
-from tokenizer import learn_tokenizer
 
 sample = "10BT"  # of FineWeb-Edu: 10BT | 100BT | 350BT
 source = ""  # files or folders of .parquet and .jsonl instead, separated by commas

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import find_checkpoint, find_runs, is_pretrained
+from common.checkpoint import find_checkpoint, find_runs, is_pretrained
+from common.inference import END_OF_TURN, chat_prompt, likeliest, load_for_inference, shown, text_pieces, until
 from configurator import configure, short_errors
-from inference import END_OF_TURN, chat_prompt, likeliest, load_for_inference, shown, text_pieces, until
 
 out_dir = ""  # the run to begin with; empty: the newest one
 init_from = "resume"  # resume: a run | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id

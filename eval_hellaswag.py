@@ -28,14 +28,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import find_tokenizer, load_model
+from common.checkpoint import find_tokenizer, load_model
+from common.corpus import download
+from common.inference import for_inference
+from common.runtime import join_ranks, leave_ranks, pick_dtype, pick_own_device, tune_malloc
+from common.shards import atomic_write
+from common.tokenizer import Tokenizer
 from configurator import configure, short_errors
-from corpus import download
-from data import atomic_write
-from inference import for_inference
-from machine import join_ranks, leave_ranks, pick_dtype, pick_own_device, tune_malloc
 from model import GPT
-from tokenizer import Tokenizer
 
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id

@@ -26,14 +26,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import build_model, find_checkpoint, find_tokenizer, is_pretrained, load_payload
+from common.checkpoint import build_model, find_checkpoint, find_tokenizer, is_pretrained, load_payload
+from common.inference import for_inference
+from common.logger import finite
+from common.runtime import pick_device, pick_dtype
+from common.shards import (
+    Dataset,
+    Shard,
+    atomic_write,
+    cut,
+    gather,
+    load_dataset,
+    validation_batches,
+    validation_windows,
+)
+from common.tokenizer import Tokenizer
 from configurator import configure, short_errors
-from data import Dataset, Shard, atomic_write, cut, gather, load_dataset, validation_batches, validation_windows
-from inference import for_inference
-from machine import pick_device, pick_dtype
 from model import GPT
-from report import finite
-from tokenizer import Tokenizer
 
 checkpoints = ""  # runs, folders of runs, checkpoints, Hugging Face models, with commas between; empty: the newest run
 dataset = ""  # to evaluate on; empty: what each was trained on

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import find_checkpoint, find_tokenizer, is_pretrained, load_model, newest_run, save_checkpoint
+from common.checkpoint import find_checkpoint, find_tokenizer, is_pretrained, load_model, newest_run, save_checkpoint
+from common.shards import atomic_write
+from common.tokenizer import Tokenizer
 from configurator import configure, short_errors
-from data import atomic_write
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
 
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | a Hugging Face folder or id

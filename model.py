@@ -609,7 +609,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str) -> "GPT":
         """The model of a Hugging Face folder or hub id (see pretrained.py), its weights in float32 on the CPU."""
-        from pretrained import read_pretrained
+        from common.pretrained import read_pretrained
 
         arguments, weights, _ = read_pretrained(name)
         model = cls(GPTConfig(**arguments))

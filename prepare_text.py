@@ -26,8 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import configure, short_errors
-from corpus import (
+from common.corpus import (
     DatasetWriter,
     Source,
     check_free,
@@ -42,8 +41,9 @@ from corpus import (
     stream_rows,
     text_of,
 )  # fmt: skip
-from data import TrainingWindows, load_dataset
-from tokenizer import EOT, learn_tokenizer, tokenizer_from_dict
+from common.shards import TrainingWindows, load_dataset
+from common.tokenizer import EOT, learn_tokenizer, tokenizer_from_dict
+from configurator import configure, short_errors
 
 input = ""  # files or folders of .txt and .jsonl, separated by commas; empty: $LOCAL_TEXT_DATA_PATH
 source = ""  # instead: a corpus of --list, or the hub id of any other (owner/name or owner/name:config)

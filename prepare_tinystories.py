@@ -19,9 +19,9 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from common.corpus import DatasetWriter, check_free, counted, download, is_made, split_text
+from common.tokenizer import learn_tokenizer, word_tokenizer
 from configurator import configure, short_errors
-from corpus import DatasetWriter, check_free, counted, download, is_made, split_text
-from tokenizer import learn_tokenizer, word_tokenizer
 
 synthetic = False  # write the embedded stories instead
 version = "v1"  # v1: the original stories | v2: those by GPT-4

@@ -17,9 +17,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import configure, short_errors
-from data import atomic_write
-from inference import (
+from common.inference import (
     END_OF_TURN,
     beam_search,
     chat_prompt,
@@ -29,7 +27,9 @@ from inference import (
     text_pieces,
     until,
 )
-from tokenizer import EOT
+from common.shards import atomic_write
+from common.tokenizer import EOT
+from configurator import configure, short_errors
 
 # The model
 out_dir = ""  # the run's folder; empty: the newest run

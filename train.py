@@ -24,11 +24,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import Saver, build_model, load_checkpoint, load_latest, load_payload, restore, save_checkpoint
-from configurator import configure, first_line, short_errors
-from data import Dataset, MixedWindows, TrainingWindows, load_mixture, validation_batches, validation_windows
-from eval_hellaswag import classic_accuracy, classic_questions, find_examples, read_examples
-from machine import (
+from common.checkpoint import Saver, build_model, load_checkpoint, load_latest, load_payload, restore, save_checkpoint
+from common.logger import Log, close_bars, describe, measures
+from common.muon import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
+from common.runtime import (
     Signals,
     from_first_rank,
     is_out_of_memory,
@@ -40,10 +39,11 @@ from machine import (
     read_later,
     tune_malloc,
 )
+from common.shards import Dataset, MixedWindows, TrainingWindows, load_mixture, validation_batches, validation_windows
+from common.tokenizer import tokenizer_from_dict
+from configurator import configure, first_line, short_errors
+from eval_hellaswag import classic_accuracy, classic_questions, find_examples, read_examples
 from model import GPT, GPTConfig
-from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizers
-from report import Log, close_bars, describe, measures
-from tokenizer import tokenizer_from_dict
 
 # Run
 out_dir = "out"  # folder of the run: checkpoints, logs, results
@@ -301,7 +301,7 @@ def find_datasets(rank: int) -> list[tuple[Dataset, float]]:
     if "tinystories_synthetic" in re.split("[:,]", dataset):
         folder = root / "tinystories_synthetic"
         if rank == 0 and not (folder / "meta.json").exists():
-            from corpus import alone
+            from common.corpus import alone
             from prepare_tinystories import make_synthetic
 
             with alone(root / ".tinystories_synthetic.lock"):  # two runs may begin at once

@@ -10,7 +10,7 @@ from hub import parquet, start_hub
 from test_prepare import documents_of
 
 import prepare_text
-from data import load_dataset
+from common.shards import load_dataset
 
 
 def tell(count: int) -> list[str]:
@@ -220,7 +220,7 @@ def test_bad_input_is_told_in_one_line(refused, hub, arguments, words):
 def test_a_disk_too_small_is_told_before_anything_is_fetched(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_text, "source", "c4")
     monkeypatch.setattr(prepare_text, "data_dir", str(tmp_path))
-    monkeypatch.setattr("corpus.shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**30}))
+    monkeypatch.setattr("common.corpus.shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**30}))
     with pytest.raises(ValueError, match="MiB are to be written, 1,024 MiB are free: --max_tokens"):
         prepare_text.main()
     assert hub.ranges == 0

@@ -7,12 +7,12 @@ import torch
 from conftest import SMALL
 
 import train
-from checkpoint import load_model
-from data import TrainingWindows, load_dataset
+from common.checkpoint import load_model
+from common.inference import beam_search
+from common.muon import make_optimizers
+from common.shards import TrainingWindows, load_dataset
 from eval_hellaswag import Question, ending_losses
-from inference import beam_search
 from model import GPT, GPTConfig
-from optim import make_optimizers
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: no NVIDIA GPU here")]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import TEXT, make_nanogpt_chars
 
-from corpus import DatasetWriter, check_free
-from data import (
+from common.corpus import DatasetWriter, check_free
+from common.shards import (
     MixedWindows,
     ShardWriter,
     TrainingWindows,
@@ -18,7 +18,7 @@ from data import (
     validation_batches,
     validation_windows,
 )  # fmt: skip
-from tokenizer import tokenizer_from_dict, word_tokenizer
+from common.tokenizer import tokenizer_from_dict, word_tokenizer
 
 
 def write(folder, arrays, vocab=1000, split="train", shard_tokens=100):

@@ -12,8 +12,8 @@ from conftest import SMALL, TEXT
 from test_pretrained import save_gpt2, save_gpt2_tokenizer
 
 import evaluate
-from checkpoint import load_model
-from data import load_dataset
+from common.checkpoint import load_model
+from common.shards import load_dataset
 
 
 @pytest.fixture

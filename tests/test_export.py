@@ -7,8 +7,8 @@ import torch
 import transformers
 from conftest import SMALL, TEXT
 
-from checkpoint import load_model
-from tokenizer import tokenizer_from_dict
+from common.checkpoint import load_model
+from common.tokenizer import tokenizer_from_dict
 
 GPT2 = ["--bias=True"]
 LLAMA = (

@@ -22,11 +22,11 @@ import pytest
 import torch
 from conftest import SMALL, TEXT, Script, call, make_nanogpt_chars, readme_block
 
-import machine
 import train
-from checkpoint import load_checkpoint, load_latest, load_model, save_checkpoint
+from common import runtime as machine
+from common.checkpoint import load_checkpoint, load_latest, load_model, save_checkpoint
+from common.shards import load_dataset
 from configurator import configure, short_errors
-from data import load_dataset
 
 kills = 300  # kill -9 at random instants, in all
 seed = 1  # of the instants
@@ -312,7 +312,7 @@ def test_large_datasets_are_verified_when_asked(run, tmp_path, monkeypatch):
     run("prepare_text.py", "--input=t.txt", "--dataset=d", "--tokenizer=char")
     shard = next((tmp_path / "data" / "d").glob("*train*.npy"))
     shard.write_bytes(flipped(shard.read_bytes()))
-    monkeypatch.setattr("data.VERIFIED_TOKENS", 100)
+    monkeypatch.setattr("common.shards.VERIFIED_TOKENS", 100)
     load_dataset("d", tmp_path / "data")
     with pytest.raises(ValueError, match="sha256"):
         load_dataset("d", tmp_path / "data", verify=True)

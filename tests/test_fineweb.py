@@ -9,8 +9,8 @@ import pytest
 from conftest import SMALL, TEXT, Script, call
 from test_prepare import web  # noqa: F401, a fixture
 
-from data import HEADERS, load_dataset
-from tokenizer import tokenizer_from_dict
+from common.shards import HEADERS, load_dataset
+from common.tokenizer import tokenizer_from_dict
 
 
 def pages(count: int) -> list[str]:

@@ -13,8 +13,8 @@ from test_pretrained import save_gpt2, save_gpt2_tokenizer, save_llama
 from test_ranks import free_port
 
 import eval_hellaswag
+from common.tokenizer import gpt2_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import gpt2_tokenizer
 
 
 def examples(count: int, labels: bool = True) -> list[dict]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import model as model_file
-from inference import Int8Linear, PackedLinear, beam_search, chat_prompt, for_inference, packs
+from common.inference import Int8Linear, PackedLinear, beam_search, chat_prompt, for_inference, packs
 from model import GPT, DecodeStep, GPTConfig, KVCache, choose, one_ahead
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import torch
 import transformers
 from conftest import SMALL
 
-from checkpoint import load_checkpoint, load_model
+from common.checkpoint import load_checkpoint, load_model
+from common.muon import make_optimizers
 from model import GPT, GPTConfig
-from optim import make_optimizers
 
 LLAMA = "--norm=rmsnorm --mlp=swiglu --pos=rope --n_kv_head=1".split()
 TUNE = [

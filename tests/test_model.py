@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from machine import peak_flops
+from common.pretrained import llama_to_gpt
+from common.runtime import peak_flops
 from model import GPT, GPTConfig, HeadLoss, choose
-from pretrained import llama_to_gpt
 
 SIZES = dict(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=32)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from common.muon import OPTIMIZERS, Muon, learning_rate_at, make_optimizers, orthogonalise
 from model import GPT, GPTConfig
-from optim import OPTIMIZERS, Muon, learning_rate_at, make_optimizers, orthogonalise
 
 
 def model(**switches):
@@ -122,9 +122,9 @@ def test_a_held_muon_step_changes_nothing_even_with_gradients_that_are_not_numbe
 RANKS = """
 import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from machine import join_ranks
+from common.runtime import join_ranks
 from model import GPT, GPTConfig
-from optim import make_optimizers
+from common.muon import make_optimizers
 join_ranks(torch.device("cpu"), "gloo", 60)
 torch.manual_seed(0)
 net = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=32, mlp="swiglu", n_kv_head=1))

@@ -14,9 +14,9 @@ import pytest
 from conftest import SMALL, TEXT, Script, call
 
 import prepare_tinystories
-from corpus import DatasetWriter, Unique, counted, document_hash, download, split_text
-from data import load_dataset
-from tokenizer import tokenizer_from_dict, word_tokenizer
+from common.corpus import DatasetWriter, Unique, counted, document_hash, download, split_text
+from common.shards import load_dataset
+from common.tokenizer import tokenizer_from_dict, word_tokenizer
 
 
 def read(dataset, split):
@@ -147,7 +147,7 @@ def test_a_text_read_in_pieces_tokenizes_as_the_whole(run, tmp_path):
 
 
 def test_a_document_too_long_for_memory_comes_as_several(tmp_path, monkeypatch):
-    monkeypatch.setattr("corpus.LONGEST", 1000)
+    monkeypatch.setattr("common.corpus.LONGEST", 1000)
     text = long_text(300_000)
     (tmp_path / "a.txt").write_text(f"short<|endoftext|>{text}<|endoftext|>end")
     found = [t for t, _ in split_text(tmp_path / "a.txt")]
@@ -264,7 +264,7 @@ def web(monkeypatch):
     server.files, server.faults, server.asked = {}, [], []
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("corpus.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("common.corpus.time.sleep", lambda seconds: None)
     yield server
     server.shutdown()
 
@@ -321,7 +321,7 @@ def test_a_mirror_of_the_hub_is_asked_instead_of_it(web, tmp_path, monkeypatch):
 
 def test_a_download_larger_than_the_disk_is_refused_first(web, tmp_path, monkeypatch):
     web.files["f"] = BLOB
-    monkeypatch.setattr("corpus.shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
+    monkeypatch.setattr("common.corpus.shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
     with pytest.raises(ValueError, match="3 MiB are still to come, 1 MiB are free"):
         download(f"{web.url}/f", tmp_path / "f")
 

@@ -11,9 +11,9 @@ import transformers
 from conftest import SMALL, TEXT, make_nanogpt_chars
 from hub import start_hub
 
+from common.pretrained import llama_to_gpt, pretrained_arguments
+from common.tokenizer import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
 from model import GPT, clean_state_dict
-from pretrained import llama_to_gpt, pretrained_arguments
-from tokenizer import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
 
 LLAMA = dict(
     hidden_size=64, intermediate_size=144, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

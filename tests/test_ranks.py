@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, Script, call, readme_block
 
-from checkpoint import load_checkpoint
+from common.checkpoint import load_checkpoint
 
 JOB = [*SMALL, "--dataset=chars", "--gradient_accumulation_steps=4", "--eval_interval=5", "--checkpoint_interval=2"]
 

@@ -6,8 +6,8 @@ import torch
 from conftest import TEXT
 
 import train
+from common.muon import make_optimizers
 from model import GPT, GPTConfig
-from optim import make_optimizers
 
 CLASSIC = dict(optimizer="adamw", learning_rate=1e-3)
 

@@ -9,8 +9,8 @@ import torch
 from conftest import SMALL, Script, call, call_on_terminal, make_nanogpt_chars
 
 import sample as script
-from inference import text_pieces, until
-from tokenizer import CharTokenizer
+from common.inference import text_pieces, until
+from common.tokenizer import CharTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import TEXT
 
-from tokenizer import (
+from common.tokenizer import (
     EOT,
     GPT2_PATTERN,
     BPETokenizer,

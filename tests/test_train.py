@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
 
 import train
-from data import load_dataset
-from report import Log
+from common.logger import Log
+from common.shards import load_dataset
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -160,7 +160,7 @@ def test_evaluation_leaves_the_training_stream_alone(run, chars):
 
 def test_validation_loss_is_the_mean_over_the_whole_split(run, chars):
     run("train.py", *SMALL, "--dataset=chars", "--dropout=0.1", "--final_eval_tokens=0")
-    from checkpoint import load_model
+    from common.checkpoint import load_model
 
     model, _ = load_model(chars / "out" / "ckpt.pt")
     ids = torch.from_numpy(np.fromfile(chars / "data" / "chars" / "val.bin", np.uint16).astype(np.int64))
@@ -536,7 +536,7 @@ def test_a_full_disk_costs_tensorboards_files_alone(capsys):
 
 
 def test_numbers_of_a_line_are_short():
-    from report import duration, short
+    from common.logger import duration, short
 
     assert [
         short(x) for x in (52_917, 1_370_000, 999_960, 7.5, 812, 4_012)

@@ -11,10 +11,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import find_tokenizer, load_model
-from machine import pick_device, pick_dtype, tune_malloc
+from common.checkpoint import find_tokenizer, load_model
+from common.runtime import pick_device, pick_dtype, tune_malloc
+from common.tokenizer import Tokenizer
 from model import GELU, GPT, KVCache
-from tokenizer import Tokenizer
 
 QUANTIZE = ("", "int8")
 

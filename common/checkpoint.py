@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from common.pretrained import GPT2_NAMES, read_pretrained
+from common.runtime import is_out_of_memory
+from common.shards import load_dataset
+from common.tokenizer import Tokenizer, read_tokenizer, tokenizer_from_dict
 from configurator import first_line
-from data import load_dataset
-from machine import is_out_of_memory
 from model import GPT, GPTConfig
-from pretrained import GPT2_NAMES, read_pretrained
-from tokenizer import Tokenizer, read_tokenizer, tokenizer_from_dict
 
 PREVIOUS = "ckpt_previous.pt"  # the one before ckpt.pt, for when that is damaged
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common.shards import CHUNK, ShardWriter, atomic_write, file_sha256, writing
+from common.tokenizer import EOT, BPETokenizer, Tokenizer, tokenizer_from_dict
 from configurator import first_line
-from data import CHUNK, ShardWriter, atomic_write, file_sha256, writing
-from tokenizer import EOT, BPETokenizer, Tokenizer, tokenizer_from_dict
 
 Source = Callable[[object], Iterable[tuple[str, object]]]
 HUB = "https://huggingface.co"

@@ -329,7 +329,7 @@ def learn_tokenizer(
     if kind == "bpe":
         return train_bpe(first_characters((train or texts)()), vocab_size, special_tokens)
     if Path(kind).is_dir() or "/" in kind:
-        from pretrained import download_pretrained
+        from common.pretrained import download_pretrained
 
         made = read_tokenizer(Path(kind) if Path(kind).is_dir() else download_pretrained(kind, weights=False))
         if made.eot is None:

@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
-from data import atomic_write
-from machine import peak_flops, peak_memory
-from tokenizer import tokenizer_from_dict
+from common.runtime import peak_flops, peak_memory
+from common.shards import atomic_write
+from common.tokenizer import tokenizer_from_dict
 
 
 @contextlib.contextmanager
@@ -385,7 +385,7 @@ def git_commit() -> str | None:
     if not shutil.which("git"):
         return None
     command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
     return done.stdout.strip() or None
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import CharTokenizer
+from common.tokenizer import CharTokenizer
 
 VERIFIED_TOKENS = 50_000_000  # a dataset smaller than this is checked in a fraction of a second
 CHUNK = 100_000_000  # tokens shuffled at a time: a longer file is read as several, so that memory stays flat
