@@ -1,20 +1,22 @@
 """Configuration: a script's own globals, overridden by Python config files and --key=value.
 
-    LEARNING = 1                               (not a key: keys are lower case)
+    LEARNING = 1                                (not a key: keys are lower case)
     learning_rate = 6e-4  # peak learning rate  (a key, its default, and the line --help prints)
-    compile: bool | str = "auto"  # an annotation widens what a key accepts
+    compile: bool | str = "auto"                (an annotation widens the types a key accepts)
+    add_keys(globals(), GPTConfig)              (every other field of a dataclass is a key too)
 
     if __name__ == "__main__":
         with short_errors():
-            config = configure(globals())
+            configure(globals())
+            main()
 
 Arguments are taken in order and later ones win: `python train.py config/baby_cpu.py --batch_size=4`.
-A config file is Python, run as it stands, and may compute from the values set before it; run only files you trust.
+A config file is ordinary Python and may compute from the values set before it. Run only files you trust.
 """
 
 import ast
+import contextlib
 import difflib
-import linecache
 import os
 import shutil
 import sys
@@ -22,46 +24,85 @@ import textwrap
 import traceback
 import types
 import typing
-from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
 
-def read_keys(script: str) -> dict[str, str]:
+class UserError(Exception):
+    """An error the user can mend: one short message that names the flag to change, exit code 2, no traceback."""
+
+
+# -----------------------------------------------------------------------------
+# The keys of a script
+
+
+def add_keys(namespace: dict, config_class: type, skip: tuple[str, ...] = ()) -> None:
+    """Make every field of a dataclass a key of the script, with the field's default, unless the script sets it itself."""
+    for field in fields(config_class):
+        if field.name not in skip:
+            namespace.setdefault(field.name, field.default)
+
+
+def read_keys(script: str | Path) -> dict[str, str]:
     """Key name -> comment, read from a script's source: the lower-case assignments before its first def or class.
 
-    A comment on its own line starts a group and is kept as an entry "# title" -> "".
+    A comment on its own line starts a group and is kept as an entry "# title" -> "". The fields that add_keys() adds are
+    read from the source of their class, which the script imports from a file beside it.
     """
     source = Path(script).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    first_work = len(lines) + 1
-    assigned = {}  # line number -> name
+    lines, keys, imported_from, assigned, added = source.splitlines(), {}, {}, {}, {}
+    first_def = len(lines) + 1
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If, ast.With)):
-            first_work = node.lineno
+        if isinstance(node, ast.ImportFrom):
+            imported_from |= {alias.name: node.module for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If, ast.With)):
+            first_def = node.lineno
             break
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        for target in targets:
+        elif isinstance(node, ast.Expr) and getattr(getattr(node.value, "func", None), "id", "") == "add_keys":
+            added[node.lineno] = node.value
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith("_"):
                 assigned[node.lineno] = target.id
-    keys: dict[str, str] = {}
-    for number in range(min(assigned, default=1), first_work):
-        line = lines[number - 1]
+    first_key, last_key = min(assigned, default=first_def), max([*assigned, *added], default=0)
+    for number, line in enumerate(lines[:last_key], 1):
         if number in assigned:
             keys[assigned[number]] = line.partition("  # ")[2].strip()
-        elif line.startswith("# ") and number > min(assigned) - 2:
+        elif number in added:
+            class_name = added[number].args[1].id
+            skip = next((ast.literal_eval(k.value) for k in added[number].keywords if k.arg == "skip"), ())
+            own = read_fields(Path(script).parent / f"{imported_from[class_name].replace('.', '/')}.py", class_name)
+            keys |= {name: comment for name, comment in own.items() if name not in (*skip, *assigned.values())}
+        elif line.startswith("# ") and number > first_key - 2:
             keys[line] = ""
     return keys
 
 
+def read_fields(module: Path, class_name: str) -> dict[str, str]:
+    """Field name -> comment of a dataclass, read from its source."""
+    source = module.read_text(encoding="utf-8")
+    (found,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == class_name]
+    fields_ = [n for n in found.body if isinstance(n, ast.AnnAssign)]
+    return {n.target.id: source.splitlines()[n.lineno - 1].partition("  # ")[2].strip() for n in fields_}
+
+
+def _types_of(default: object, annotation: object) -> tuple[type, ...]:
+    return typing.get_args(annotation) or (annotation or type(default),)
+
+
+def _type_names(default: object, annotation: object) -> str:
+    return " or ".join("None" if t is types.NoneType else t.__name__ for t in _types_of(default, annotation))
+
+
 def check_type(value: object, default: object, annotation: object) -> object:
-    """The value as the key's type, or TypeError. An int is taken for a float; None only where the default is None."""
+    """The value as the key's type, or TypeError. An int is accepted for a float; None only where the default is None."""
     if value is None and default is None:
         return None
     if annotation is None and default is None:
         return value
-    wanted = typing.get_args(annotation) or (annotation or type(default),)
+    wanted = _types_of(default, annotation)
     if type(value) in wanted:
         return value
     if type(value) is int and float in wanted:
@@ -70,8 +111,8 @@ def check_type(value: object, default: object, annotation: object) -> object:
 
 
 def parse(text: str, default: object, annotation: object) -> object:
-    """The value of --key=text: a Python literal where the key takes one, else the text itself."""
-    wanted = typing.get_args(annotation) or (annotation or type(default),)
+    """The value of --key=text: a Python literal where the key accepts one, otherwise the text itself."""
+    wanted = _types_of(default, annotation)
     if wanted == (str,):
         return text
     try:
@@ -83,105 +124,126 @@ def parse(text: str, default: object, annotation: object) -> object:
         raise TypeError from None
 
 
-def type_name(default: object, annotation: object) -> str:
-    wanted = typing.get_args(annotation) or (annotation or type(default),)
-    return " or ".join("None" if t is types.NoneType else t.__name__ for t in wanted)
+# -----------------------------------------------------------------------------
+# configure()
 
 
-def configure(namespace: dict, argv: list[str] | None = None, dial: tuple | None = None) -> dict:
-    """Override `namespace` (a script's globals()) by argv, print what resulted on stderr, and return it as a dict.
+class Overrides:
+    """Sets keys in a script's globals and remembers when each was set: levels[key] grows from argument to argument."""
 
-    dial: a key and a function that derives other keys from it, of (all keys, those that were given) -> dict. What was given
-    stands, but for what a config file had said before the dial was set.
-    Raises ValueError for an unknown key (with the closest known one), a wrong type, a file that is missing or fails.
+    def __init__(self, namespace: dict, aliases: dict[str, str]):
+        self.namespace, self.aliases = namespace, aliases
+        self.script = namespace["__file__"]
+        self.comments = read_keys(self.script)
+        self.annotations = namespace.get("__annotations__", {})
+        self.defaults = {k: namespace[k] for k in self.comments if not k.startswith("#")}
+        self.levels: dict[str, float] = {}
+        self.flags: set[str] = set()
+
+    def set(self, key: str, value: object, where: str, level: float) -> None:
+        key = self.aliases.get(key, key)
+        default, annotation = self.default_of(key, where)
+        try:
+            self.namespace[key] = check_type(value, default, annotation)
+        except TypeError:
+            expected = _type_names(default, annotation)
+            raise UserError(f"{where}: {key} takes {expected}, not {type(value).__name__} {value!r}") from None
+        self.levels[key] = level
+
+    def default_of(self, key: str, where: str) -> tuple:
+        """A key's default and annotation. Raises UserError for an unknown key."""
+        if key not in self.defaults:
+            close = difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.5)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UserError(f"{where}: unknown key {key}{hint}; --help lists the keys of {Path(self.script).name}")
+        return self.defaults[key], self.annotations.get(key)
+
+    def set_flag(self, argument: str, next_argument: str, level: float) -> None:
+        """--key=value, or --key alone for True."""
+        key, has_value, text = argument.removeprefix("--").partition("=")
+        key = self.aliases.get(key.replace("-", "_"), key.replace("-", "_"))
+        default, annotation = self.default_of(key, "command line")
+        if not has_value and bool not in _types_of(default, annotation):
+            shown = next_argument if next_argument and not next_argument.startswith("-") else default
+            raise UserError(f"command line: --{key} needs a value: --{key}={shown}")
+        try:
+            value = parse(text, default, annotation) if has_value else True
+        except TypeError:
+            expected = _type_names(default, annotation)
+            raise UserError(f"command line: --{key} takes {expected}, not {text!r}") from None
+        self.set(key, value, "command line", level)
+        self.flags.add(key)
+
+    def turn_dial(self, dial: str, derive) -> dict:
+        """Set the keys that derive(all keys, explicit keys) returns, except explicit ones. Returns what it set.
+
+        Explicit keys are those of the command line and of config files after the one that set the dial.
+        """
+        level = self.levels[dial]
+        explicit = {k for k, when in self.levels.items() if k in self.flags or when >= level}
+        derived = derive({k: self.namespace[k] for k in self.defaults}, explicit)
+        derived = {k: v for k, v in derived.items() if k not in explicit}
+        for key, value in derived.items():
+            self.set(key, value, f"--{dial}", level - 0.1)
+        for key in explicit:  # a flag before the file that set the dial is no older than what the dial set
+            self.levels[key] = max(self.levels[key], level)
+        return derived
+
+    def clear_alternatives(self, group: tuple[str, ...]) -> None:
+        """Of keys that say the same thing in different ways only those set last count: the others become 0."""
+        last = max(self.levels.get(key, 0.0) for key in group)
+        for key in group:
+            if self.levels.get(key, 0.0) < last:
+                self.namespace[key] = type(self.defaults[key])(0)
+
+
+def configure(
+    namespace: dict, argv: list[str] | None = None, dial: tuple | None = None, one_of: tuple = (), aliases: dict | None = None
+) -> dict:  # fmt: skip
+    """Override `namespace` (a script's globals()) by argv, print on stderr what was set, and return all keys as a dict.
+
+    dial: a key and a function derive(all keys, explicit keys) -> dict of keys that follow from it.
+    one_of: groups of numeric keys that set the same quantity. The one set last wins (a config file over the defaults, the
+    command line over the file) and the others become 0; keys set together all stay.
+    aliases: old spelling -> key.
     `--help` prints every key with its default and comment, and exits.
+    Raises UserError for an unknown key, a wrong type, or a config file that is missing or fails.
     """
     argv = sys.argv[1:] if argv is None else argv
-    script = namespace["__file__"]
-    comments = read_keys(script)
-    keys = [k for k in comments if not k.startswith("#")]
-    annotations = namespace.get("__annotations__", {})
-    defaults = {k: namespace[k] for k in keys}
+    keys = Overrides(namespace, aliases or {})
     if "--help" in argv or "-h" in argv:
-        print_help(namespace, comments, defaults)
+        print_help(namespace, keys.comments, keys.defaults)
         sys.exit(0)
-
-    given, in_files = set(), set()
-
-    def assign(key: str, value: object, where: str) -> None:
-        if key not in defaults:
-            close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise ValueError(f"{where}: unknown key {key}{hint}; --help lists the keys of {Path(script).name}")
-        try:
-            namespace[key] = check_type(value, defaults[key], annotations.get(key))
-        except TypeError:
-            expected = type_name(defaults[key], annotations.get(key))
-            raise ValueError(f"{where}: {key} takes {expected}, not {type(value).__name__} {value!r}") from None
-
+    level = 1.0  # config files are at whole levels, the flags after one at the next half
     for place, argument in enumerate(argv):
-        if not argument.startswith("-"):
-            found = run_file(argument, {k: namespace[k] for k in keys})
-            if dial and dial[0] in found:
-                in_files = set()
-            for key, value in found.items():
-                assign(key, value, argument)
-            in_files |= found.keys()
-            continue
-        key, has_value, text = argument.removeprefix("--").partition("=")
-        key = key.replace("-", "_")
-        default, annotation = defaults.get(key), annotations.get(key)
-        if key not in defaults:
-            assign(key, text, "command line")
-        elif not has_value and bool not in (typing.get_args(annotation) or (annotation or type(default),)):
-            after = argv[place + 1 : place + 2]
-            shown = after[0] if after and not after[0].startswith("-") else default
-            raise ValueError(f"command line: --{key} needs a value: --{key}={shown}")
+        if argument.startswith("-"):
+            keys.set_flag(argument, (argv[place + 1 :] or [""])[0], level + 0.5)
         else:
-            try:
-                value = parse(text, default, annotation) if has_value else True
-            except TypeError:
-                raise ValueError(
-                    f"command line: --{key} takes {type_name(default, annotation)}, not {text!r}"
-                ) from None
-            assign(key, value, "command line")
-            given.add(key)
-            if dial and key == dial[0]:
-                in_files = set()
-
-    derived = {}
-    if dial and namespace[dial[0]]:
-        given |= in_files
-        found = dial[1]({k: namespace[k] for k in keys}, given)
-        derived = {k: v for k, v in found.items() if k not in given}
-        for key, value in derived.items():
-            assign(key, value, f"--{dial[0]}")
-    config = {k: namespace[k] for k in keys}
+            level += 1
+            for key, value in run_file(argument, {k: namespace[k] for k in keys.defaults}).items():
+                keys.set(key, value, argument, level)
+    derived = keys.turn_dial(*dial) if dial and namespace[dial[0]] else {}
+    for group in one_of:
+        keys.clear_alternatives(group)
+    config = {k: namespace[k] for k in keys.defaults}
     if int(os.environ.get("RANK", 0)) == 0:
-        changed = [f"{k}={v!r}" for k, v in config.items() if v != defaults[k] and k not in derived]
-        rest = [f"{k}={v!r}" for k, v in config.items() if v == defaults[k] and k not in derived]
-        by_dial = [f"{k}={v!r}" for k, v in derived.items()]
-        for title, pairs in (("set", changed), (f"of --{dial[0]}" if dial else "", by_dial), ("default", rest)):
-            if pairs:
-                print(textwrap.fill(f"{title}: " + "  ".join(pairs), 110, subsequent_indent="  "), file=sys.stderr)
+        chosen = {k: v for k, v in config.items() if v != keys.defaults[k] and k in keys.levels.keys() - derived}
+        for title, values in (("set", chosen), (f"from --{dial[0]}" if dial else "", derived)):
+            if values:
+                text = f"{title}: " + "  ".join(f"{k}={v!r}" for k, v in values.items())
+                print(textwrap.fill(text, 110, subsequent_indent="  "), file=sys.stderr)
     return config
 
 
-def error_of(text: str) -> str:
-    """The first error that short_errors told on a child's stderr, or its last line."""
-    lines = text.splitlines() or [""]
-    return next((line for line in lines if line.startswith("error: ")), lines[-1])
-
-
 def run_file(path: str, current: dict) -> dict:
-    """The assignments a config file makes, run with the current values in sight. Raises ValueError if it cannot run."""
+    """The assignments a config file makes when run with the current values in scope. Raises UserError if it cannot run."""
     file = Path(path)
     if not file.is_file():
         known = {p.stem: p for p in (HERE / "config").rglob("*.py")}
         near = known.get(next(iter(difflib.get_close_matches(file.stem, known, n=1)), ""))
         shown = near and (near.relative_to(HERE) if Path().resolve() == HERE else near)
-        hint = f"; there is {shown}" if near else "; options are written --key=value"
-        raise ValueError(f"{path}: no such config file{hint}")
+        hint = f"; did you mean {shown}?" if near else "; options are written --key=value"
+        raise UserError(f"{path}: no such config file{hint}")
     scope = dict(current, __file__=str(file), __name__="config")
     try:
         source = file.read_text(encoding="utf-8")
@@ -189,10 +251,9 @@ def run_file(path: str, current: dict) -> dict:
         stored = {n.id for n in names if isinstance(n.ctx, ast.Store)}
         exec(compile(source, path, "exec"), scope)
     except Exception as e:
-        seen = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path] + [
-            getattr(e, "lineno", None)
-        ]
-        raise ValueError(f"{path}, line {seen[-1] or seen[0]}: {type(e).__name__}: {e}") from None
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
+        line = lines[-1] if lines else getattr(e, "lineno", None)
+        raise UserError(f"{path}, line {line}: {type(e).__name__}: {e}") from None
     found = {}
     for key, value in scope.items():
         plain = not (key.startswith("_") or callable(value) or isinstance(value, types.ModuleType))
@@ -212,40 +273,59 @@ def print_help(namespace: dict, comments: dict[str, str], defaults: dict) -> Non
         lines = textwrap.wrap(comment, width - column)
         if len(flag) > column or not lines:
             print(flag.rstrip())
-        elif lines:
+        else:
             print(flag.ljust(column) + lines.pop(0))
         for line in lines:
             print(" " * column + line)
+
+
+# -----------------------------------------------------------------------------
+# Errors
+
+
+def check_bounds(namespace: dict, **bounds: str) -> None:
+    """Raise UserError for a key outside its range. bounds: at_least_0, at_least_1 or below_1="key key ..."."""
+    for bound, keys in bounds.items():
+        low, high = (0, 1) if bound == "below_1" else (int(bound[-1]), float("inf"))
+        for key in keys.split():
+            if not low <= namespace[key] < high:
+                most = " and less than 1" if high == 1 else ""
+                raise UserError(f"--{key}={namespace[key]}: must be at least {low}{most}")
+
+
+def check_choice(key: str, value: object, choices) -> None:
+    """Raise UserError unless the value of a key is one of the choices."""
+    if value not in choices:
+        raise UserError(f"--{key}={value}: choose one of {', '.join(str(c) or 'nothing' for c in choices)}")
 
 
 def first_line(e: BaseException) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
-@contextmanager
-def short_errors():
-    """What a user can mend ends the script with one message and exit code 2; a bug keeps its traceback.
+def error_in(stderr: str) -> str:
+    """The error message in a child script's stderr: its "error: ..." line, or its last line."""
+    lines = stderr.strip().splitlines() or [""]
+    return next((line for line in lines if line.startswith("error: ")), lines[-1])
 
-    Mendable is an exception one of our files raised on purpose (a `raise` statement of its own), and a file that
-    cannot be opened or written. GPT_TRACEBACK=1 shows the traceback all the same.
+
+@contextlib.contextmanager
+def short_errors():
+    """A UserError, or a file that cannot be read or written, ends the script with one line and exit code 2.
+
+    Everything else keeps its traceback. GPT_TRACEBACK=1 shows the traceback of a UserError too.
     """
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        try:
-            print(flush=True)
-        except BrokenPipeError:  # whoever read our output has enough
+    except BrokenPipeError:  # whoever read our output has closed it
+        with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        raise
-    except (ValueError, OSError, RuntimeError, ImportError) as e:
-        last = traceback.extract_tb(e.__traceback__)[-1]
-        ours = Path(last.filename).resolve().is_relative_to(HERE) and "site-packages" not in last.filename
-        on_purpose = ours and linecache.getline(last.filename, last.lineno).lstrip().startswith("raise")
-        if os.environ.get("GPT_TRACEBACK") or not (on_purpose or (isinstance(e, OSError) and e.filename)):
+        sys.exit(141)
+    except (UserError, OSError) as e:
+        if os.environ.get("GPT_TRACEBACK") or not (isinstance(e, UserError) or e.filename):
             raise
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

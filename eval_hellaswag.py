@@ -1,15 +1,15 @@
-"""HellaSwag (https://arxiv.org/abs/1905.07830): which of four endings does the model find likeliest?
+"""HellaSwag (https://arxiv.org/abs/1905.07830): which of four endings does the model find most likely?
 
     python eval_hellaswag.py                          the newest run under out/, all 10,042 validation examples
     python eval_hellaswag.py -m gpt2 -d cuda          GPT-2 (or --init_from= a run, a checkpoint, a Hugging Face folder or id)
     python eval_hellaswag.py --data=FILE --limit=200 --output=results.jsonl
     torchrun --standalone --nproc_per_node=8 eval_hellaswag.py --init_from=gpt2-xl
 
-Two ways of scoring are common, and they differ: the text they show the model and what they divide by.
+Two scorings are common. They show the model different text and normalise differently:
 
-    classic   the context and " " + ending as they are. acc: the least sum of the ending's token losses; acc_norm: the least
-              mean loss a token (build-nanogpt, llm.c).
-    harness   lm-evaluation-harness: activity label in front, brackets removed. acc: the greatest log-likelihood; acc_norm:
+    classic   the context and " " + ending as they are. acc: the lowest sum of the ending's token losses; acc_norm: the
+              lowest mean loss per token (build-nanogpt, llm.c).
+    harness   lm-evaluation-harness: activity label in front, brackets removed. acc: the highest log-likelihood; acc_norm:
               divided by the ending's length in characters.
 
 Chance is 0.25.
@@ -28,36 +28,40 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.checkpoint import find_tokenizer, load_model
-from common.corpus import download
+from common import runtime
+from common.checkpoint import chosen_model, find_tokenizer, load_model
+from common.cpu import tune_malloc
+from common.files import atomic_write, download
 from common.inference import for_inference
-from common.runtime import join_ranks, leave_ranks, pick_dtype, pick_own_device, tune_malloc
-from common.shards import atomic_write
+from common.scoring import token_losses
 from common.tokenizer import Tokenizer
-from configurator import configure, short_errors
-from model import GPT
+from configurator import UserError, check_bounds, check_choice, configure, short_errors
+from model import GPT, KVCache
 
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id
-split = "val"  # val | train | test (which has no labels: only --output tells)
-data = ""  # a file of examples instead, .jsonl in the original's fields
+split = "val"  # val | train | test (which has no labels: use --output)
+data = ""  # a file of examples instead, .jsonl with the original's fields
 data_dir = "data"  # where the examples are kept, in hellaswag/
 source = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"  # where they are downloaded from
 scoring = "both"  # both | classic | harness
-limit = 0  # the first so many examples; 0: all
-batch_size = 0  # examples at a time; 0: 8 on a CPU, else 64
-output = ""  # a .jsonl file of every example's losses and choices
+limit = 0  # score the first N examples; 0: all
+batch_size = 0  # examples at a time; 0: 8 on a CPU, 64 elsewhere
+output = ""  # a .jsonl file for every example's losses and choices
 device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto (bfloat16 where native) | float32 | bfloat16 | float16
-backend = "nccl"  # of torchrun's ranks on GPUs; the CPU's is gloo
-timeout = 600  # seconds that a rank waits for the others
+backend = "nccl"  # of torchrun's ranks on GPUs; CPUs use gloo
+timeout = 600  # seconds a rank waits for the others
 
 SPLITS = {"train": 39905, "val": 10042, "test": 10003}
 SCORINGS = ("classic", "harness")
 
+# -----------------------------------------------------------------------------
+# Examples
+
 
 class Question(NamedTuple):
-    """An example as a model sees it. Its endings follow the context, each by itself."""
+    """An example in tokens. Each ending follows the context."""
 
     context: list[int]
     endings: list[list[int]]
@@ -65,7 +69,7 @@ class Question(NamedTuple):
 
 
 def read_examples(path: Path, limit: int = 0) -> list[dict]:
-    """The examples of a .jsonl file. Raises ValueError naming the line that is not one."""
+    """The examples of a .jsonl file. Raises UserError naming the line that is not one."""
     examples = []
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
@@ -78,30 +82,40 @@ def read_examples(path: Path, limit: int = 0) -> list[dict]:
                 texts = [example["ctx"], *example["endings"]]
                 label = example.get("label", "")
                 if len(texts) != 5 or not all(isinstance(t, str) and t.strip() for t in texts):
-                    raise ValueError("it takes a ctx and four endings, as text")
+                    raise ValueError("it needs a ctx and four endings, as text")
                 example["label"] = int(label) if label not in ("", None) else None
                 if example["label"] not in (None, 0, 1, 2, 3):
                     raise ValueError(f"the label is {label!r}")
             except (ValueError, KeyError, TypeError, AttributeError) as e:
-                what = f"there is no {e}" if isinstance(e, KeyError) else e
-                raise ValueError(f"{path}, line {number}: not an example of HellaSwag: {what}") from None
+                reason = f"there is no {e}" if isinstance(e, KeyError) else e
+                raise UserError(f"{path}, line {number}: not a HellaSwag example: {reason}") from None
             examples.append(example)
     if not examples:
-        raise ValueError(f"{path} holds no examples")
+        raise UserError(f"{path} holds no examples")
     return examples
 
 
 def find_examples(split: str, data_dir: str, limit: int = 0) -> list[dict]:
-    """The examples of a split, downloaded once. Raises ValueError if they cannot be had or are not all there."""
+    """The examples of a split, downloaded once. Raises UserError if they cannot be had or some are missing."""
     path = Path(data_dir) / "hellaswag" / f"hellaswag_{split}.jsonl"
     if not path.exists():
         download(f"{source}/{path.name}", path)
     examples = read_examples(path)
     if len(examples) != SPLITS[split]:
-        raise ValueError(
-            f"{path} holds {len(examples):,} examples of {SPLITS[split]:,}: remove it to download it again"
-        )
+        raise UserError(f"{path} holds {len(examples):,} examples of {SPLITS[split]:,}: remove it to download it again")
     return examples[: limit or None]
+
+
+def load_examples(data: str, data_dir: str, limit: int, split: str = "val") -> list[dict]:
+    """The examples of a file, or of a split, which rank 0 downloads for all."""
+    if data:
+        if not Path(data).is_file():
+            raise UserError(f"--data={data}: no such file")
+        return read_examples(Path(data), limit)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        find_examples(split, data_dir, 1)
+    runtime.barrier()
+    return find_examples(split, data_dir, limit)
 
 
 def classic_question(example: dict, tokenizer: Tokenizer) -> Question:
@@ -117,86 +131,91 @@ def harness_question(example: dict, tokenizer: Tokenizer) -> Question:
     first, second = (example["ctx_a"], example.get("ctx_b") or "") if "ctx_a" in example else (example["ctx"], "")
     context = clean(f"{example.get('activity_label', '')}: {first} {second.capitalize()}")
     choices = [clean(e) for e in example["endings"]]
-    kept = context.rstrip()  # spaces at its end belong to the endings
-    endings = [context[len(kept) :] + " " + c for c in choices]
-    start = tokenizer.encode(kept)
-    whole = [tokenizer.encode(kept + e) for e in endings]
+    stripped = context.rstrip()  # spaces at the context's end belong to the endings
+    endings = [context[len(stripped) :] + " " + c for c in choices]
+    start = tokenizer.encode(stripped)
+    whole = [tokenizer.encode(stripped + e) for e in endings]
     return Question(start, [w[len(start) :] for w in whole], [len(c) for c in choices])
 
 
 QUESTIONS = {"classic": classic_question, "harness": harness_question}
 
+# -----------------------------------------------------------------------------
+# Scoring
+
 
 def check_lengths(questions: list[Question], block_size: int) -> None:
     if max((len(e) for q in questions for e in q.endings), default=0) > block_size:
-        raise ValueError(f"an ending has more tokens than the model's context of {block_size}: this model is too small")
+        raise UserError(f"an ending has more tokens than the model's context of {block_size}: this model is too small")
 
 
 @torch.no_grad()
 def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) -> Iterator[tuple[list[int], np.ndarray]]:
-    """The sum of every ending's token losses: yields (which questions, losses (len, 4) in nats), short ones first.
+    """The summed token losses of every ending: yields (indices of questions, losses (n, 4) in nats).
 
-    A question is one row: its context, then its four endings, none of which sees another. So a context is read once, the
-    head sees the endings alone, and rows of about one length go together. A context that is too long loses its front.
-    Raises ValueError for an ending longer than the model's context.
+    Questions with contexts of similar length go together. The part of the contexts that all of them have is read once, into
+    the KV cache; the endings, each after the rest of its context, are then read in batches of similar length, with the head
+    applied to the endings only. A context too long for the model loses its front. Raises UserError for an ending longer
+    than the model's context.
     """
-    T, on = model.config.block_size, model.device
+    T, device = model.config.block_size, model.device
+    batch_size = batch_size or (8 if device.type == "cpu" else 64)
     check_lengths(questions, T)
-    batch_size = batch_size or (8 if on.type == "cpu" else 64)
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].context) + sum(map(len, questions[i].endings)))
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        rows = [laid_out(questions[i], T) for i in chosen]
-        shape = len(rows), max(len(row.ids) for row in rows)
-        ids, at, part = (np.zeros(shape, np.int64) for _ in range(3))
-        for n, row in enumerate(rows):
-            ids[n, : len(row.ids)], at[n, : len(row.ids)], part[n, : len(row.ids)] = row.ids, row.at, row.part
-        before = np.concatenate([n * shape[1] + np.array(row.before) for n, row in enumerate(rows)])
-        targets = np.concatenate([np.concatenate(questions[i].endings) for i in chosen])
-        of = np.repeat(np.arange(4 * len(rows)), [len(e) for i in chosen for e in questions[i].endings])
-        ids, at, part, before, targets, of = (torch.from_numpy(a).to(on) for a in (ids, at, part, before, targets, of))
-        key, query = part[:, None, None, :], part[:, None, :, None]
-        hidden = model.hidden(ids, at=at, mask=((key == 0) | (key == query)).tril())
-        each, _ = model.token_losses(hidden.flatten(0, 1)[before], targets)
-        losses = torch.zeros(4 * len(rows), device=on).index_add_(0, of, each)
-        yield chosen, losses.view(-1, 4).cpu().numpy()
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].context))
+    group_size = min(8 * batch_size, 256)  # questions in one cache
+    for first in range(0, len(order), group_size):
+        group = order[first : first + group_size]
+        contexts = []
+        for i in group:
+            room = T + 1 - max(map(len, questions[i].endings))
+            contexts.append(questions[i].context[-room:] or [0])
+        shared = min(map(len, contexts)) - 1  # the token before an ending is read with it
+        cache = KVCache(model.config, len(group), shared, device, kv_dtype(model))
+        if shared:
+            model.hidden(torch.tensor([c[:shared] for c in contexts], device=device), cache)
+        rows = [(n, c[shared:], e) for n, c in enumerate(contexts) for e in questions[group[n]].endings]
+        losses = torch.zeros(len(rows), device=device)
+        remaining = sorted(range(len(rows)), key=lambda r: len(rows[r][1]) + len(rows[r][2]))
+        while remaining:  # the longest first
+            width = max(1, len(rows[remaining[-1]][1]) + len(rows[remaining[-1]][2]) - 1)
+            # Each row copies its context's keys and values, so the number of rows is bounded too.
+            count = max(1, min(64 * batch_size // width, 8 * batch_size))
+            remaining, batch = remaining[:-count], remaining[-count:]
+            x, y = np.zeros((len(batch), width), np.int64), np.full((len(batch), width), -1, np.int64)
+            for row, r in enumerate(batch):
+                _, c, e = rows[r]
+                x[row, : len(c) + len(e) - 1], y[row, len(c) - 1 : len(c) + len(e) - 1] = (c + e)[:-1], e
+            part = cache.select_rows(torch.tensor([rows[r][0] for r in batch], device=device), shared + width)
+            x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+            in_ending = y >= 0
+            per_token = torch.zeros(y.shape, device=device)
+            per_token[in_ending] = token_losses(model, model.hidden(x, part)[in_ending], y[in_ending])[0]
+            losses[torch.tensor(batch, device=device)] = per_token.sum(1)
+        yield group, losses.view(-1, 4).cpu().numpy()
 
 
-class Row(NamedTuple):
-    """A question as one row of ids: each ending goes on from the context's last position. Its last token is not read."""
-
-    ids: list[int]
-    at: list[int]  # positions
-    part: list[int]  # 0: the context | 1 to 4: an ending
-    before: list[int]  # where in the row the token before each of the endings' tokens is
-
-
-def laid_out(question: Question, block_size: int) -> Row:
-    """The question's row, its context's front cut where block_size has no room for it before the longest ending."""
-    context = question.context[-(block_size + 1 - max(map(len, question.endings))) :] or [0]
-    end = len(context)
-    row = Row([*context], [*range(end)], [0] * end, [])
-    for n, ending in enumerate(question.endings, 1):
-        more, first = len(ending) - 1, len(row.ids)
-        row.ids.extend(ending[:-1])
-        row.at.extend(range(end, end + more))
-        row.part.extend([n] * more)
-        row.before.extend([end - 1, *range(first, first + more)])
-    return row
+def kv_dtype(model: GPT) -> torch.dtype:
+    """Of the cache: the model's own, since here rows are copied more than attended to."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.transformer.wte.weight.dtype
 
 
 class Score:
-    """Examples counted so far, and how many were right by acc and by acc_norm."""
+    """The number of examples so far, and of right choices by acc and acc_norm."""
 
     def __init__(self):
         self.count = np.zeros(3)
 
     def add(self, losses: np.ndarray, lengths: list[int], label: int | None) -> tuple[int, int]:
-        """Returns the two choices. losses: (4,)"""
+        """Count an example with losses (4,). Returns the choices by acc and acc_norm."""
         choices = int(losses.argmin()), int((losses / np.array(lengths)).argmin())
         if label is not None:
             self.count += (1, choices[0] == label, choices[1] == label)
         return choices
+
+    def reduce(self) -> None:
+        """Add up the counts of all ranks."""
+        self.count = runtime.all_reduce(torch.from_numpy(self.count)).numpy()
 
     @property
     def accuracy(self) -> tuple[float, float]:
@@ -207,97 +226,86 @@ class Score:
 
 
 def classic_questions(examples: list[dict], tokenizer: Tokenizer, block_size: int) -> list[tuple[Question, int | None]]:
-    """Every example with its label. Raises ValueError now for what a model of this context cannot be asked."""
-    found = [(classic_question(e, tokenizer), e["label"]) for e in examples]
-    check_lengths([q for q, _ in found], block_size)
-    return found
+    """Every example with its label. Raises UserError if a model with this context cannot score them."""
+    questions = [(classic_question(e, tokenizer), e["label"]) for e in examples]
+    check_lengths([q for q, _ in questions], block_size)
+    return questions
 
 
-def classic_accuracy(model: GPT, questions: list[tuple[Question, int | None]], rank=0, world=1) -> tuple[float, float]:
-    """acc and acc_norm of the classic scoring, shared out over the ranks; the model is left as it was. For training."""
-    mine, score, training = questions[rank::world], Score(), model.training
+def classic_accuracy(
+    model: GPT, questions: list[tuple[Question, int | None]], rank=0, world_size=1
+) -> tuple[float, float]:
+    """acc and acc_norm of the classic scoring, for train.py. The ranks share the questions."""
+    own, score, training = questions[rank::world_size], Score(), model.training
     model.eval()
-    for chosen, losses in ending_losses(model, [q for q, _ in mine]):
-        for i, loss in zip(chosen, losses):
-            score.add(loss, mine[i][0].lengths, mine[i][1])
+    for indices, losses in ending_losses(model, [q for q, _ in own]):
+        for i, loss in zip(indices, losses):
+            score.add(loss, own[i][0].lengths, own[i][1])
     model.train(training)
-    count = torch.from_numpy(score.count)
-    if world > 1:
-        dist.all_reduce(count)
-    score.count = count.numpy()
+    score.reduce()
     return score.accuracy
 
 
+def score_all(
+    name: str, model: GPT, examples: list[dict], tokenizer: Tokenizer, results: list[dict], n_total: int
+) -> Score:
+    """Score this rank's examples, print progress, and add each example's losses and choices to its result."""
+    questions, score, done = [QUESTIONS[name](e, tokenizer) for e in examples], Score(), 0
+    start = printed = time.perf_counter()
+    master = not dist.is_initialized() or dist.get_rank() == 0
+    for indices, losses in ending_losses(model, questions, batch_size):
+        for i, loss in zip(indices, losses):
+            acc, acc_norm = score.add(loss, questions[i].lengths, examples[i]["label"])
+            results[i][name] = {"losses": [round(float(x), 6) for x in loss], "lengths": questions[i].lengths}
+            results[i][name] |= {"acc": acc, "acc_norm": acc_norm}
+        done += len(indices)
+        if master and time.perf_counter() - printed > 5:
+            printed = time.perf_counter()
+            print(f"{done:>7,}/{len(examples):,}  {name} {score}  {done / (printed - start):.1f} examples/s")
+    score.reduce()
+    if master:
+        speed = f"({n_total / (time.perf_counter() - start):.1f} examples/s)"
+        print(f"{name:<8} {score}  {speed}" if score.count[0] else f"{name:<8} no labels {speed}")
+    return score
+
+
 def main() -> None:
-    if split not in SPLITS:
-        raise ValueError(f"--split={split}: choose one of {', '.join(SPLITS)}")
-    if scoring not in (*SCORINGS, "both"):
-        raise ValueError(f"--scoring={scoring}: choose both, classic or harness")
-    if limit < 0 or batch_size < 0:
-        raise ValueError(f"--limit={limit}, --batch_size={batch_size}: must be at least 0")
-    on = pick_own_device(device)
-    if on.type == "cpu":
+    check_choice("split", split, SPLITS)
+    check_choice("scoring", scoring, ("both", *SCORINGS))
+    check_bounds(globals(), at_least_0="limit batch_size")
+    local = runtime.pick_local_device(device)
+    if local.type == "cpu":
         tune_malloc()
-    rank, world = join_ranks(on, backend, timeout)
-    if data and not Path(data).is_file():
-        raise ValueError(f"--data={data}: there is no such file")
-    if not data and rank == 0:
-        find_examples(split, data_dir, 1)  # downloads
-    if world > 1:
-        dist.barrier()
-    examples = read_examples(Path(data), limit) if data else find_examples(split, data_dir, limit)
-    model, payload = load_model(out_dir if init_from == "resume" else init_from)
-    tokenizer = find_tokenizer(payload, data_dir)
-    kind, params = pick_dtype(dtype, on), model.num_params()
-    for_inference(model, on, kind)
-    mine = examples[rank::world]
+    rank, world_size = runtime.init_distributed(local, backend, timeout)
+    examples = load_examples(data, data_dir, limit, split)
+    model, checkpoint = load_model(chosen_model(out_dir, init_from))
+    tokenizer = find_tokenizer(checkpoint, data_dir)
+    weights_dtype, params = runtime.pick_dtype(dtype, local), model.num_params()
+    for_inference(model, local, weights_dtype)
+    own = examples[rank::world_size]
     if rank == 0:
-        print(f"{len(examples):,} examples, {params:,} parameters, {on}, {str(kind).removeprefix('torch.')}")
-    results = [{"ind": e.get("ind", n), "label": e["label"]} for n, e in enumerate(mine)]
-    scores, began = {}, time.perf_counter()
+        print(f"{len(examples):,} examples, {params:,} parameters, {local}, {runtime.dtype_name(weights_dtype)}")
+    results, start = [{"ind": e.get("ind", n), "label": e["label"]} for n, e in enumerate(own)], time.perf_counter()
     for name in SCORINGS if scoring == "both" else (scoring,):
-        score, done, told, start = Score(), 0, time.perf_counter(), time.perf_counter()
-        questions = [QUESTIONS[name](e, tokenizer) for e in mine]
-        for chosen, losses in ending_losses(model, questions, batch_size):
-            for i, loss in zip(chosen, losses):
-                acc, acc_norm = score.add(loss, questions[i].lengths, mine[i]["label"])
-                results[i][name] = {"losses": [round(float(x), 6) for x in loss], "lengths": questions[i].lengths}
-                results[i][name] |= {"acc": acc, "acc_norm": acc_norm}
-            done += len(chosen)
-            if rank == 0 and time.perf_counter() - told > 5:
-                told = time.perf_counter()
-                print(
-                    f"{done * world:>7,}/{len(examples):,}  {name} {score}  {done * world / (told - start):.1f} examples/s"
-                )
-        count = torch.from_numpy(score.count)
-        if world > 1:
-            dist.all_reduce(count)  # gloo's, on the CPU
-        score.count, scores[name] = count.numpy(), score
-        if rank == 0:
-            speed = len(examples) / (time.perf_counter() - start)
-            print(
-                f"{name:<8} {score}  ({speed:.1f} examples/s)"
-                if score.count[0]
-                else f"{name:<8} no labels ({speed:.1f} examples/s)"
-            )
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, results)
-        results = [everyone[n % world][n // world] for n in range(len(examples))]
+        score_all(name, model, own, tokenizer, results, len(examples))
+    if world_size > 1:
+        per_rank = [None] * world_size
+        dist.all_gather_object(per_rank, results)
+        results = [per_rank[n % world_size][n // world_size] for n in range(len(examples))]
     if rank == 0 and output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(Path(output), "".join(json.dumps(r) + "\n" for r in results))
-        print(f"{output}: {len(results):,} examples, {time.perf_counter() - began:.1f} s")
-    leave_ranks()
+        print(f"{output}: {len(results):,} examples, {time.perf_counter() - start:.1f} s")
+    runtime.shutdown_distributed()
 
 
 def long_options(argv: list[str]) -> list[str]:
-    """-m NAME and -d DEVICE, as eval_hellaswag.py scripts have taken them since build-nanogpt's, in our form."""
+    """-m NAME and -d DEVICE, as eval_hellaswag.py scripts have taken them since build-nanogpt, as --key=value."""
     names = {"-m": "init_from", "--model_type": "init_from", "--model_name": "init_from", "-d": "device"}
-    found, rest = [], iter(argv)
-    for word in rest:
-        found.append(f"--{names[word]}={next(rest, '')}" if word in names else word)
-    return found
+    options, words = [], iter(argv)
+    for word in words:
+        options.append(f"--{names[word]}={next(words, '')}" if word in names else word)
+    return options
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Children's stories as token shards.
+"""TinyStories, or synthetic stories that need no download, as token shards.
 
     python prepare_tinystories.py                       TinyStories in GPT-2's tokens: downloads 2 GB, writes 1 GB
     python prepare_tinystories.py --version=v2 --tokenizer=bpe --vocab_size=4096 --data_fraction=0.1
-    python prepare_tinystories.py --synthetic=True      our own stories, written by a grammar in seconds, no download
+    python prepare_tinystories.py --synthetic=True      stories that a grammar generates in a second
 
-TinyStories (https://arxiv.org/abs/2305.07759) are two million short stories written by GPT-3.5 and GPT-4, version v2 by
-GPT-4 alone. The files stay in data_dir/downloads. What an interrupted attempt left is continued.
+TinyStories (https://arxiv.org/abs/2305.07759) are two million short stories for children, written by GPT-3.5 and GPT-4;
+version v2 by GPT-4 only. The downloaded files stay in data_dir/downloads. The same command resumes an interrupted run.
 
-The grammar of the synthetic stories knows people, animals, things, places and a dozen small plots in which one thing
-follows from another. What a model has to learn is who did what: each story binds its names, pronouns, things, colours and
-places anew.
+The grammar of the synthetic stories combines people, animals, things and places with a dozen small plots. Each story
+binds names, pronouns, things, colors and places anew, so a model has to learn who did what.
 """
 
 import random
@@ -19,22 +18,25 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from common.corpus import DatasetWriter, check_free, counted, download, is_made, split_text
-from common.tokenizer import learn_tokenizer, word_tokenizer
-from configurator import configure, short_errors
+from filelock import FileLock
 
-synthetic = False  # write the embedded stories instead
+from common.corpus import DatasetWriter, check_replaceable, is_up_to_date, make_source, split_text
+from common.files import download
+from common.tokenizer import learn_tokenizer, word_tokenizer
+from configurator import UserError, check_bounds, check_choice, configure, short_errors
+
+synthetic = False  # write the synthetic stories instead of TinyStories
 version = "v1"  # v1: the original stories | v2: those by GPT-4
-source = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"  # where the files are, or a folder
-dataset = ""  # folder to write under data_dir; empty: tinystories, tinystories_v2 or tinystories_synthetic
-data_dir = "data"  # where datasets are
+source = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"  # URL or folder of the TinyStories files
+dataset = ""  # folder under data_dir (default: tinystories, tinystories_v2 or tinystories_synthetic)
+data_dir = "data"  # folder of all datasets
 tokenizer = "gpt2"  # gpt2 | char | bpe (trained on the stories)
-vocab_size = 4096  # ids of a bpe tokenizer
-max_docs = 0  # stories for training at most, a tenth as many for validation; 0: all, of the synthetic 12,000
-data_fraction = 1.0  # of the training stories, from the front
-shard_tokens = 100_000_000  # tokens in a shard file
-seed = 1337  # of the synthetic stories
-overwrite = False  # replace a dataset that is there
+vocab_size = 4096  # vocabulary size of a bpe tokenizer
+max_docs = 0  # largest number of training stories; a tenth as many for validation (0: all, or 12,000 synthetic ones)
+data_fraction = 1.0  # use this fraction of the training stories, from the start of the file
+shard_tokens = 100_000_000  # tokens per shard file
+seed = 1337  # random seed of the synthetic stories
+overwrite = False  # replace an existing dataset
 
 FILES = {
     "v1": {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"},
@@ -64,7 +66,7 @@ PRONOUNS = {
 
 
 def cast(rng: random.Random) -> dict[str, str]:
-    """The words of one story: hero and friend with their pronouns (he, him, his; fhe, fhim, fhis), a grown-up, things."""
+    """The words of one story: hero, friend and adult with their pronouns (he, fhe, ahe, ...), things and places."""
     words = {}
     hero_kind, friend_kind, adult_kind = (rng.choice(("girl", "boy")) for _ in range(3))
     girls, boys = rng.sample(GIRLS, 2), rng.sample(BOYS, 2)
@@ -110,7 +112,7 @@ ENDINGS = [
     "They all lived happily ever after.",
 ]
 
-# A plot is a list of passages; a passage is a list of ways to tell it, one of which is taken.
+# A plot is a list of passages; a passage is a list of variants, of which a story takes one.
 PLOTS = {
     "lost": [
         ["{morning} {hero} took {his} {color} {toy} to {place}."],
@@ -249,96 +251,111 @@ def story(rng: random.Random) -> str:
     opening = rng.choice(OPENINGS)
     if name in USES_FRIEND_FIRST:
         opening += " " + rng.choice(MEETINGS)
-    told = [rng.choice(ways) for ways in PLOTS[name]]
-    with_friend = any("{friend}" in passage for passage in told) or name in USES_FRIEND_FIRST
-    ending = rng.choice([e for e in ENDINGS if with_friend or "{friend}" not in e])
-    half = len(told) // 2
-    paragraphs = [opening, " ".join(told[:half]), " ".join(told[half:]) + " " + ending]
+    passages = [rng.choice(variants) for variants in PLOTS[name]]
+    has_friend = any("{friend}" in passage for passage in passages) or name in USES_FRIEND_FIRST
+    ending = rng.choice([e for e in ENDINGS if has_friend or "{friend}" not in e])
+    half = len(passages) // 2
+    paragraphs = [opening, " ".join(passages[:half]), " ".join(passages[half:]) + " " + ending]
     return "\n".join(paragraph.format(**words) for paragraph in paragraphs)
 
 
 def make_synthetic(folder: Path, count=12_000, val_fraction=0.05, vocab_size=2048, seed=1337, overwrite=False) -> None:
-    """Write so many embedded stories as a dataset. Raises ValueError if the folder holds one already, or for too few."""
-    begin = time.perf_counter()
+    """Write `count` synthetic stories as a dataset. Raises UserError if the folder already holds one."""
+    start = time.perf_counter()
     if count < 2:
-        raise ValueError(f"--max_docs={count}: at least 2 stories")
+        raise UserError(f"--max_docs={count}: must be at least 2, one story for each split")
     rng = random.Random(seed)
-    told = list(dict.fromkeys(story(rng) for _ in range(count)))  # no story twice, so none is in both splits
-    held_out = max(1, round(len(told) * val_fraction))
+    texts = list(dict.fromkeys(story(rng) for _ in range(count)))  # without duplicates, so the splits are disjoint
+    n_val = max(1, round(len(texts) * val_fraction))
     arguments = {"synthetic": True, "max_docs": count, "val_fraction": val_fraction, "seed": seed}
-    writer = DatasetWriter(folder, arguments, lambda: word_tokenizer("\n\n".join(told), vocab_size), overwrite)
-    for split, part in (("val", told[:held_out]), ("train", told[held_out:])):
-        writer.write(counted(lambda part=part: part), split)
+    writer = DatasetWriter(folder, arguments, lambda: word_tokenizer("\n\n".join(texts), vocab_size), overwrite)
+    for split, part in (("val", texts[:n_val]), ("train", texts[n_val:])):
+        writer.write(make_source(lambda part=part: part), split)
     tokens = writer.finish("the story grammar of prepare_tinystories.py")
     print(
-        f"{folder}: {len(told):,} stories, {tokens['train']:,} + {tokens['val']:,} tokens, "
-        f"vocabulary {writer.tokenizer.n_vocab:,}, {time.perf_counter() - begin:.1f} s"
+        f"{folder}: {len(texts):,} stories, {tokens['train']:,} train and {tokens['val']:,} val tokens, "
+        f"vocabulary {writer.tokenizer.n_vocab:,}, {time.perf_counter() - start:.1f} s"
     )
 
 
-def make_tinystories(folder: Path) -> None:
-    """Download the stories, tokenize them in their order, and write the dataset."""
-    begin = time.perf_counter()
-    arguments = {k: globals()[k] for k in ("version", "tokenizer", "vocab_size", "max_docs", "data_fraction")}
-    if not overwrite and is_made(folder, arguments):
+def ensure_synthetic(folder: Path) -> None:
+    """Make the dataset of synthetic stories if it is missing. Safe to call from several processes at once."""
+    if (folder / "meta.json").exists():
         return
-    check_free(folder, overwrite)
-    files = {}
-    for split, name in FILES[version].items():
-        files[split] = Path(source) / name if Path(source).is_dir() else Path(data_dir) / "downloads" / name
-        if not files[split].exists():
-            if Path(source).is_dir():
-                raise ValueError(f"--source={source}: there is no {name} in this folder")
-            download(f"{source}/{name}", files[split])
-    docs = {"train": max_docs, "val": -(-max_docs // 10)}
-    fraction = {"train": data_fraction, "val": 1.0}
-    read = {split: partial(stories, path, docs[split], fraction[split]) for split, path in files.items()}
-    if next(iter(read["train"](None)), None) is None:
-        raise ValueError(f"{files['train']} holds no story")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not (folder / "meta.json").exists():  # another process may have made it while this one waited
+            print(f"{folder} does not exist: writing its stories (prepare_tinystories.py --synthetic=True)")
+            make_synthetic(folder)
 
-    def made():
-        texts = {split: lambda each=each: (text for text, _ in each(None)) for split, each in read.items()}
+
+def make_tinystories(folder: Path) -> None:
+    """Download TinyStories, tokenize the stories in their order, and write the dataset."""
+    start = time.perf_counter()
+    arguments = {k: globals()[k] for k in ("version", "tokenizer", "vocab_size", "max_docs", "data_fraction")}
+    if not overwrite and is_up_to_date(folder, arguments):
+        return
+    check_replaceable(folder, overwrite)
+    paths = {split: find_file(name) for split, name in FILES[version].items()}
+    sources = {
+        "val": partial(read_stories, paths["val"], -(-max_docs // 10), 1.0),
+        "train": partial(read_stories, paths["train"], max_docs, data_fraction),
+    }
+    if next(sources["train"](None), None) is None:
+        raise UserError(f"{paths['train']} holds no story")
+
+    def make_tokenizer():
+        texts = {split: lambda read=read: (text for text, _ in read(None)) for split, read in sources.items()}
         return learn_tokenizer(tokenizer, vocab_size, lambda: chain(texts["train"](), texts["val"]()), texts["train"])
 
-    writer = DatasetWriter(folder, arguments, made, overwrite, shard_tokens=shard_tokens)
-    for split in ("val", "train"):
-        writer.write(read[split], split)
+    writer = DatasetWriter(folder, arguments, make_tokenizer, overwrite, shard_tokens=shard_tokens)
+    for split, read in sources.items():
+        writer.write(read, split)
     tokens = writer.finish(f"TinyStories {version}")
     print(
-        f"{folder}: {tokens['train']:,} + {tokens['val']:,} tokens, vocabulary {writer.tokenizer.n_vocab:,}, "
-        f"{time.perf_counter() - begin:.0f} s"
+        f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens, vocabulary {writer.tokenizer.n_vocab:,}, "
+        f"{time.perf_counter() - start:.0f} s"
     )
     print(f"Train on it: python train.py config/baby_cpu.py --dataset={folder.name}")
 
 
-def stories(path: Path, limit: int, fraction: float, position) -> Iterator[tuple[str, list[int]]]:
-    """The stories of a file from a position, [byte, stories before it], on, each with the position behind it.
+def find_file(name: str) -> Path:
+    """A TinyStories file in the source folder, or downloaded once."""
+    if Path(source).is_dir():
+        if not (Path(source) / name).exists():
+            raise UserError(f"--source={source}: there is no {name} in this folder")
+        return Path(source) / name
+    path = Path(data_dir) / "downloads" / name
+    if not path.exists():
+        download(f"{source}/{name}", path)
+    return path
 
-    limit: stories at most, 0 all. fraction: of the file's bytes, from the front.
+
+def read_stories(path: Path, limit: int, fraction: float, position) -> Iterator[tuple[str, list[int]]]:
+    """The stories of a file, each with the position after it: [byte, number of stories so far].
+
+    limit: largest number of stories (0: all). fraction: of the file's bytes, from the start.
     """
-    begin, count = position or (0, 0)
+    byte, count = position or (0, 0)
     end = path.stat().st_size * fraction
-    for text, behind in split_text(path, begin):
-        if (limit and count >= limit) or begin >= end:
+    for text, after in split_text(path, byte):
+        if (limit and count >= limit) or byte >= end:
             return
-        begin, count = behind, count + 1
-        yield text, [begin, count]
+        byte, count = after, count + 1
+        yield text, [byte, count]
 
 
 def main() -> None:
-    if version not in FILES:
-        raise ValueError(f"--version={version}: choose v1 or v2")
-    if max_docs < 0 or not 0 < data_fraction <= 1 or shard_tokens < 1:
-        raise ValueError(
-            f"--max_docs={max_docs}, --data_fraction={data_fraction}, --shard_tokens={shard_tokens}: "
-            "at least 0, above 0 and at most 1, and at least 1"
-        )
+    check_choice("version", version, FILES)
+    check_bounds(globals(), at_least_0="max_docs", at_least_1="shard_tokens")
+    if not 0 < data_fraction <= 1:
+        raise UserError(f"--data_fraction={data_fraction}: must be above 0 and at most 1")
     if synthetic and (version, tokenizer, vocab_size, data_fraction) != ("v1", "gpt2", 4096, 1.0):
-        raise ValueError(
-            "--synthetic=True: these stories have a vocabulary of their own; --version, --tokenizer, --vocab_size and "
+        raise UserError(
+            "--synthetic=True: the synthetic stories have their own vocabulary; --version, --tokenizer, --vocab_size and "
             "--data_fraction are for TinyStories"
         )
-    name = dataset or ("tinystories_synthetic" if synthetic else "tinystories" + {"v1": "", "v2": "_v2"}[version])
+    name = dataset or ("tinystories_synthetic" if synthetic else {"v1": "tinystories", "v2": "tinystories_v2"}[version])
     folder = Path(data_dir) / name
     if synthetic:
         make_synthetic(folder, max_docs or 12_000, seed=seed, overwrite=overwrite)

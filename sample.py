@@ -1,35 +1,38 @@
-"""Write with a trained model, or talk with it. A run's folder is all it takes.
+"""Write with a trained model, or chat with it. A run's folder is all it takes.
 
 python sample.py                                          the newest run under out/
 python sample.py --out_dir=out/quickstart --start="Once upon a time" --num_samples=3
 python sample.py --start=FILE:prompt.txt --temperature=0
-python sample.py --chat                                   talk with it; /help lists what can be set
-python sample.py --start="Once upon" --explain --max_new_tokens=5       the ten likeliest tokens at every step
-python sample.py --start="Once upon" --beams=4            the likeliest text, searched for
+python sample.py --chat                                   chat; /help lists the commands
+python sample.py --start="Once upon" --explain --max_new_tokens=5       the ten most likely tokens at every step
+python sample.py --start="Once upon" --beams=4            the most likely text, by beam search
 python sample.py --prompts=prompts.txt --output=completions.jsonl       every line of a file, in batches
 """
 
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 
+from common.checkpoint import chosen_model
+from common.files import atomic_write
 from common.inference import (
     END_OF_TURN,
     beam_search,
     chat_prompt,
-    likeliest,
+    complete,
     load_for_inference,
-    shown,
+    prompt_ids,
+    stream_ids,
     text_pieces,
+    token_repr,
+    top_tokens,
     until,
 )
-from common.shards import atomic_write
 from common.tokenizer import EOT
-from configurator import configure, short_errors
+from configurator import UserError, check_bounds, check_choice, configure, short_errors
 
 # The model
 out_dir = ""  # the run's folder; empty: the newest run
@@ -37,36 +40,33 @@ init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium,
 data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their dataset
 device = "auto"  # auto | cpu | cuda | mps
 dtype = "auto"  # auto (bfloat16 where native, float16 on older GPUs, else float32) | float32 | bfloat16 | float16
-quantize = ""  # int8: weights of 8 bits; faster on a CPU with bfloat16, elsewhere smaller
-graph = True  # on a GPU, launch the step of a token whole, as a CUDA graph
-compile = False  # torch.compile the step on a GPU: worth its minute for long texts and many
+quantize = ""  # int8: 8-bit weights; faster on a CPU with bfloat16, smaller elsewhere
+graph = True  # on a GPU, decode with CUDA graphs
+compile = False  # on a GPU, torch.compile the decoding step: takes a minute, pays for long or many texts
 # What to write
 start = ""  # the prompt, FILE:path reads it from a file; empty: the start of a document
-num_samples = 1  # how many, in one batch
+num_samples = 1  # number of texts, in one batch
 max_new_tokens = 500  # tokens at most in each
-stop = ""  # stop where this text appears; the end of a document always stops
-prompts = ""  # instead: complete every line of a file; of a .jsonl, the "prompt" of every object
-batch_size = 16  # of --prompts, how many at once
-output = ""  # where the completions of --prompts go, a JSONL file; empty: the terminal
-chat = False  # instead: talk with the model
-turns: bool | str = "auto"  # in a chat: answer in turns, or go on with your text (False); auto: as it was trained
-system = ""  # a text that stands before the whole chat
+stop = ""  # stop at this text; the end of a document always stops
+prompts = ""  # instead: complete every line of a file, or the "prompt" of every object in a .jsonl file
+batch_size = 16  # of --prompts: texts at a time
+output = ""  # of --prompts: a JSONL file for the completions; empty: the terminal
+chat = False  # instead: chat with the model
+turns: bool | str = "auto"  # of --chat: answer in turns (True), continue your text (False), or as it was trained (auto)
+system = ""  # of --chat: a text that comes before the conversation
 # How
 seed = 1337  # the same seed, prompt and settings give the same text
-temperature = 0.8  # 1: as the model predicts, lower: safer, 0: always the likeliest
-top_k: int | None = None  # keep the k likeliest ids; None: 200, or all of a smaller vocabulary; 0: all
-top_p = 1.0  # keep the likeliest ids that sum to p; 1: all
-min_p = 0.0  # keep ids at least p times as likely as the likeliest; 0: all
-beams = 0  # search for the likeliest text with so many at once, instead of drawing one; 0: off
-length_penalty = 1.0  # of beams: a text scores its log probability / length^this
-explain = False  # show the ten likeliest tokens at every step
+temperature = 0.8  # 1: as the model predicts; lower: safer; 0: always the most likely token
+top_k: int | None = None  # keep the k most likely ids; None: 200, or all of a smaller vocabulary; 0: all
+top_p = 1.0  # keep the most likely ids that sum to p; 1: all
+min_p = 0.0  # keep ids at least p times as likely as the most likely one; 0: all
+beams = 0  # beam search with this many beams, instead of sampling; 0: off
+length_penalty = 1.0  # of --beams: the score is log probability / length^length_penalty
+explain = False  # show the ten most likely tokens at every step
 
 
 def read_prompts(path: Path) -> list[tuple[int, str]]:
-    """The prompts of a file and their lines' numbers, a line each; of a .jsonl file objects with a "prompt".
-
-    Raises ValueError for other lines, and for a file without any.
-    """
+    """(line number, prompt) for each line of a file, or for each object with a "prompt" in a .jsonl file."""
     found = []
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -76,114 +76,103 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
                 except ValueError:
                     row = None
                 if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                    raise ValueError(f'--prompts={path}, line {number}: not an object with a text "prompt"')
+                    raise UserError(f'--prompts={path}, line {number}: not an object with a text "prompt"')
                 found.append((number, row["prompt"]))
             elif line.strip():
                 found.append((number, line.removesuffix("\r")))
     except UnicodeDecodeError:
-        raise ValueError(f"--prompts={path}: the file is not UTF-8 text") from None
+        raise UserError(f"--prompts={path}: the file is not UTF-8 text") from None
     except FileNotFoundError:
-        raise ValueError(f"--prompts={path}: there is no such file") from None
+        raise UserError(f"--prompts={path}: no such file") from None
     if not found:
-        raise ValueError(f"--prompts={path}: there is no prompt in it")
+        raise UserError(f"--prompts={path}: there is no prompt in it")
     return found
 
 
 def encode_prompt(tokenizer, prompt: str, limit: int, name: str) -> list[int]:
-    """Its ids; of an empty one the end-of-text token. Raises ValueError, with `name`, if they are more than the context."""
+    """The prompt's ids. Raises UserError, with `name` for the prompt, if they do not fit the context."""
     try:
-        ids = tokenizer.encode(prompt, special=True) or [tokenizer.eot or 0]
-    except ValueError as e:
-        raise ValueError(f"{name}: {e}") from None
+        ids = prompt_ids(tokenizer, prompt)
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from None
     if len(ids) > limit:
-        raise ValueError(f"{name} has {len(ids):,} tokens, the model's context is {limit:,}: shorten it")
+        raise UserError(f"{name} has {len(ids):,} tokens, the model's context is {limit:,}: shorten it")
     return ids
 
 
 class Sampler:
-    """GPT.generate with this script's settings, which a chat may change."""
+    """A model with this script's settings, which a chat may change."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
         V = model.config.vocab_size
-        top = min(200, V) if top_k is None else top_k
-        self.settings = {"temperature": temperature, "top_k": top, "top_p": top_p, "min_p": min_p}
+        self.settings = {
+            "temperature": temperature, "top_k": min(200, V) if top_k is None else top_k, "top_p": top_p, "min_p": min_p,
+            "rng": torch.Generator(model.device).manual_seed(seed), "graph": graph, "compile": compile,
+        }  # fmt: skip
         self.max_new_tokens = max_new_tokens
-        self.dice = torch.Generator(model.device).manual_seed(seed)
 
-    def ids(self, rows: list[list[int]], watch=None):
-        """Yields the next ids, (B,), of prompts that may differ in length; see GPT.generate."""
-        longest, eot = max(map(len, rows)), self.tokenizer.eot
-        idx = torch.tensor([r + [-1] * (longest - len(r)) for r in rows], device=self.model.device)
-        how = {"generator": self.dice, "graph": graph, "compile": compile, "watch": watch}
-        stops = () if eot is None else (eot,)
-        return self.model.generate(idx, self.max_new_tokens, stop_tokens=stops, **self.settings, **how)
+    def stream(self, ids: list[int], stop: str, on_end=lambda: None):
+        """The text that continues ids, in pieces as it is sampled. on_end() is called if the model ends the text itself."""
+        stream = stream_ids(self.model, self.tokenizer, [ids], self.max_new_tokens, **self.settings)
 
-    def text(self, ids: list[int], stop: str, ended=lambda: None):
-        """The text that continues ids, in pieces as it comes. ended() is called if the model ends it itself."""
-        stream = self.ids([ids])  # settings that cannot be are told now
-
-        def written():
+        def to_end_of_text():
             for new in stream:
                 if (i := new.item()) == self.tokenizer.eot:
-                    ended()
+                    on_end()
                     return
                 yield i
 
-        return until(text_pieces(self.tokenizer, written()), stop)
+        return until(text_pieces(self.tokenizer, to_end_of_text()), stop)
 
     def batch(self, rows: list[list[int]], stop: str) -> list[tuple[str, int]]:
-        """What continues each prompt: its text up to `stop`, and how many tokens were written for it."""
-        new = torch.stack(list(self.ids(rows)), dim=1).tolist()
-        shortest, eot, made = min(map(len, rows)), self.tokenizer.eot, []
-        for row, ids in zip(rows, new):
-            ids = ids[len(row) - shortest :][: self.max_new_tokens]
-            ids = ids[: ids.index(eot)] if eot in ids else ids
-            made.append(("".join(until(text_pieces(self.tokenizer, ids), stop)), len(ids)))
-        return made
+        """The continuation of each prompt: its text up to `stop`, and the number of tokens sampled for it."""
+        new = complete(self.model, self.tokenizer, rows, self.max_new_tokens, **self.settings)
+        return [("".join(until(text_pieces(self.tokenizer, ids), stop)), len(ids)) for ids in new]
 
 
-def say(text: str) -> None:
+def write_out(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def write(sampler: Sampler, prompt: str, ids: list[int]) -> None:
-    """One text as it comes, or several from one batch."""
+    """Print one text as it is sampled, or several from one batch."""
     if num_samples > 1:
         for text, _ in sampler.batch([ids] * num_samples, stop):
             print(f"{prompt}{text}\n---------------")
         return
-    pieces = sampler.text(ids, stop)
-    say(prompt)
+    pieces = sampler.stream(ids, stop)
+    write_out(prompt)
     for piece in pieces:
-        say(piece)
-    say("\n")
+        write_out(piece)
+    write_out("\n")
 
 
-def search(sampler: Sampler, prompt: str, ids: list[int]) -> None:
-    """The likeliest texts that a beam search finds, num_samples of them."""
+def write_beams(sampler: Sampler, prompt: str, ids: list[int]) -> None:
+    """Print the num_samples best texts of a beam search."""
     if num_samples > beams:
-        raise ValueError(f"--num_samples={num_samples}: --beams={beams} finds no more than {beams}")
-    stops = () if sampler.tokenizer.eot is None else (sampler.tokenizer.eot,)
-    found = beam_search(sampler.model, ids, max_new_tokens, beams, stops, length_penalty)
+        raise UserError(f"--num_samples={num_samples}: --beams={beams} finds no more than {beams}")
+    stop_tokens = () if sampler.tokenizer.eot is None else (sampler.tokenizer.eot,)
+    found = beam_search(sampler.model, ids, max_new_tokens, beams, stop_tokens, length_penalty)
     for score, new in found[:num_samples]:
         print(prompt + "".join(until(text_pieces(sampler.tokenizer, new), stop)))
         if num_samples > 1:
             print(f"--------------- score {score:.4f}")
 
 
-def explain_steps(sampler: Sampler, prompt: str, ids: list[int]) -> None:
-    """One text, and at each step the ten likeliest tokens as the model predicts them, and which was taken."""
+def write_explained(sampler: Sampler, prompt: str, ids: list[int]) -> None:
+    """Print one text with the ten most likely tokens of every step and the one that was sampled."""
     tokenizer, steps, new = sampler.tokenizer, [], []
-    for taken in sampler.ids([ids], watch=lambda logits: steps.append(logits[0])):
-        logits, i = steps.pop(0), taken.item()
-        rows, text = likeliest(logits, tokenizer), (prompt + tokenizer.decode(new)).replace("\n", "\\n")
-        if shown(tokenizer, i) not in dict(rows):
-            rows.append((shown(tokenizer, i), logits.float().softmax(-1)[i].item()))
+    watch = {"on_logits": lambda logits: steps.append(logits[0])}
+    for sampled in stream_ids(sampler.model, tokenizer, [ids], max_new_tokens, **sampler.settings, **watch):
+        logits, i = steps.pop(0), sampled.item()
+        rows, text = top_tokens(logits, tokenizer), (prompt + tokenizer.decode(new)).replace("\n", "\\n")
+        if token_repr(tokenizer, i) not in dict(rows):
+            rows.append((token_repr(tokenizer, i), logits.float().softmax(-1)[i].item()))
         print(("..." + text[-70:] if len(text) > 73 else text) + "|")
         for token, p in rows:
-            mark = "  <- taken" if token == shown(tokenizer, i) else ""
+            mark = "  <- sampled" if token == token_repr(tokenizer, i) else ""
             print(f"  {p:6.1%} {'#' * round(30 * p):<30} {token}{mark}")
         print()
         if i == tokenizer.eot:
@@ -195,54 +184,56 @@ def explain_steps(sampler: Sampler, prompt: str, ids: list[int]) -> None:
 
 
 def complete_file(sampler: Sampler) -> None:
-    """Every prompt of a file, those of like length together, to JSONL in the file's order."""
+    """Complete every prompt of a file, prompts of similar length together; write JSONL in the file's order."""
     from tqdm import tqdm
 
     texts, limit, path = read_prompts(Path(prompts)), sampler.model.config.block_size, Path(output)
-    if output and (path.is_dir() or not path.resolve().parent.is_dir()):
-        raise ValueError(
-            f"--output={output}: " + ("a folder" if path.is_dir() else f"there is no folder {path.parent}")
-        )
+    if output and path.is_dir():
+        raise UserError(f"--output={output} is a folder")
+    if output and not path.resolve().parent.is_dir():
+        raise UserError(f"--output={output}: there is no folder {path.parent}")
     rows = [encode_prompt(sampler.tokenizer, t, limit, f"--prompts={prompts}, line {n}") for n, t in texts]
     order = sorted((n for n in range(len(rows)) for _ in range(num_samples)), key=lambda n: len(rows[n]))
-    made, stopped = {n: [] for n in range(len(rows))}, None
+    completed, error = {n: [] for n in range(len(rows))}, None
     with tqdm(total=len(order), unit="text", disable=None) as bar:
         try:
             for first in range(0, len(order), batch_size):
-                some = order[first : first + batch_size]
-                for n, done in zip(some, sampler.batch([rows[n] for n in some], stop)):
-                    made[n].append(done)
-                bar.update(len(some))
-        except BaseException as e:  # Ctrl-C, or no memory for a long prompt: what there is is kept
-            stopped = e
-    if stopped and not any(made.values()):
-        raise stopped
-    lines = [{"prompt": texts[n][1], "completion": text, "tokens": size} for n in made for text, size in made[n]]
-    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                chunk = order[first : first + batch_size]
+                for n, result in zip(chunk, sampler.batch([rows[n] for n in chunk], stop)):
+                    completed[n].append(result)
+                bar.update(len(chunk))
+        except BaseException as e:  # Ctrl-C, or no memory for a long prompt: write what is complete
+            error = e
+    if error and not any(completed.values()):
+        raise error
+    lines = [
+        {"prompt": texts[n][1], "completion": text, "tokens": size} for n in completed for text, size in completed[n]
+    ]
+    jsonl = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if output:
-        atomic_write(path, written)
-        print(f"{output}: {len(lines):,} completions" + (f" of {len(order):,}" if stopped else ""))
+        atomic_write(path, jsonl)
+        print(f"{output}: {len(lines):,} completions" + (f" of {len(order):,}" if error else ""))
     else:
-        say(written)
-    if stopped:
-        raise stopped
+        write_out(jsonl)
+    if error:
+        raise error
 
 
 COMMANDS = """\
-/temp 0.8     how freely it writes; 0: always the likeliest token
-/top_p 0.9    keep the likeliest tokens that sum to this; 1: all
-/top_k 50     keep so many of the likeliest; 0: all
+/temp 0.8     temperature; 0: always the most likely token
+/top_p 0.9    keep the most likely tokens that sum to this; 1: all
+/top_k 50     keep this many of the most likely tokens; 0: all
 /max 200      tokens at most in an answer
-/seed 7       the same seed and the same words give the same answers
-/system TEXT  what stands before the whole chat; without a text: nothing
-/reset        forget what was said
-/save FILE    write down what was said, as prepare_text.py --input reads it
+/seed 7       the same seed and messages give the same answers
+/system TEXT  a text that comes before the conversation; without a text: none
+/reset        start a new conversation
+/save FILE    write the conversation as prepare_text.py --inputs reads it
 /quit         or exit, quit, Ctrl-D; Ctrl-C stops an answer
-A line that ends in \\ goes on in the next; \"\"\" begins and ends a message of many lines."""
+A line that ends in \\ continues in the next; \"\"\" starts and ends a message of several lines."""
 
 
 def read_message() -> str:
-    """What the user says: a line, more where they end in a backslash, or what is between two lines of triple quotes."""
+    """The user's message: a line, several if they end in a backslash, or what is between two lines of triple quotes."""
     line = input("user> ")
     if line.strip() == '"""':
         return "\n".join(iter(lambda: input("..... ").rstrip(), '"""'))
@@ -256,18 +247,16 @@ def read_message() -> str:
 class Chat:
     """A conversation in the terminal."""
 
-    def __init__(self, sampler: Sampler, payload: dict):
-        if turns not in (True, False, "auto"):
-            raise ValueError(f"--turns={turns}: choose auto, True or False")
+    def __init__(self, sampler: Sampler, checkpoint: dict):
+        check_choice("turns", turns, ("auto", True, False))
         self.sampler, self.system = sampler, system
-        self.said, self.written = [], []  # exchanges that the model is to remember; all that was said, as documents
-        self.turns = bool(payload.get("turns")) if turns == "auto" else turns
+        self.history = []  # exchanges (message, answer) in the model's context
+        self.transcript = []  # the whole conversation, as documents
+        self.is_chat = bool(checkpoint.get("is_chat")) if turns == "auto" else turns
 
     def run(self) -> None:
-        kind = (
-            "in turns, as the chat mix has them" if self.turns else "by going on with your text (it is no chat model)"
-        )
-        print(f"The model answers {kind}. /help lists what can be set, /quit leaves.")
+        how = "answers in turns, as in the chat mix" if self.is_chat else "continues your text (it is no chat model)"
+        print(f"The model {how}. /help lists the commands, /quit leaves.")
         while True:
             try:
                 message = read_message()
@@ -284,43 +273,43 @@ class Chat:
                     self.command(*message[1:].split(" ", 1))
                 elif message.strip():
                     self.answer(message)
-            except (ValueError, OSError, RuntimeError) as e:  # a character that the tokenizer lacks, a full disk
+            except (UserError, OSError, RuntimeError) as e:  # an unknown character, a full disk, no memory
                 print(f"error: {e}")
 
-    def answer(self, question: str) -> None:
-        sampler, over = self.sampler, []
+    def answer(self, message: str) -> None:
+        sampler, ended = self.sampler, []
         limit = sampler.model.config.block_size
         room = max(1, limit - min(sampler.max_new_tokens, limit // 2))
-        ids, kept = chat_prompt(sampler.tokenizer, self.said, question, room, self.turns, self.system)
-        if kept < len(self.said):
-            print(f"({len(self.said) - kept} of what was said before no longer fits the context of {limit} tokens)")
-            del self.said[: len(self.said) - kept]
-        pieces, text = sampler.text(ids, stop, lambda: over.append(True)), ""
-        if self.turns:
+        ids, kept = chat_prompt(sampler.tokenizer, self.history, message, room, self.is_chat, self.system)
+        if forgotten := len(self.history) - kept:
+            print(f"({forgotten} earlier exchanges no longer fit the context of {limit} tokens)")
+            del self.history[:forgotten]
+        pieces, text = sampler.stream(ids, stop, lambda: ended.append(True)), ""
+        if self.is_chat:
             pieces = until(pieces, END_OF_TURN)
-        say("assistant> ")
+        write_out("assistant> ")
         try:
             for piece in pieces:
-                piece = piece if text or not self.turns else piece.lstrip()
+                piece = piece if text or not self.is_chat else piece.lstrip()
                 text += piece
-                say(piece)
+                write_out(piece)
         except KeyboardInterrupt:
-            say(" (stopped)")
-        say("\n")
-        if self.turns:
-            self.written.append(f"User: {question}\nAssistant: {text.rstrip()}")
-        elif self.said:
-            self.written[-1] += f"\n{question}{text}"
+            write_out(" (stopped)")
+        write_out("\n")
+        if self.is_chat:
+            self.transcript.append(f"User: {message}\nAssistant: {text.rstrip()}")
+        elif self.history:
+            self.transcript[-1] += f"\n{message}{text}"
         else:
-            self.written.append(question + text)
-        self.said.append((question, text.rstrip() if self.turns else text))
-        if over and not self.turns:
-            print("(the text ends here; what you write now begins another)")
-            self.said.clear()
+            self.transcript.append(message + text)
+        self.history.append((message, text.rstrip() if self.is_chat else text))
+        if ended and not self.is_chat:
+            print("(the text ends here; your next message starts another)")
+            self.history.clear()
 
     def command(self, name: str, value: str = "") -> None:
         sampler, value = self.sampler, value.strip()
-        ranges = {  # setting -> its name in generate(), type, least, most
+        ranges = {  # command -> setting, type, low, high
             "temp": ("temperature", float, 0, 100),
             "top_p": ("top_p", float, 0, 1),
             "top_k": ("top_k", int, 0, sampler.model.config.vocab_size),
@@ -328,15 +317,15 @@ class Chat:
             "seed": ("seed", int, 0, 2**63 - 1),
         }
         if name in ranges:
-            setting, kind, least, most = ranges[name]
+            setting, number_type, low, high = ranges[name]
             try:
-                number = kind(value)
+                number = number_type(value)
             except ValueError:
                 number = None
-            if number is None or not least <= number <= most:
-                raise ValueError(f"/{name} {value}: a number from {least} to {most}")
+            if number is None or not low <= number <= high:
+                raise UserError(f"/{name} {value}: a number from {low} to {high}")
             if setting == "seed":
-                sampler.dice.manual_seed(number)
+                sampler.settings["rng"].manual_seed(number)
             elif setting == "max":
                 sampler.max_new_tokens = number
             else:
@@ -344,53 +333,52 @@ class Chat:
         elif name == "system":
             self.system = value
         elif name == "reset":
-            self.said.clear()
+            self.history.clear()
         elif name == "save":
             self.save(value)
         elif name == "help":
             print(COMMANDS)
         else:
-            raise ValueError(f"/{name} is no command; /help lists them")
+            raise UserError(f"/{name} is not a command; /help lists them")
 
     def save(self, name: str) -> None:
         if not name or Path(name).exists():
-            raise ValueError(
-                f"/save {name}: there is such a file already" if name else "/save FILE: its name is missing"
+            raise UserError(
+                f"/save {name}: the file exists already" if name else "/save FILE: the file name is missing"
             )
-        if not self.written:
-            raise ValueError("nothing was said yet")
-        atomic_write(Path(name), f"\n{EOT}\n".join(([self.system] if self.system else []) + self.written) + "\n")
-        print(f"{name}: all that was said")
+        if not self.transcript:
+            raise UserError("there is no conversation yet")
+        documents = [self.system] * bool(self.system) + self.transcript
+        atomic_write(Path(name), f"\n{EOT}\n".join(documents) + "\n")
+        print(f"{name}: the whole conversation")
 
 
 def main() -> None:
     modes = [key for key in ("chat", "prompts", "beams", "explain") if globals()[key]]
     if len(modes) > 1:
-        raise ValueError(f"--{modes[0]} and --{modes[1]}: one of them at a time")
-    for key, least in (("num_samples", 1), ("max_new_tokens", 1), ("batch_size", 1), ("beams", 0)):
-        if globals()[key] < least:
-            raise ValueError(f"--{key}={globals()[key]}: must be at least {least}")
+        raise UserError(f"--{modes[0]} and --{modes[1]}: give one of them")
+    check_bounds(globals(), at_least_1="num_samples max_new_tokens batch_size", at_least_0="beams seed")
     if (chat or prompts) and start:
-        raise ValueError(f"--start={start}: not with --{modes[0]}, which has prompts of its own")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed={seed}: must be at least 0 and less than 2^63")
+        raise UserError(f"--start={start}: --{modes[0]} takes no --start")
+    if seed >= 2**63:
+        raise UserError(f"--seed={seed}: must be less than 2^63")
     if not -10 <= length_penalty <= 10:
-        raise ValueError(f"--length_penalty={length_penalty}: must be between -10 and 10")
+        raise UserError(f"--length_penalty={length_penalty}: must be between -10 and 10")
     prompt = start
     if start.startswith("FILE:"):
         try:
             prompt = Path(start[5:]).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"--start={start}: the file is not UTF-8 text") from None
-    name = out_dir if init_from == "resume" else init_from
-    model, tokenizer, payload = load_for_inference(name, device, dtype, quantize, data_dir)
+            raise UserError(f"--start={start}: the file is not UTF-8 text") from None
+    name = chosen_model(out_dir, init_from)
+    model, tokenizer, checkpoint = load_for_inference(name, device, dtype, quantize, data_dir)
     sampler = Sampler(model, tokenizer)
     if chat:
-        return Chat(sampler, payload).run()
+        return Chat(sampler, checkpoint).run()
     if prompts:
         return complete_file(sampler)
     ids = encode_prompt(tokenizer, prompt, model.config.block_size, "--start")
-    (search if beams else explain_steps if explain else write)(sampler, prompt, ids)
+    (write_beams if beams else write_explained if explain else write)(sampler, prompt, ids)
 
 
 if __name__ == "__main__":
@@ -402,7 +390,4 @@ if __name__ == "__main__":
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")
             with contextlib.suppress(ImportError):  # Windows has none
                 import readline  # noqa: F401  (line editing and history in input())
-        try:
-            main()
-        except BrokenPipeError:  # the reader has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        main()

@@ -1,7 +1,8 @@
-"""A run's weights on disk: saved whole or not at all, loaded without running code.
+"""A run's folder: checkpoints saved whole or not at all, loaded without running code, found, and resumed from.
 
-A checkpoint is a dict of tensors and JSON-able values: model, optimizers, scaler, step, tokens, best_val_loss,
-model_args, config, tokenizer, wandb_id. nanoGPT's ckpt.pt loads as well.
+A checkpoint is a dict of tensors and JSON-able values: model, model_args, optimizers, scaler, the fields of train.py's State
+(step, sequences, tokens, best_val_loss, ...), config (keys as resolved), requested (keys as given), tokenizer, is_chat.
+nanoGPT's ckpt.pt loads as well.
 """
 
 import math
@@ -10,51 +11,54 @@ import re
 import shutil
 import threading
 import zipfile
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from common.pretrained import GPT2_NAMES, read_pretrained
-from common.runtime import is_out_of_memory
-from common.shards import load_dataset
-from common.tokenizer import Tokenizer, read_tokenizer, tokenizer_from_dict
-from configurator import first_line
+from common.files import atomic_file
+from common.lora import add_lora
+from common.pretrained import is_pretrained, read_pretrained, to_our_names
+from common.runtime import all_reduce, broadcast_object, is_out_of_memory
+from common.shards import Dataset, load_dataset
+from common.tokenizer import Tokenizer, read_tokenizer, same_vocabulary, tokenizer_from_dict
+from configurator import UserError, first_line
 from model import GPT, GPTConfig
 
-PREVIOUS = "ckpt_previous.pt"  # the one before ckpt.pt, for when that is damaged
+PREVIOUS = "ckpt_previous.pt"  # the checkpoint before ckpt.pt, for when that is damaged
 
 
-class Damaged(ValueError):
-    """A checkpoint that is not whole or not what was written, as against one that cannot be read just now."""
+class DamagedCheckpoint(UserError):
+    """Truncated or corrupt checkpoint (not: temporarily unreadable)."""
 
 
-def save_checkpoint(path: Path, payload: dict) -> None:
+# -----------------------------------------------------------------------------
+# Saving
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write to a temporary name, sync, rename: at every instant the old file or the new one is whole.
 
-    What ckpt.pt held stays as ckpt_previous.pt. Raises OSError, and leaves the old files, where the disk is full.
+    The old ckpt.pt stays as ckpt_previous.pt. Raises OSError, and leaves the old files, where the disk is full.
     """
-    part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as f:
-            torch.save(payload, f)
+        with atomic_file(path) as f:
+            torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-        if path.name == "ckpt.pt" and path.exists():
-            link(path, path.with_name(PREVIOUS))
-        os.replace(part, path)
-    except BaseException as e:
-        part.unlink(missing_ok=True)
-        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # torch's writer hides the reason
-            raise e.__context__ from None
-        raise
+            if path.name == "ckpt.pt" and path.exists():
+                hard_link(path, path.with_name(PREVIOUS))
+    except RuntimeError as e:  # torch's writer hides the OSError behind it
+        raise e.__context__ if isinstance(e.__context__, OSError) else e from None
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the renames themselves
+        os.fsync(folder)  # makes the renames durable
         os.close(folder)
 
 
-def link(path: Path, other: Path) -> None:
-    """Let `other` be the same file, at no cost of disk; on a file system without links, a copy."""
+def hard_link(path: Path, other: Path) -> None:
+    """Make `other` the same file as `path`, at no cost of disk; a copy where the file system has no links."""
     part = other.with_name(other.name + ".part")
     part.unlink(missing_ok=True)
     try:
@@ -65,7 +69,7 @@ def link(path: Path, other: Path) -> None:
 
 
 def copy_to_host(value, into=None):
-    """A copy of nested dicts and lists with every tensor on the CPU, in the memory of `into`, an earlier copy, if it fits."""
+    """A copy of nested dicts and lists with all tensors on the CPU, in the memory of `into`, an earlier copy, where it fits."""
     if isinstance(value, dict):
         return {k: copy_to_host(v, into.get(k) if isinstance(into, dict) else None) for k, v in value.items()}
     if isinstance(value, list):
@@ -78,257 +82,394 @@ def copy_to_host(value, into=None):
     return into.copy_(value.detach(), non_blocking=value.is_cuda)
 
 
-class Saver:
-    """Writes checkpoints in a thread, one at a time, from a copy of their tensors, while training goes on.
+class CheckpointSaver:
+    """Writes checkpoints in a thread, one at a time, from a copy of their tensors, while training continues.
 
-    A write that fails is told, with what it needs; the files before it stay. `steps` says of which step each file is.
+    A failed write is reported with the space it needs, and the files before it stay. failed: file name -> step, of files
+    whose last write failed. Only rank 0 writes.
     """
 
-    def __init__(self):
+    def __init__(self, run, config: dict, requested: dict, datasets: list, eval_windows: int, tokenizer: dict):
+        self.run, self.folder, self.keep = run, Path(config["out_dir"]), config["keep_checkpoints"]
+        self.constant = {
+            "model_args": asdict(run.model.config), "config": config, "requested": requested, "tokenizer": tokenizer,
+            "is_chat": any(dataset.is_chat for dataset, _ in datasets), "eval_windows": eval_windows,
+        }  # fmt: skip
         self.thread: threading.Thread | None = None
-        self.steps: dict[str, int] = {}
-        self.failed: dict[str, int] = {}  # of which step the last write of a file was, if it failed
-        self.copies: dict[str, dict] = {}  # the memory of the last copy, by file name
+        self.failed: dict[str, int] = {}
+        self.copies: dict[str, dict] = {}  # reused memory of the last copy, by file name
 
-    def save(self, path: Path, payload: dict, also: Path | None = None, keep: int = 0) -> None:
-        """Write payload to path; with `also`, keep it under that name too, and of such step_N.pt the last `keep`."""
+    def save(self, name: str, state, with_optimizer=True, **extra) -> None:
+        """Write out_dir/name; with_optimizer=False leaves out what only resuming needs."""
+        run = self.run
+        if run.rank:
+            return
+        checkpoint = {"model": run.model.state_dict(), **self.constant, **asdict(state), **extra}
+        if with_optimizer:
+            checkpoint |= {"optimizers": [o.state_dict() for o in run.optimizers], "scaler": run.scaler.state_dict()}
         self.wait()
-        copy = self.copies[path.name] = copy_to_host(payload, self.copies.get(path.name))
+        copy = self.copies[name] = copy_to_host(checkpoint, self.copies.get(name))
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self.thread = threading.Thread(target=self.write, args=(path, copy, also, keep))
+        also = f"step_{state.step}.pt" if with_optimizer and self.keep else ""
+        self.thread = threading.Thread(target=self.write, args=(self.folder / name, copy, also))
         self.thread.start()
 
-    def write(self, path: Path, payload: dict, also: Path | None, keep: int) -> None:
+    def write(self, path: Path, checkpoint: dict, also: str) -> None:
+        step = checkpoint["step"]
         try:
-            save_checkpoint(path, payload)
-            self.steps[path.name] = payload["step"]
+            save_checkpoint(path, checkpoint)
             self.failed.pop(path.name, None)
             if also:
-                link(path, also)
-                for old in kept_steps(also.parent)[:-keep]:
+                hard_link(path, path.with_name(also))
+                for old in kept_steps(path.parent)[: -self.keep]:
                     old.unlink()
         except OSError as e:
-            self.failed[path.name] = payload["step"]
-            need = sum(t.numel() * t.element_size() for t in tensors(payload)) / 2**20
+            self.failed[path.name] = step
+            need = sum(t.numel() * t.element_size() for t in all_tensors(checkpoint)) / 2**20
             free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else math.nan
-            old = f"; {path} is still the one before" if path.exists() else ""
+            old = f"; {path} is still the previous one" if path.exists() else ""
             print(
-                f"warning: the checkpoint of step {payload['step']:,} is not saved ({e.strerror or e}): it needs "
-                f"{need:,.1f} MiB, {free:,.1f} MiB are free in {path.parent}{old}; training goes on"
+                f"warning: the checkpoint of step {step:,} is not saved ({e.strerror or e}): it needs {need:,.1f} MiB, "
+                f"{free:,.1f} MiB are free in {path.parent}{old}; training continues"
             )
 
     def wait(self) -> None:
-        """Until the last write is done."""
         if self.thread:
             self.thread.join()
             self.thread = None
 
 
 def kept_steps(folder: Path) -> list[Path]:
-    """The step_N.pt of a folder, oldest first."""
     found = [p for p in folder.glob("step_*.pt") if p.stem[5:].isdigit()]
     return sorted(found, key=lambda p: int(p.stem[5:]))
 
 
-def tensors(value):
-    """Every tensor in nested dicts and lists."""
+def all_tensors(value):
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (dict, list)):
         for v in value.values() if isinstance(value, dict) else value:
-            yield from tensors(v)
+            yield from all_tensors(v)
 
 
-def load_checkpoint(path: Path, map_location="cpu") -> dict:
-    """Read a checkpoint of ours or of nanoGPT.
+# -----------------------------------------------------------------------------
+# Loading
 
-    Raises Damaged if it is not whole, ValueError if it cannot be read now or holds anything but plain data.
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint of ours or of nanoGPT, on the CPU.
+
+    Raises DamagedCheckpoint if it is not whole, UserError if it cannot be read now or holds anything but plain data.
     """
     if not path.is_file():
         runs = ", ".join(map(str, find_runs()[:3]))
-        raise ValueError(f"there is no checkpoint {path}: {f'there is {runs}' if runs else 'train first'}")
+        raise UserError(f"there is no checkpoint {path}: {f'there is {runs}' if runs else 'train first'}")
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+        if zipfile.is_zipfile(path):  # torch.load does not verify the checksums
             with zipfile.ZipFile(path) as archive:
-                if wrong := archive.testzip():
-                    raise Damaged(f"{path} is damaged: the checksum of {wrong} in it is wrong")
-        payload = torch.load(path, map_location=map_location, weights_only=True)
-    except Damaged:
+                if bad := archive.testzip():
+                    raise DamagedCheckpoint(f"{path} is damaged: the checksum of {bad} in it is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedCheckpoint:
         raise
     except Exception as e:
         if code := re.search(r"GLOBAL (\S+)", str(e)):
-            raise ValueError(
+            raise UserError(
                 f"{path} holds the Python object {code[1]}, and loading it could run code. If you trust the file, convert it "
                 "where that object is known: p = torch.load(path, weights_only=False); p['config'] = vars(p['config']); "
                 "torch.save(p, path)"
             ) from None
         if isinstance(e, OSError) or is_out_of_memory(e):
-            raise ValueError(f"{path} cannot be read now: {first_line(e)}") from None
-        raise Damaged(f"{path} is damaged: {first_line(e)}") from None
-    if not isinstance(payload, dict) or not isinstance(payload.get("model"), dict):
-        raise ValueError(f"{path} is not a checkpoint: it has no model and model_args")
-    if "model_args" not in payload:  # build-nanogpt's, converted: GPT-2's tanh GELU and biases
+            raise UserError(f"{path} cannot be read now: {first_line(e)}") from None
+        raise DamagedCheckpoint(f"{path} is damaged: {first_line(e)}") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise UserError(f"{path} is not a checkpoint: it has no model and model_args")
+    return upgrade(checkpoint, path)
+
+
+RENAMED = {  # older name -> today's
+    "waited": "evals_since_best", "elapsed": "train_seconds", "spent": "total_seconds", "asked": "requested",
+    "turns": "is_chat", "eval_sequences": "eval_windows",
+}  # fmt: skip
+
+
+def upgrade(checkpoint: dict, path: Path) -> dict:
+    """Bring a checkpoint of nanoGPT, or of an older version of ours, into today's form."""
+    checkpoint = {RENAMED.get(k, k): v for k, v in checkpoint.items()}
+    if "model_args" not in checkpoint:  # build-nanogpt's, converted: GPT-2's tanh GELU and biases
         known = GPTConfig.__dataclass_fields__
-        payload["model_args"] = {k: v for k, v in payload.get("config", {}).items() if k in known}
-        if "n_layer" not in payload["model_args"]:
-            raise ValueError(f"{path} is not a checkpoint: it has no model_args")
-        payload["config"] = {}
+        checkpoint["model_args"] = {k: v for k, v in checkpoint.get("config", {}).items() if k in known}
+        checkpoint["config"] = {}
+    args = checkpoint["model_args"]
     sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    if not all(isinstance(payload["model_args"].get(k), int) for k in sizes):
-        raise ValueError(f"{path} is not a checkpoint: its model_args lack one of {', '.join(sizes)}")
-    if "iter_num" in payload:  # nanoGPT's, whose GELU is the exact one and whose optimizer is one AdamW
-        payload["step"] = payload["iter_num"]
-        payload["model_args"] = {"mlp": "gelu_erf", **payload["model_args"]}
-        if "optimizer" in payload:
-            payload |= {"optimizers": [payload.pop("optimizer")], "scaler": {}}
-    return payload
+    if not all(isinstance(args.get(k), int) for k in sizes):
+        raise UserError(f"{path} is not a checkpoint: its model_args lack one of {', '.join(sizes)}")
+    if "iter_num" in checkpoint:  # nanoGPT's: the exact GELU, and one AdamW
+        checkpoint["step"] = checkpoint["iter_num"]
+        args |= {"mlp": args.get("mlp", "gelu_erf")}
+        if "optimizer" in checkpoint:
+            checkpoint |= {"optimizers": [checkpoint.pop("optimizer")], "scaler": {}}
+    if "best_val_loss" in checkpoint:
+        checkpoint["best_val_loss"] = float(checkpoint["best_val_loss"])
+    if "sequences" not in checkpoint and "step" in checkpoint:  # before the position was counted in sequences
+        config = checkpoint.get("config", {})
+        per_step = config.get("gradient_accumulation_steps", 0) * config.get("batch_size", 0)
+        checkpoint["sequences"] = checkpoint["step"] * per_step
+        checkpoint["tokens"] = checkpoint["sequences"] * config.get("block_size", args["block_size"])
+    return checkpoint
 
 
 def load_latest(folder: Path) -> dict | None:
-    """The newest checkpoint of a run that can be read, or None if there is no file of one.
+    """The newest readable checkpoint of a run, or None if it has no checkpoint file at all.
 
-    A damaged one is told and put aside as *.damaged, and the one before it is taken. Raises ValueError if all are, and for
-    one that cannot be read now.
+    A damaged one is reported and renamed to *.damaged, and the one before it is taken. Raises UserError if all are damaged,
+    or if one cannot be read now.
     """
-    found = [p for p in (folder / "ckpt.pt", folder / PREVIOUS, *reversed(kept_steps(folder))) if p.exists()]
-    for path in found:
-        try:
-            return load_checkpoint(path)
-        except Damaged as e:
-            print(f"warning: {e}")
-        os.replace(path, path.with_name(path.name + ".damaged"))
+    for path in (folder / "ckpt.pt", folder / PREVIOUS, *reversed(kept_steps(folder))):
+        if path.exists():
+            try:
+                return load_checkpoint(path)
+            except DamagedCheckpoint as e:
+                print(f"warning: {e}")
+            os.replace(path, path.with_name(path.name + ".damaged"))
     if damaged := sorted(folder.glob("*.pt.damaged")):
         names = ", ".join(p.name for p in damaged)
-        raise ValueError(
-            f"no checkpoint in {folder} can be read, there is only {names}: remove them to begin the run again"
-        )
+        raise UserError(f"no checkpoint in {folder} can be read, there is only {names}: remove them to start again")
     return None
 
 
+# -----------------------------------------------------------------------------
+# Finding a model
+
+
 def find_runs(root: Path = Path()) -> list[Path]:
-    """The folders with a checkpoint among out*/ and out*/*/, the one written last first."""
-    found = [
-        (p.stat().st_mtime, p.parent)
-        for n in ("ckpt.pt", "best.pt")
-        for d in ("*/", "")
-        for p in root.glob(f"out*/{d}{n}")
-    ]
-    return list(dict.fromkeys(folder for _, folder in sorted(found, reverse=True)))
+    """The folders with a checkpoint among out*/ and out*/*/, the most recently written first."""
+    patterns = [f"out*/{below}{name}" for name in ("ckpt.pt", "best.pt") for below in ("*/", "")]
+    found = sorted(((p.stat().st_mtime, p.parent) for pattern in patterns for p in root.glob(pattern)), reverse=True)
+    return list(dict.fromkeys(folder for _, folder in found))
 
 
-def newest_run(root: Path = Path()) -> Path:
-    """The first of find_runs. Raises ValueError if there is none."""
-    if not (found := find_runs(root)):
-        raise ValueError(
-            "there is no trained model under out/: run python train.py config/quickstart.py, or set --out_dir"
-        )
-    return found[0]
+def chosen_model(out_dir: str, init_from: str) -> str:
+    """What a script's keys out_dir and init_from name: init_from, or with "resume" out_dir, or the newest run."""
+    if init_from != "resume":
+        return init_from
+    if not out_dir and not find_runs():
+        raise UserError("no trained model under out/: run python train.py config/quickstart.py, or set --out_dir")
+    return out_dir or str(find_runs()[0])
 
 
-def find_checkpoint(init_from: str | Path = "") -> Path:
-    """The checkpoint of a run's folder (best.pt, else ckpt.pt), a checkpoint file itself, or "" for the newest run."""
-    path = Path(init_from) if init_from else newest_run()
+def find_checkpoint(name: str | Path) -> Path:
+    """The checkpoint of a run's folder (best.pt, otherwise ckpt.pt), or a checkpoint file itself."""
+    path = Path(name)
     if path.is_dir():
         return path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
     return path
 
 
-def build_model(payload: dict) -> GPT:
-    """The model of a checkpoint, on the CPU. Raises ValueError if its weights do not fit its arguments."""
-    try:
-        config = GPTConfig(**payload["model_args"])
-    except TypeError as e:
-        raise ValueError(f"the checkpoint's model_args are not ours: {e}") from None
-    model = GPT(config)
-    model.load_weights(payload["model"])
-    return model
-
-
-def is_pretrained(name: str) -> bool:
-    """Whether --init_from names a Hugging Face model: gpt2*, a folder with its config and weights, or a hub id."""
-    path = Path(name)
-    if path.is_dir():
-        return not any((path / n).exists() for n in ("best.pt", "ckpt.pt")) and any(path.glob("*.safetensors"))
-    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".pt" and not path.parent.exists()
-    return name in GPT2_NAMES or bool(hub_id)
-
-
-def load_payload(init_from: str | Path = "") -> dict:
-    """The checkpoint of a run (see find_checkpoint), or a pretrained model (see is_pretrained) in the same form."""
-    if not is_pretrained(str(init_from)):
-        return load_checkpoint(find_checkpoint(init_from))
-    arguments, weights, folder = read_pretrained(str(init_from))
+def read_model(name: str | Path) -> dict:
+    """The checkpoint of a run's folder or file, or a pretrained model (GPT-2 by name, Hugging Face) in the same form."""
+    if not is_pretrained(str(name)):
+        return load_checkpoint(find_checkpoint(name))
+    arguments, weights, folder = read_pretrained(str(name))
     tokenizer = {"kind": "gpt2"} if arguments["vocab_size"] == 50257 else None
     if (folder / "tokenizer.json").exists():
         tokenizer = read_tokenizer(folder).to_dict()
     return {"model": weights, "model_args": arguments, "tokenizer": tokenizer, "config": {}, "step": 0}
 
 
-def load_model(init_from: str | Path = "") -> tuple[GPT, dict]:
-    """The model of a run or a pretrained one, in evaluation mode on the CPU, and its checkpoint. See load_payload."""
-    payload = load_payload(init_from)
-    return build_model(payload).eval(), payload
+def load_model(name: str | Path) -> tuple[GPT, dict]:
+    """The model of read_model(), in evaluation mode on the CPU, and its checkpoint."""
+    checkpoint = read_model(name)
+    return build_model(checkpoint).eval(), checkpoint
 
 
-def find_tokenizer(payload: dict, data_dir: str = "data") -> Tokenizer:
-    """The checkpoint's own tokenizer; for nanoGPT's, which has none, its dataset's, else GPT-2's.
-
-    Raises ValueError where none of them can be right.
-    """
-    if payload.get("tokenizer"):
-        return tokenizer_from_dict(payload["tokenizer"])
-    name = payload.get("config", {}).get("dataset", "")
+def find_tokenizer(checkpoint: dict, data_dir: str = "data") -> Tokenizer:
+    """The checkpoint's own tokenizer; nanoGPT's checkpoints have none: that of their dataset, otherwise GPT-2's."""
+    if checkpoint.get("tokenizer"):
+        return tokenizer_from_dict(checkpoint["tokenizer"])
+    name = checkpoint.get("config", {}).get("dataset", "")
     if name and (Path(data_dir) / name / "meta.pkl").exists():
         return tokenizer_from_dict(load_dataset(name, data_dir).tokenizer)
-    if payload["model_args"]["vocab_size"] < 50257:
-        raise ValueError(f"the checkpoint has no tokenizer and there is no {data_dir}/{name}/meta.pkl: set --data_dir")
+    if checkpoint["model_args"]["vocab_size"] < 50257:
+        raise UserError(f"the checkpoint has no tokenizer and there is no {data_dir}/{name}/meta.pkl: set --data_dir")
     return tokenizer_from_dict({"kind": "gpt2"})
 
 
-def restore(optimizers: list, scaler, payload: dict, keys: dict, steps: int, micro_batches: int) -> None:
-    """Put a checkpoint's state back; say which of train.py's keys are not what they were.
+# -----------------------------------------------------------------------------
+# Models
 
-    Raises ValueError where a run cannot go on with them.
+
+def config_from(arguments: dict) -> GPTConfig:
+    try:
+        return GPTConfig(**arguments)
+    except (ValueError, TypeError) as e:
+        raise UserError(f"the model's arguments are wrong: {e}" if isinstance(e, TypeError) else str(e)) from None
+
+
+def model_from_keys(keys: dict, vocab_size: int) -> GPT:
+    """A new model by a script's keys."""
+    names = GPTConfig.__dataclass_fields__.keys() & keys.keys()
+    return GPT(config_from({k: keys[k] for k in names} | {"vocab_size": vocab_size}))
+
+
+def build_model(checkpoint: dict) -> GPT:
+    """The model of a checkpoint, on the CPU. Raises UserError if its weights do not fit its arguments."""
+    model = GPT(config_from(checkpoint["model_args"]))
+    if model.config.lora_rank:
+        add_lora(model, model.config.lora_rank, model.config.lora_alpha)
+    load_weights(model, checkpoint["model"])
+    return model
+
+
+def load_weights(model: GPT, state_dict: dict[str, torch.Tensor]) -> None:
+    """Load a state dict of ours, nanoGPT's or transformers' GPT-2. Raises UserError if it does not fit the model."""
+    own, weights = model.state_dict(), to_our_names(state_dict)
+    if model.config.tie_weights and "transformer.wte.weight" in weights:
+        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
+    for name in {"transformer.wte.weight", "lm_head.weight"} & weights.keys():  # rows that pad the vocabulary
+        weights[name] = F.pad(weights[name], (0, 0, 0, max(0, len(own[name]) - len(weights[name]))))
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unexpected:
+        raise UserError(f"the weights do not fit this model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    if wrong := [n for n in own if own[n].shape != weights[n].shape]:
+        shapes = ", ".join(f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in wrong[:3])
+        raise UserError(f"the weights do not fit this model: {shapes}")
+    model.load_state_dict(weights)
+
+
+RUNTIME_FIELDS = {"dropout", "attn", "activation_checkpointing"}  # of GPTConfig: may change when a run continues
+
+
+def build_model_to_train(checkpoint: dict, dataset: Dataset, keys: dict) -> GPT:
+    """The checkpoint's model with the runtime fields of the keys, and a context cut to --block_size.
+
+    Raises UserError where its vocabulary is not the dataset's, or its context is too short.
     """
-    before = {"optimizer": "adamw", **payload.get("asked", payload["config"])}  # nanoGPT knows no other
-    if "dataset" in payload["config"]:  # the one found, which where that asked for was missing is another
-        before["dataset"] = payload["config"]["dataset"]
-    fixed = GPTConfig.__dataclass_fields__.keys() - {"dropout", "attn", "activation_checkpointing"} | {"optimizer"}
-    for key in sorted(fixed & before.keys() & keys.keys()):
-        if before[key] != keys[key] and ("asked" in payload or key in ("optimizer", "block_size")):
-            raise ValueError(
-                f"--{key}={keys[key]}: the run to resume had {before[key]}; keep it, or begin a run with "
-                f"--init_from={keys['out_dir']}"
-            )
-    untold = {"resume", "init_from", "out_dir", "max_iters", "lr_decay_iters", "eval_only", "batch_size", *fixed}
-    untold |= {"gradient_accumulation_steps", "total_batch_tokens"}
-    changed = [f"{k} {v} -> {keys[k]}" for k, v in before.items() if k not in untold and keys.get(k, v) != v]
-    resolved, sequences = payload["config"], keys["batch_size"] * micro_batches
-    if (past := resolved.get("gradient_accumulation_steps", 0) * resolved.get("batch_size", 0)) not in (0, sequences):
-        changed.append(f"sequences a step {past} -> {sequences}")
-    past, until = (resolved.get("lr_decay_iters") or resolved.get("max_iters", steps)), keys["lr_decay_iters"] or steps
-    if keys["decay_lr"] and not keys["max_minutes"] and keys["schedule"] != "constant" and past != until:
-        changed.append(f"end of the learning rate's schedule {past} -> {until}")
+    args, tokenizer = checkpoint["model_args"], checkpoint.get("tokenizer")
+    if dataset.tokenizer is None:  # a dry run without its dataset
+        fits = True
+    elif tokenizer is None:  # nanoGPT's checkpoints do not say
+        fits = args["vocab_size"] >= dataset.vocab_size
+    else:
+        fits = same_vocabulary(tokenizer, dataset.tokenizer)
+    if not fits:
+        raise UserError(
+            f"--init_from={keys['init_from']}: trained with a vocabulary of {args['vocab_size']:,} ids, the dataset "
+            f"{dataset.name} has another, of {dataset.vocab_size:,}: choose the --dataset it was trained on"
+        )
+    T = keys["block_size"]
+    if T > args["block_size"]:
+        raise UserError(f"--block_size={T} is more than the checkpoint's context of {args['block_size']}")
+    if T < args["block_size"]:
+        args["block_size"] = T
+        weights = checkpoint["model"]
+        checkpoint["model"] = {n: t[:T] if n.endswith("transformer.wpe.weight") else t for n, t in weights.items()}
+    args |= {key: keys[key] for key in RUNTIME_FIELDS}
+    return build_model(checkpoint)
+
+
+# -----------------------------------------------------------------------------
+# Resuming
+
+
+def load_to_resume(requested: dict, rank: int) -> dict | None:
+    """The checkpoint to resume from, read by rank 0 for all; None to start a run.
+
+    Resumes if --resume or --init_from=resume say so, or if torchrun restarted the job and out_dir's checkpoint was made
+    with the same keys.
+    """
+    asked = requested["resume"] or requested["init_from"] == "resume"
+    # Summed over the ranks: a host that came back counts its restarts from 0.
+    restarts = all_reduce(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
+    if not asked and not restarts:
+        return None
+    checkpoint, folder = None, Path(requested["out_dir"])
+    if rank == 0:
+        checkpoint = load_latest(folder)
+        same_job = requested.keys() - {"wandb_run_name", "batch_size"}
+        if checkpoint and not asked and any(checkpoint.get("requested", {}).get(k) != requested[k] for k in same_job):
+            checkpoint = None
+    checkpoint = broadcast_object(checkpoint)
+    if checkpoint is None and requested["init_from"] == "resume":
+        raise UserError(f"there is no checkpoint {folder}/ckpt.pt: train first, or set --out_dir to a run's folder")
+    if checkpoint is None and rank == 0:
+        print(f"{folder} has no checkpoint to resume from: starting the run")
+    if checkpoint and any(k not in checkpoint for k in ("optimizers", "scaler", "step", "best_val_loss", "config")):
+        raise UserError(f"{folder}/ckpt.pt has no optimizer state: start a run with --init_from={folder}/ckpt.pt")
+    return checkpoint
+
+
+def restore_best(state, rank: int, out_dir: str) -> None:
+    """Take the best loss from best.pt, on all ranks: it may be newer than the checkpoint.
+
+    A best.pt from this same step is evaluated again without counting against patience.
+    """
+    best, path = None, Path(out_dir) / "best.pt"
+    if rank == 0 and path.exists():
+        try:
+            found = load_checkpoint(path)
+            best = found["step"], found.get("val_loss", math.inf)
+        except UserError:  # damaged
+            pass
+    if best := broadcast_object(best):
+        if best[0] <= state.step:
+            state.best_val_loss = min(state.best_val_loss, best[1])
+        if best[0] == state.step:
+            state.evals_since_best = -1
+
+
+def restore_optimizers(optimizers: list, scaler, checkpoint: dict, config: dict, requested: dict) -> None:
+    """Load the optimizers' state and print which keys changed. Raises UserError for a change that resuming cannot make."""
+    # A key that the checkpoint does not know had its default: nanoGPT has no other optimizer, older versions fewer fields.
+    defaults = {f.name: f.default for f in fields(GPTConfig)} if "requested" in checkpoint else {}
+    before = defaults | {"optimizer": "adamw"} | checkpoint.get("requested", checkpoint["config"])
+    now = requested | {"dataset": config["dataset"]}
+    if "dataset" in checkpoint["config"]:  # the one that was found
+        before["dataset"] = checkpoint["config"]["dataset"]
+    fixed = {f.name for f in fields(GPTConfig)} - RUNTIME_FIELDS | {"optimizer"}
+    start_again = f"keep it, or start a run with --init_from={config['out_dir']}"
+    for key in sorted(fixed & before.keys() & now.keys()):
+        if before[key] != now[key] and ("requested" in checkpoint or key in ("optimizer", "block_size")):
+            raise UserError(f"--{key}={now[key]}: the run to resume had {before[key]}; {start_again}")
+    changed = changed_keys(before, now, fixed, checkpoint["config"], config)
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print(f"resumed with other keys than before: {', '.join(changed)}")
-    for each, state in zip(optimizers, payload["optimizers"]):
-        sizes = [[len(g["params"]) for g in groups] for groups in (each.param_groups, state["param_groups"])]
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
+        sizes = [[len(g["params"]) for g in groups] for groups in (optimizer.param_groups, saved["param_groups"])]
         if sizes[0] != sizes[1]:
-            raise ValueError(
-                "--embedding_lr, --head_lr and --vector_lr: a rate can change when a run goes on, but not begin or end; "
-                f"keep them, or begin a run with --init_from={keys['out_dir']}"
-            )
-        fresh = [{k: v for k, v in group.items() if k != "params"} for group in each.param_groups]
-        parameters = [p for group in each.param_groups for p in group["params"]]
-        for number, values in state["state"].items():  # nanoGPT's have no rows for ids that only pad the vocabulary
-            for name, t in values.items():
-                rows = len(parameters[number]) - len(t) if name in ("exp_avg", "exp_avg_sq") else 0
-                values[name] = torch.nn.functional.pad(t, (0, 0, 0, rows)) if rows > 0 else t
-        for theirs, ours in zip(state["param_groups"], fresh):  # it decides on which device the count of steps is
+            rates = "--embedding_lr, --head_lr and --vector_lr"
+            raise UserError(f"{rates} may change when a run resumes, but not from or to 0: {start_again}")
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, values in saved["state"].items():  # nanoGPT's moments have no rows for ids that pad the vocabulary
+            for name in {"exp_avg", "exp_avg_sq"} & values.keys():
+                moment = values[name]
+                values[name] = F.pad(moment, (0, 0) * (moment.dim() - 1) + (0, len(params[index]) - len(moment)))
+        for theirs, ours in zip(saved["param_groups"], settings):  # they decide where the step count lives
             theirs |= {k: ours[k] for k in ("fused", "capturable") if k in ours}
-        each.load_state_dict(state)
-        for group, settings in zip(each.param_groups, fresh):  # the keys of this run, not the checkpoint's
-            group.update(settings)
-    if scaler.is_enabled() and payload["scaler"]:
-        scaler.load_state_dict(payload["scaler"])
+        optimizer.load_state_dict(saved)
+        for group, ours in zip(optimizer.param_groups, settings):  # this run's keys, not the checkpoint's
+            group.update(ours)
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
+
+
+def changed_keys(before: dict, now: dict, fixed: set[str], config_before: dict, config: dict) -> list[str]:
+    """Descriptions of the keys that differ and matter: "weight_decay 0.1 -> 0.2"."""
+    silent = {"resume", "init_from", "out_dir", "max_iters", "lr_decay_iters", "eval_only", *fixed}
+    silent |= {"batch_size", "gradient_accumulation_steps", "total_batch_tokens", "skip_bad_steps"}
+    changed = [f"{k} {v} -> {now[k]}" for k, v in before.items() if k not in silent and now.get(k, v) != v]
+
+    def per_step(c: dict) -> int:
+        return c.get("gradient_accumulation_steps", 0) * c.get("batch_size", 0)
+
+    def schedule_end(c: dict) -> int:
+        return c.get("lr_decay_iters") or c.get("max_iters", 0)
+
+    if per_step(config_before) not in (0, per_step(config)):
+        changed.append(f"sequences per step {per_step(config_before)} -> {per_step(config)}")
+    by_step = config["decay_lr"] and not config["max_minutes"] and config["schedule"] != "constant"
+    if by_step and schedule_end(config_before) != schedule_end(config):
+        changed.append(f"end of the learning rate schedule {schedule_end(config_before)} -> {schedule_end(config)}")
+    return changed

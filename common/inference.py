@@ -1,7 +1,4 @@
-"""A model that writes: its weights as decoding wants them, its ids as text while they come, the likeliest text, a conversation.
-
-What for_inference makes samples and evaluates; it is not trained and not saved.
-"""
+"""A model that writes: weights cast, packed or quantized, a CUDA-graph decoding step, streams of text, beams, chat prompts."""
 
 import codecs
 import math
@@ -9,81 +6,38 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from common.checkpoint import find_tokenizer, load_model
-from common.runtime import pick_device, pick_dtype, tune_malloc
+from common.cpu import Int8Linear, PackedLinear, packed_linear_is_available, tune_malloc
+from common.lora import merge_lora
+from common.runtime import pick_device, pick_dtype
 from common.tokenizer import Tokenizer
-from model import GELU, GPT, KVCache
+from configurator import UserError, check_choice
+from model import GPT, KVCache
 
 QUANTIZE = ("", "int8")
 
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weights lie as oneDNN's kernels read them: one row goes through at the memory's speed.
-
-    gelu: tanh or none, to apply this approximation of GELU as well, while the product is at hand.
-    """
-
-    def __init__(self, layer: nn.Linear, gelu: str = ""):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 1)
-        self.bias, self.then = layer.bias, ("gelu", [], gelu) if gelu else ("none", [], "")
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, self.bias, *self.then)
-
-
-class Int8Linear(nn.Module):
-    """A linear layer of 8-bit weights, a scale a row of the matrix; activations stay as they are. For decoding.
-
-    Rounded to the nearest of 255 steps between a row's largest magnitudes, as LLM.int8()'s vector-wise weights
-    (https://arxiv.org/abs/2208.07339). On a CPU in bfloat16 a few rows read half the bytes; elsewhere memory is saved,
-    and time is not: the matrix is widened for its product.
-    """
-
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype):
-        super().__init__()
-        weight = layer.weight.float()
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale[:, 0].to(dtype))
-        self.bias = layer.bias
-
-    def forward(self, x):
-        rows = x.reshape(-1, x.size(-1))
-        # The kernel reads whole blocks of a row, beyond its end if it is not made of them.
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= 4 and x.size(-1) % 32 == 0:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
-        return y if self.bias is None else y + self.bias
-
-
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this machine has packed layers for the dtype."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+# -----------------------------------------------------------------------------
+# A model ready to write
 
 
 @torch.no_grad()
-def for_inference(model: nn.Module, device: torch.device, dtype: torch.dtype, quantize: str = "") -> nn.Module:
-    """The model on the device, its weights in the dtype and its linear layers packed or, with quantize="int8", in 8 bits.
+def for_inference(model: GPT, device: torch.device, dtype: torch.dtype, quantize: str = "") -> GPT:
+    """Move the model to the device and cast its weights; pack its linear layers on a CPU, or quantize them to 8 bits.
 
-    It is changed in place and can no longer be trained or saved. Raises ValueError for another name.
+    The model is changed in place and can no longer be trained or saved.
     """
-    if quantize not in QUANTIZE:
-        raise ValueError(f"--quantize={quantize}: choose int8, or leave it out")
-    model.merge_lora()
+    check_choice("quantize", quantize, QUANTIZE)
+    merge_lora(model)
     model.requires_grad_(False).eval()
     if quantize:
         replace_linears(model, lambda layer: Int8Linear(layer, dtype))
     model.to(device, dtype)
-    if packs(device, dtype):
-        for mlp in [block.mlp for block in model.transformer.h]:
-            if mlp.kind in GELU and not quantize:
-                mlp.c_fc, mlp.activate = PackedLinear(mlp.c_fc, GELU[mlp.kind]), lambda x: x
+    if packed_linear_is_available(device, dtype):
+        approximation = {"gelu": "tanh", "gelu_erf": "none"}.get(model.config.mlp)
+        if approximation and not quantize:  # GELU in the kernel of the layer before it
+            for block in model.transformer.h:
+                block.mlp.c_fc, block.mlp.activation = PackedLinear(block.mlp.c_fc, approximation), nn.Identity()
         replace_linears(model, PackedLinear)
     return model
 
@@ -96,24 +50,165 @@ def replace_linears(model: nn.Module, new) -> None:
 
 
 def load_for_inference(
-    init_from: str = "", device="auto", dtype="auto", quantize: str = "", data_dir: str = "data"
+    name: str, device="auto", dtype="auto", quantize: str = "", data_dir: str = "data"
 ) -> tuple[GPT, Tokenizer, dict]:
-    """A model ready to write (see checkpoint.load_model and for_inference), its tokenizer, its checkpoint.
-
-    Ids that only pad the vocabulary are never written. Raises ValueError for what cannot be loaded.
-    """
-    on = pick_device(device)
-    if on.type == "cpu":
+    """A model (see checkpoint.read_model) ready to write, its tokenizer, and its checkpoint without the weights."""
+    device = pick_device(device)
+    if device.type == "cpu":
         tune_malloc()
-    model, payload = load_model(init_from)
-    tokenizer = find_tokenizer(payload, data_dir)
+    model, checkpoint = load_model(name)
+    tokenizer = find_tokenizer(checkpoint, data_dir)
+    # Ids that only pad the vocabulary are never sampled.
     model.config.vocab_size = min(model.config.vocab_size, tokenizer.n_vocab)
-    payload["model"] = None  # memory
-    return for_inference(model, on, pick_dtype(dtype, on), quantize), tokenizer, payload
+    checkpoint["model"] = None  # frees memory
+    return for_inference(model, device, pick_dtype(dtype, device), quantize), tokenizer, checkpoint
+
+
+# -----------------------------------------------------------------------------
+# Decoding on a GPU
+
+
+class StaticKVCache(KVCache):
+    """A KV cache for steps of one token whose shapes never change: positions are tensors on the device.
+
+    input_pos, integer (1,): where the token goes. mask, bool (1, S): the positions it attends to.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.__dict__.update(cache.__dict__)  # the same memory
+        self.input_pos = torch.zeros(1, dtype=torch.long, device=cache.keys[0].device)
+
+    def positions(self, T: int, device):
+        return self.input_pos
+
+    def update(self, layer: int, k, v):
+        keys, values, S = self.keys[layer], self.values[layer], self.mask.size(-1)
+        keys.index_copy_(2, self.input_pos, k.to(keys.dtype))
+        values.index_copy_(2, self.input_pos, v.to(keys.dtype))
+        return keys[:, :, :S], values[:, :, :S]
+
+
+class DecodeStep:
+    """GPT.generate's step as a CUDA graph: one launch per token, without waiting for it.
+
+    Attention looks at the first S positions, S a multiple of 256, masked past the current one; each S has its own graph.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, sample, rng=None, compile=False):
+        self.model, self.cache, self.sample, self.rng, self.compile = model, cache, sample, rng, compile
+        self.static = StaticKVCache(cache)
+        self.token = torch.zeros(cache.keys[0].size(0), dtype=torch.long, device=model.device)
+        self.new, self.graphs = self.token.clone(), {}
+
+    def __call__(self, token) -> torch.Tensor:
+        """The ids (B,) after token (B,), which joins the cache."""
+        kv_len, device = self.cache.kv_len, self.model.device
+        self.token.copy_(token)
+        self.static.input_pos.fill_(kv_len)
+        S = self.cache.length if self.compile else min(self.cache.length, (kv_len // 256 + 1) * 256)
+        if S not in self.graphs:
+            self.graphs[S] = self.capture(S) if device.type == "cuda" else None
+        if graph := self.graphs[S]:
+            with torch.cuda.device(device):
+                graph.replay()
+        else:
+            self.run(S)
+        self.cache.kv_len += 1
+        return self.new.to(token.dtype, copy=True)
+
+    def run(self, S: int) -> None:
+        model = self.model
+        self.static.mask = (torch.arange(S, device=model.device) <= self.static.input_pos)[None]
+        if self.compile and not hasattr(model, "compiled_forward"):
+            model.compiled_forward = torch.compile(model.forward, dynamic=False)
+        forward = model.compiled_forward if self.compile else model.forward
+        self.new.copy_(self.sample(forward(self.token[:, None], cache=self.static)[0]))
+
+    def capture(self, S: int) -> torch.cuda.CUDAGraph:
+        device = self.model.device
+        with torch.cuda.device(device):
+            rng = self.rng or torch.cuda.default_generators[device.index or 0]
+            state, stream, graph = rng.get_state(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # allocations and tuning of the first runs must not be captured
+                for _ in range(3):
+                    self.run(S)
+            torch.cuda.current_stream().wait_stream(stream)
+            if self.rng is not None:
+                graph.register_generator_state(self.rng)
+            try:
+                with torch.cuda.graph(graph):
+                    self.run(S)
+            except RuntimeError as e:
+                raise UserError(f"decoding cannot be captured as a CUDA graph ({e}): try --graph=False") from e
+            rng.set_state(state)  # as before the warmup runs
+        return graph
+
+
+def one_ahead(iterator: Iterator) -> Iterator:
+    """The same items, each returned when the next is under way: the device works while the caller reads."""
+    last = next(iterator, None)
+    for item in iterator:
+        yield last
+        last = item
+    if last is not None:
+        yield last
+
+
+# -----------------------------------------------------------------------------
+# Sampling: the one loop of training, sample.py, evaluate.py and the page
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt; of an empty one the end-of-text token, which starts a document."""
+    return tokenizer.encode(prompt, special=True) or [tokenizer.eot or 0]
+
+
+def stream_ids(
+    model: GPT, tokenizer: Tokenizer, rows: list[list[int]], max_new_tokens: int, graph=True, compile=False, **settings
+) -> Iterator[torch.Tensor]:
+    """Yields the next ids (B,) of prompts that may differ in length, until all rows met the end of the text.
+
+    graph: on a GPU decode with CUDA graphs, compiled if compile is set. settings: of GPT.generate. Raises UserError for a
+    setting out of range, at once.
+    """
+    longest, cuda = max(map(len, rows)), model.device.type == "cuda"
+    idx = torch.tensor([row + [-1] * (longest - len(row)) for row in rows], device=model.device)
+    if graph and cuda and not settings.get("on_logits"):
+        rng = settings.get("rng")
+        settings["make_step"] = lambda *parts: DecodeStep(*parts, rng=rng, compile=compile)
+    stop_tokens = () if tokenizer.eot is None else (tokenizer.eot,)
+    try:
+        new = model.generate(idx, max_new_tokens, stop_tokens=stop_tokens, **settings)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    return user_errors(one_ahead(new) if cuda else new)
+
+
+def user_errors(stream: Iterator) -> Iterator:
+    """Weights that are not finite are the user's to replace: no traceback."""
+    try:
+        yield from stream
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+def complete(
+    model: GPT, tokenizer: Tokenizer, rows: list[list[int]], max_new_tokens: int, **settings
+) -> list[list[int]]:
+    """The new ids of each prompt, up to the end-of-text token, at most max_new_tokens. See stream_ids."""
+    new = torch.stack(list(stream_ids(model, tokenizer, rows, max_new_tokens, **settings)), dim=1).tolist()
+    start = min(map(len, rows))
+    completed = []
+    for row, ids in zip(rows, new):
+        ids = ids[len(row) - start :][:max_new_tokens]  # without the rest of the prompt
+        ids = ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
+        completed.append([i for i in ids if i < tokenizer.n_vocab])
+    return completed
 
 
 def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Decode a stream of ids as it comes: a character whose bytes are spread over tokens appears when it is whole."""
+    """Decode a stream of ids; a character whose bytes are spread over several tokens comes when it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for i in ids:
         yield decoder.decode(tokenizer.token_bytes(i))
@@ -121,7 +216,7 @@ def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
-    """The pieces up to the text `stop`, which is not part of them; what may be its beginning waits for what follows."""
+    """The pieces up to the text `stop`, without it. Text that may be its beginning is held back until the next piece."""
     held = ""
     for piece in pieces:
         held += piece
@@ -134,99 +229,106 @@ def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
     yield held
 
 
-def likeliest(logits, tokenizer: Tokenizer, n: int = 10) -> list[tuple[str, float]]:
-    """The n likeliest next tokens and their probabilities at temperature 1, from logits (V,)."""
-    p, ids = logits.float().softmax(-1).topk(min(n, len(logits)))
-    return [(shown(tokenizer, i), v) for i, v in zip(ids.tolist(), p.tolist())]
+def top_tokens(logits, tokenizer: Tokenizer, n: int = 10) -> list[tuple[str, float]]:
+    """The n most likely next tokens and their probabilities at temperature 1, from logits (V,)."""
+    probs, ids = logits.float().softmax(-1).topk(min(n, len(logits)))
+    return [(token_repr(tokenizer, i), p) for i, p in zip(ids.tolist(), probs.tolist())]
 
 
-def shown(tokenizer: Tokenizer, i: int) -> str:
-    """A token as Python would write its text, so that spaces and line ends are seen; bytes where it is not whole characters."""
-    written = tokenizer.token_bytes(i)
+def token_repr(tokenizer: Tokenizer, i: int) -> str:
+    """A token as a Python literal, so that spaces and newlines are visible; as bytes if it is not whole characters."""
+    data = tokenizer.token_bytes(i)
     try:
-        return repr(written.decode())
+        return repr(data.decode())
     except UnicodeDecodeError:
-        return repr(written)
+        return repr(data)
+
+
+# -----------------------------------------------------------------------------
+# Beam search
 
 
 @torch.no_grad()
 def beam_search(
     model: GPT, ids: list[int], max_new_tokens: int, beams: int, stop_tokens=(), length_penalty=1.0
 ) -> list[tuple[float, list[int]]]:
-    """The likeliest continuations of ids that a search of `beams` texts at once finds, best first: (score, ids) of each.
+    """The most likely continuations of ids found by a search with `beams` hypotheses: (score, new ids), best first.
 
-    A text scores its log probability / length^length_penalty, its stop token included, which is not part of the ids.
-    Raises ValueError for fewer than one beam, an empty prompt, or one beyond the context.
+    The score is log probability / length^length_penalty; it includes the stop token, the ids do not.
+    Raises UserError for fewer than one beam, an empty prompt, or one longer than the context.
     """
-    config, on = model.config, model.device
+    config, device = model.config, model.device
     if beams < 1 or not 0 < len(ids) <= config.block_size:
-        raise ValueError(
-            f"--beams={beams}: at least 1, and a prompt of 1 to {config.block_size} tokens, not {len(ids)}"
-        )
-    V, stops = config.vocab_size, torch.tensor(sorted(stop_tokens), device=on, dtype=torch.long)
+        raise UserError(f"--beams={beams}: at least 1, and a prompt of 1 to {config.block_size} tokens, not {len(ids)}")
+    V, stops = config.vocab_size, torch.tensor(sorted(stop_tokens), device=device, dtype=torch.long)
     length = min(config.block_size, len(ids) + max_new_tokens)
-    cache = KVCache(config, beams, length, on, model._cache_dtype())
-    text = torch.tensor([ids] * beams, device=on)
-    logits, scores = model.prefill(text, cache), torch.full((beams,), -math.inf, device=on)
-    scores[0], done = 0.0, []  # at first the beams are all the same text
+    cache = KVCache(config, beams, length, device, model.kv_dtype())
+    text = torch.tensor([ids] * beams, device=device)  # (beams, T)
+    logits, scores = model.prefill(text, cache), torch.full((beams,), -math.inf, device=device)
+    scores[0], done = 0.0, []  # all beams start as the same text: only one counts
     for n in range(1, max_new_tokens + 1):
-        every = scores[:, None] + logits[:, -1].float().log_softmax(-1)
-        if every.isnan().any():
-            raise RuntimeError("the model's probabilities are not numbers")
-        score, place = every.flatten().topk(min(beams * (1 + len(stops)), every.numel()))
-        row, new = place // V, place % V
-        ends = torch.isin(new, stops)
-        for j in (ends & score.isfinite())[:beams].nonzero()[:, 0].tolist():
+        candidates = scores[:, None] + logits[:, -1].float().log_softmax(-1)  # (beams, V)
+        if candidates.isnan().any():
+            raise UserError("the model's probabilities are not finite numbers")
+        score, index = candidates.flatten().topk(min(beams * (1 + len(stops)), candidates.numel()))
+        row, new = index // V, index % V
+        is_stop = torch.isin(new, stops)
+        for j in (is_stop & score.isfinite())[:beams].nonzero()[:, 0].tolist():
             done.append((score[j].item() / n**length_penalty, text[row[j], len(ids) :].tolist()))
-        on_with = (~ends).nonzero()[:beams, 0]
-        scores, row, new = score[on_with], row[on_with], new[on_with]
+        alive = (~is_stop).nonzero()[:beams, 0]
+        scores, row, new = score[alive], row[alive], new[alive]
         text = torch.cat((text[row], new[:, None]), dim=1)
         done = sorted(done, key=lambda d: -d[0])[:beams]
         if n == max_new_tokens or (len(done) == beams and done[-1][0] >= scores[0].item() / n**length_penalty):
             break
-        if cache.filled == config.block_size:  # as GPT.generate does
+        if cache.kv_len == config.block_size:  # re-read the last half of the context, as GPT.generate
             logits = model.prefill(text[:, -(config.block_size // 2 or 1) :], cache)
         else:
-            cache = cache.rows(row, length)
+            cache = cache.select_rows(row, length)
             logits, _ = model(new[:, None], cache=cache)
-    going = [(s / n**length_penalty, t) for s, t in zip(scores.tolist(), text[:, len(ids) :].tolist()) if s > -math.inf]
-    return sorted(done + going, key=lambda d: -d[0])[:beams]
+    unfinished = zip(scores.tolist(), text[:, len(ids) :].tolist())
+    return sorted(done + [(s / n**length_penalty, t) for s, t in unfinished if s > -math.inf], key=lambda d: -d[0])[
+        :beams
+    ]
 
 
-END_OF_TURN = "\nUser:"  # where no end-of-text token came before it
+# -----------------------------------------------------------------------------
+# Chat
+
+END_OF_TURN = "\nUser:"  # ends an answer that has no end-of-text token
 
 
 def chat_prompt(
-    tokenizer: Tokenizer, said: list[tuple[str, str]], question: str, room: int, turns: bool, system: str = ""
+    tokenizer: Tokenizer, history: list[tuple[str, str]], message: str, room: int, is_chat: bool, system: str = ""
 ) -> tuple[list[int], int]:
-    """The ids that ask for an answer, at most `room`, and how many of the last exchanges (question, answer) are in them.
+    """The ids that ask for an answer, at most `room`, and the number of exchanges of the history (message, answer) in them.
 
-    turns: as prepare_text.py's chat mix has them, each a document, "User: ...\nAssistant: ...". Otherwise one text that both
-    write on. `system` stands before all. Raises ValueError for a character that the tokenizer does not know.
+    is_chat: as in prepare_text.py's chat mix, where each exchange is a document "User: ...\nAssistant: ...". Otherwise the
+    messages and answers continue one text. `system` comes first. Raises UserError for a character the tokenizer lacks.
     """
-    if not turns:
-        line = line_end(tokenizer)
-        text = system + "".join(q + a + line for q, a in said) + question
-        return as_documents(tokenizer, [text])[-room:], len(said)
+    if not is_chat:
+        newline = newline_of(tokenizer)
+        text = system + "".join(q + a + newline for q, a in history) + message
+        return join_documents(tokenizer, [text])[-room:], len(history)
     first = [system] if system else []
-    past = [f"User: {q}\nAssistant: {a}" for q, a in said]
-    last = f"User: {question}\nAssistant:"
-    while len(ids := as_documents(tokenizer, [*first, *past, last])) > room and past:
+    past = [f"User: {q}\nAssistant: {a}" for q, a in history]
+    last = f"User: {message}\nAssistant:"
+    while len(ids := join_documents(tokenizer, [*first, *past, last])) > room and past:
         past.pop(0)
     return ids[-room:], len(past)
 
 
-def as_documents(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
-    """Their ids, the end-of-text token before each; without one, a line end between them."""
+def join_documents(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+    """The ids of documents, each after an end-of-text token; if the vocabulary has none, with newlines between them."""
     if tokenizer.eot is None:
-        return tokenizer.encode(line_end(tokenizer).join(texts))
+        return tokenizer.encode(newline_of(tokenizer).join(texts))
     return [i for text in texts for i in (tokenizer.eot, *tokenizer.encode(text))]
 
 
-def line_end(tokenizer: Tokenizer) -> str:
-    """A line end, where the vocabulary has one."""
+def newline_of(tokenizer: Tokenizer) -> str:
+    """A newline, if the vocabulary has one."""
     try:
         tokenizer.encode("\n")
-    except ValueError:
+    except UserError:
         return ""
     return "\n"

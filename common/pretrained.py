@@ -1,90 +1,115 @@
-"""Other people's weights: GPT-2 and Llama in Hugging Face's format, from a folder or the hub, under our names."""
+"""Hugging Face weights in and out: GPT-2 and Llama, one table of names for both directions.
+
+In: read_pretrained() gives GPTConfig's arguments and weights under our names. Out: to_hugging_face() gives config.json and
+weights under theirs. What an architecture lacks is refused by the name of the key.
+"""
 
 import contextlib
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from configurator import first_line
-from model import clean_state_dict
-
-
-def llama_to_gpt(state_dict: dict[str, torch.Tensor], n_layer: int) -> dict[str, torch.Tensor]:
-    """A transformers Llama state dict under our names: q, k, v in one matrix, gate and up in one.
-
-    Raises ValueError for a weight that is missing or has no place here.
-    """
-    left = {n: t for n, t in state_dict.items() if not n.endswith("rotary_emb.inv_freq")}
-    try:
-        out = {"transformer.wte.weight": left.pop("model.embed_tokens.weight")}
-        out["transformer.ln_f.weight"] = left.pop("model.norm.weight")
-        for i in range(n_layer):
-            theirs, ours = f"model.layers.{i}.", f"transformer.h.{i}."
-            qkv = [left.pop(f"{theirs}self_attn.{n}_proj.weight") for n in "qkv"]
-            out[ours + "attn.c_attn.weight"] = torch.cat(qkv)
-            out[ours + "attn.c_proj.weight"] = left.pop(theirs + "self_attn.o_proj.weight")
-            out[ours + "mlp.c_fc.weight"] = torch.cat(
-                [left.pop(f"{theirs}mlp.{n}_proj.weight") for n in ("gate", "up")]
-            )
-            out[ours + "mlp.c_proj.weight"] = left.pop(theirs + "mlp.down_proj.weight")
-            out[ours + "ln_1.weight"] = left.pop(theirs + "input_layernorm.weight")
-            out[ours + "ln_2.weight"] = left.pop(theirs + "post_attention_layernorm.weight")
-    except KeyError as e:
-        raise ValueError(f"the weights do not fit this model: {e.args[0]} is missing") from None
-    if "lm_head.weight" in left:
-        out["lm_head.weight"] = left.pop("lm_head.weight")
-    if left:
-        raise ValueError(f"the weights do not fit this model: there is no place for {min(left)}")
-    return out
-
+from configurator import UserError, first_line
+from model import GPT, GPTConfig
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+# Ours -> theirs. Of a tuple the matrices are concatenated by rows.
+LLAMA_TOP = {
+    "transformer.wte.weight": "model.embed_tokens.weight",
+    "transformer.ln_f.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+LLAMA_BLOCK = {  # transformer.h.N. -> model.layers.N.
+    "attn.c_attn.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attn.c_proj.weight": ("self_attn.o_proj.weight",),
+    "mlp.c_fc.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.c_proj.weight": ("mlp.down_proj.weight",),
+    "ln_1.weight": ("input_layernorm.weight",),
+    "ln_2.weight": ("post_attention_layernorm.weight",),
+}
+GPT2_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out)
+
+# Fields of GPTConfig -> keys of config.json.
+CONFIG_KEYS = {
+    "gpt2": {
+        "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+        "mlp_hidden": "n_inner", "norm_eps": "layer_norm_epsilon", "tie_weights": "tie_word_embeddings",
+    },
+    "llama": {
+        "block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+        "mlp_hidden": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta",
+        "tie_weights": "tie_word_embeddings",
+    },
+}  # fmt: skip
+# The values of other fields that an architecture can express. A field that is listed nowhere must have its default.
+EXPRESSIBLE = {
+    "gpt2": {"norm": ("layernorm",), "mlp": ("gelu", "gelu_erf"), "pos": ("learned",), "bias": (True, False)},
+    "llama": {"norm": ("rmsnorm",), "mlp": ("swiglu",), "pos": ("rope",), "bias": (False,)},
+}
+NOT_IN_THE_WEIGHTS = {"dropout", "attn", "activation_checkpointing", "init", "lora_alpha"}  # any value can be exported
+TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
+
+
+# -----------------------------------------------------------------------------
+# In
+
+
+def is_pretrained(name: str) -> bool:
+    """Whether --init_from names a Hugging Face model: gpt2*, a folder with its config and weights, or a hub id."""
+    path = Path(name)
+    if name and path.is_dir():
+        return not any((path / n).exists() for n in ("best.pt", "ckpt.pt")) and any(path.glob("*.safetensors"))
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".pt" and not path.parent.exists()
+    return name in GPT2_NAMES or bool(hub_id)
 
 
 def read_pretrained(name: str) -> tuple[dict, dict[str, torch.Tensor], Path]:
     """GPTConfig's arguments, the weights under our names, and the folder, of a pretrained GPT-2 or Llama.
 
     name: a folder with config.json and *.safetensors, one of GPT2_NAMES, or a hub id (owner/model), downloaded once.
-    Raises ValueError for what is missing and, by name, for a feature of the model that is not implemented here;
-    ImportError where the hf extra is not installed.
+    Raises UserError for what is missing and, by name, for a feature of the model that is not implemented here.
     """
     try:
         import safetensors.torch
     except ImportError:
-        raise ImportError(f"reading {name} needs two packages: pip install -e '.[hf]'") from None
+        raise UserError(f"reading {name} needs two packages: pip install -e '.[hf]'") from None
     folder = Path(name) if Path(name).is_dir() else download_pretrained(name)
     try:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ValueError(f"{folder} is not a model's folder: config.json: {e}") from None
+        raise UserError(f"{folder} is not a model's folder: config.json: {e}") from None
     try:
-        arguments = pretrained_arguments(theirs, str(folder))
+        arguments = arguments_from(theirs, str(folder))
     except KeyError as e:
-        raise ValueError(f"{folder}/config.json lacks {e.args[0]}") from None
+        raise UserError(f"{folder}/config.json lacks {e.args[0]}") from None
     except (TypeError, AttributeError, ZeroDivisionError) as e:
-        raise ValueError(f"{folder}/config.json is not understood: {e}") from None
+        raise UserError(f"{folder}/config.json cannot be understood: {e}") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} has no *.safetensors; save the model with safe_serialization=True")
+        raise UserError(f"{folder} has no *.safetensors; save the model with safe_serialization=True")
     weights = {}
     for file in files:
         try:
             weights |= safetensors.torch.load_file(file)
         except Exception as e:
-            raise ValueError(f"{file} cannot be read: {e}") from None
+            raise UserError(f"{file} cannot be read: {e}") from None
     if theirs["model_type"] != "gpt2":
-        weights = llama_to_gpt(weights, arguments["n_layer"])
-    return arguments, clean_state_dict(weights), folder
+        weights = from_llama(weights, arguments["n_layer"])
+    return arguments, to_our_names(weights), folder
 
 
-def download_pretrained(name: str, weights: bool = True) -> Path:
-    """The files of a model on the Hugging Face hub, in its cache, or without its weights. Raises ValueError if it has none."""
+def download_pretrained(name: str) -> Path:
+    """The folder in the hub's cache with a model's files. Raises UserError if it has none."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
     except ImportError:
-        raise ImportError(f"downloading {name} needs two packages: pip install -e '.[hf]'") from None
+        raise UserError(f"downloading {name} needs two packages: pip install -e '.[hf]'") from None
     repository = f"openai-community/{name}" if name in GPT2_NAMES else name
     try:
         config = hf_hub_download(repository, "config.json")
@@ -93,56 +118,150 @@ def download_pretrained(name: str, weights: bool = True) -> Path:
                 files = sorted(set(json.load(f)["weight_map"].values()))
         except EntryNotFoundError:
             files = ["model.safetensors"]
-        for file in files if weights else ():
+        for file in files:
             hf_hub_download(repository, file)
         for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             with contextlib.suppress(EntryNotFoundError):
                 hf_hub_download(repository, file)
     except Exception as e:
-        raise ValueError(f"{name} is no folder here, and the hub does not give {repository}: {first_line(e)}") from None
+        raise UserError(f"{name} is no folder here, and the hub does not have {repository}: {first_line(e)}") from None
     return Path(config).parent
 
 
-def pretrained_arguments(theirs: dict, where: str) -> dict:
-    """GPTConfig's arguments for a transformers config.json. Raises ValueError for a feature that is not ours."""
+def arguments_from(theirs: dict, where: str) -> dict:
+    """GPTConfig's arguments for a transformers config.json. Raises UserError for a feature that is not ours."""
 
     def must_be(key: str, *allowed) -> None:
         if theirs.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{where}: {key}={theirs[key]!r} is not supported, only {allowed[0]!r}")
+            raise UserError(f"{where}: {key}={theirs[key]!r} is not supported, only {allowed[0]!r}")
 
     kind = theirs.get("model_type")
     for key, value in theirs.items():
         if key.startswith(("n_", "num_", "hidden_size", "intermediate", "vocab", "max_pos")) and value is not None:
             if type(value) is not int or value < 1:
-                raise ValueError(f"{where}: {key}={value!r} is not a size")
+                raise UserError(f"{where}: {key}={value!r} is not a size")
     must_be("quantization_config", None)
     if kind == "gpt2":
         must_be("scale_attn_weights", True)
         must_be("scale_attn_by_inverse_layer_idx", False)
         must_be("add_cross_attention", False)
         must_be("activation_function", "gelu_new", "gelu_pytorch_tanh", "gelu")
-        return dict(
-            block_size=theirs["n_positions"], vocab_size=theirs["vocab_size"], n_layer=theirs["n_layer"],
-            n_head=theirs["n_head"], n_embd=theirs["n_embd"], tie_weights=theirs.get("tie_word_embeddings", True), norm_eps=theirs.get("layer_norm_epsilon", 1e-5), bias=True,
-            mlp="gelu_erf" if theirs.get("activation_function") == "gelu" else "gelu", mlp_hidden=theirs.get("n_inner") or 0,
-        )  # fmt: skip
-    if kind not in ("llama", "mistral"):
-        raise ValueError(f"{where}: model_type {kind!r} is not supported, only gpt2, llama and mistral")
-    rope = theirs.get("rope_parameters") or {}
-    scaling = theirs.get("rope_scaling") or rope
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ValueError(f"{where}: rope scaling {scaling.get('rope_type', scaling.get('type'))!r} is not supported")
-    must_be("hidden_act", "silu")
-    must_be("attention_bias", False)
-    must_be("mlp_bias", False)
-    must_be("sliding_window", None)
-    must_be("partial_rotary_factor", 1.0)
-    must_be("head_dim", theirs["hidden_size"] // theirs["num_attention_heads"], None)
-    return dict(
-        block_size=theirs["max_position_embeddings"], vocab_size=theirs["vocab_size"],
-        n_layer=theirs["num_hidden_layers"], n_head=theirs["num_attention_heads"], n_embd=theirs["hidden_size"],
-        n_kv_head=theirs.get("num_key_value_heads") or 0, bias=False, norm="rmsnorm", norm_eps=theirs["rms_norm_eps"],
-        mlp="swiglu", mlp_hidden=theirs["intermediate_size"], pos="rope",
-        rope_base=float(theirs.get("rope_theta") or rope.get("rope_theta", 10000.0)),
-        tie_weights=theirs.get("tie_word_embeddings", False),
-    )  # fmt: skip
+        optional = {"n_inner": 0, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+        fixed = {"bias": True, "mlp": "gelu_erf" if theirs.get("activation_function") == "gelu" else "gelu"}
+    elif kind in ("llama", "mistral"):
+        rope = theirs.get("rope_parameters") or {}
+        scaling = theirs.get("rope_scaling") or rope
+        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            raise UserError(f"{where}: rope scaling {scaling.get('rope_type', scaling.get('type'))!r} is not supported")
+        must_be("hidden_act", "silu")
+        must_be("attention_bias", False)
+        must_be("mlp_bias", False)
+        must_be("sliding_window", None)
+        must_be("partial_rotary_factor", 1.0)
+        must_be("head_dim", theirs["hidden_size"] // theirs["num_attention_heads"], None)
+        optional = {
+            "num_key_value_heads": 0,
+            "rope_theta": rope.get("rope_theta", 10000.0),
+            "tie_word_embeddings": False,
+        }
+        fixed = {"bias": False, "norm": "rmsnorm", "mlp": "swiglu", "pos": "rope"}
+    else:
+        raise UserError(f"{where}: model_type {kind!r} is not supported, only gpt2, llama and mistral")
+    keys = CONFIG_KEYS["gpt2" if kind == "gpt2" else "llama"]
+    found = {ours: theirs[key] if key not in optional else theirs.get(key) for ours, key in keys.items()}
+    found = {ours: optional[keys[ours]] if value is None else value for ours, value in found.items()}
+    if "rope_base" in found:
+        found["rope_base"] = float(found["rope_base"])
+    return found | fixed
+
+
+def from_llama(state_dict: dict[str, torch.Tensor], n_layer: int) -> dict[str, torch.Tensor]:
+    """A transformers Llama state dict under our names. Raises UserError for a weight that is missing or has no place here."""
+    left = {n: t for n, t in state_dict.items() if not n.endswith("rotary_emb.inv_freq")}
+    weights = {}
+    try:
+        for ours, theirs in LLAMA_TOP.items():
+            if theirs in left or ours != "lm_head.weight":  # a tied head is not stored
+                weights[ours] = left.pop(theirs)
+        for n in range(n_layer):
+            for ours, theirs in LLAMA_BLOCK.items():
+                weights[f"transformer.h.{n}.{ours}"] = torch.cat(
+                    [left.pop(f"model.layers.{n}.{name}") for name in theirs]
+                )
+    except KeyError as e:
+        raise UserError(f"the weights do not fit this model: {e.args[0]} is missing") from None
+    if left:
+        raise UserError(f"the weights do not fit this model: there is no place for {min(left)}")
+    return weights
+
+
+def to_our_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict of ours, nanoGPT's or transformers' GPT-2 under our names and in our layout.
+
+    Prefixes of torch.compile and DDP and the buffers of attention masks are dropped, GPT-2's Conv1D matrices transposed.
+    """
+    clean = {}
+    for name, tensor in state_dict.items():
+        while name.startswith(("_orig_mod.", "module.")):
+            name = name.partition(".")[2]
+        name = name.replace("._orig_mod", "")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            clean[name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name] = tensor
+    first = clean.get("transformer.h.0.attn.c_attn.weight")
+    if first is not None and first.shape[1] == 3 * first.shape[0]:
+        clean = {n: t.t() if n.endswith(GPT2_CONV1D) else t for n, t in clean.items()}
+    return clean
+
+
+# -----------------------------------------------------------------------------
+# Out
+
+
+def target_of(c: GPTConfig) -> str:
+    """The architecture that can express a config: gpt2 or llama. Raises UserError naming the keys that neither has."""
+    missing = {}
+    for target, allowed in EXPRESSIBLE.items():
+        allowed = allowed | ({"n_kv_head": (c.n_head,)} if target == "gpt2" else {})
+        carried = CONFIG_KEYS[target].keys() | NOT_IN_THE_WEIGHTS | (set() if c.pos == "rope" else {"rope_base"})
+        missing[target] = [
+            f"{field.name}={value}"
+            for field in fields(c)
+            if field.name not in carried
+            and (value := getattr(c, field.name)) not in allowed.get(field.name, (field.default,))
+        ]
+    target = min(missing, key=lambda t: len(missing[t]))
+    if missing[target]:
+        raise UserError(
+            f"transformers has no model class with {', '.join(missing[target])}: the closest, {TITLES[target]}, lacks it; "
+            "--output_format=torch keeps it for these scripts"
+        )
+    return target
+
+
+def to_hugging_face(model: GPT) -> tuple[str, dict, dict[str, torch.Tensor]]:
+    """The architecture, transformers' config.json, and the weights under its names. Raises UserError as target_of does."""
+    c, own, weights = model.config, model.state_dict(), {}
+    target = target_of(c)
+    config = {theirs: getattr(c, ours) for ours, theirs in CONFIG_KEYS[target].items()}
+    if target == "gpt2":
+        for name, tensor in own.items():
+            weights[name] = tensor.t() if name.endswith(GPT2_CONV1D) else tensor
+            if not c.bias and (name.endswith(GPT2_CONV1D) or "ln_" in name):  # GPT-2 always has biases
+                weights[name.removesuffix("weight") + "bias"] = torch.zeros(len(tensor))
+        return target, config | {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_ctx": c.block_size,
+            "activation_function": "gelu_new" if c.mlp == "gelu" else "gelu",
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout),
+        }, weights  # fmt: skip
+    K = c.n_kv_head * c.head_size
+    rows = {"attn.c_attn.weight": (c.n_embd, K, K), "mlp.c_fc.weight": (c.mlp_hidden, c.mlp_hidden)}
+    weights = {theirs: own[ours] for ours, theirs in LLAMA_TOP.items()}
+    for n in range(c.n_layer):
+        for ours, theirs in LLAMA_BLOCK.items():
+            tensor = own[f"transformer.h.{n}.{ours}"]
+            parts = tensor.split(rows.get(ours, len(tensor)))
+            weights |= {f"model.layers.{n}.{name}": part for name, part in zip(theirs, parts)}
+    return target, config | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+        "mlp_bias": False,
+    }, weights  # fmt: skip

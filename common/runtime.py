@@ -1,7 +1,6 @@
-"""The machine under a run: its device and dtype, memory, the other ranks, and signals."""
+"""What a run runs on: device and dtype, the ranks of torchrun, the numbers of a step, signals."""
 
 import contextlib
-import ctypes
 import math
 import os
 import re
@@ -11,71 +10,99 @@ import sys
 import time
 from collections import Counter
 from datetime import timedelta
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  imported after a group is made, it keeps that group and its threads for ever
+import torch.distributed.nn  # noqa: F401  imported after a process group exists, it would keep the group alive for ever
 
-from configurator import first_line
+from configurator import UserError, check_choice, first_line
+
+# -----------------------------------------------------------------------------
+# Device and dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def pick_device(name: str) -> torch.device:
-    """The device of a --device key; auto is cuda, then mps, then cpu. Raises ValueError if this machine lacks it."""
+    """The device of a --device key; auto is cuda, then mps, then cpu. Raises UserError if this machine lacks it."""
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if counts[kind])
     kind, _, index = name.partition(":")
     if kind not in counts or (index and not index.isdigit()):
-        raise ValueError(f"--device={name}: choose auto, cpu, cuda, cuda:1 or mps")
+        raise UserError(f"--device={name}: choose auto, cpu, cuda, cuda:1 or mps")
     if int(index or 0) >= counts[kind]:
-        raise ValueError(f"--device={name}: this machine has {counts[kind]} {kind} devices (torch {torch.__version__})")
+        raise UserError(f"--device={name}: this machine has {counts[kind]} {kind} devices (torch {torch.__version__})")
     return torch.device(name)
 
 
-def pick_own_device(name: str) -> torch.device:
-    """The same, and under torchrun this rank's own GPU, which becomes the current one. Raises ValueError as pick_device."""
-    on = pick_device(name)
-    if on.type == "cuda":
-        on = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', on.index or 0)}")
-        torch.cuda.set_device(on)
-    return on
+def pick_local_device(name: str) -> torch.device:
+    """pick_device, and under torchrun this rank's own GPU, which becomes the current one."""
+    device = pick_device(name)
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', device.index or 0)}")
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a --dtype key; auto is bfloat16 where the device has it, float16 on older GPUs, else float32.
-
-    Raises ValueError for another name.
-    """
-    if name in DTYPES:
-        return DTYPES[name]
+    """The dtype of a --dtype key; auto is bfloat16 where it is native, float16 on older GPUs, otherwise float32."""
+    check_choice("dtype", name, ("auto", *DTYPES))
     if name != "auto":
-        raise ValueError(f"--dtype={name}: choose auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if native else torch.float32
 
 
-# Dense bf16 (fp16 where bf16 is missing) matrix peak in TFLOP/s, from the vendors' datasheets, without sparsity.
+def autocast(device: torch.device, dtype: torch.dtype):
+    """A context in which matrix products run in dtype."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def to_device(device: torch.device, *arrays) -> list[torch.Tensor]:
+    """numpy arrays as tensors on the device, without waiting for a GPU."""
+    tensors = [torch.from_numpy(a) for a in arrays]
+    if device.type == "cuda":  # from pinned memory the copy is asynchronous
+        return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return [t.to(device) for t in tensors]
+
+
+def synchronize(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device is not None and device.type == "mps":
+        torch.mps.synchronize()
+
+
+# Dense bf16 (fp16 where bf16 is missing) matrix peak in TFLOP/s without sparsity, from the vendors' datasheets.
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A40": 150, "A10G": 70, "L40S": 362, "L4": 121,
     "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
 }  # fmt: skip
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Peak FLOP/s of a GPU by its name, or None where it is not in the table."""
-    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
+def peak_flops(device: torch.device, tflops: float = 0.0) -> float | None:
+    """Peak FLOP/s of a device: as given by --peak_tflops, or by the GPU's name; None if unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return tflops * 1e12 or peak_flops_of(name)
 
 
-def peak_memory(on: torch.device) -> float | None:
-    """MiB: of the GPU's allocator (a Mac's: what it holds now), or resident on a CPU; None where the system does not say."""
-    if on.type == "cuda":
-        return torch.cuda.max_memory_allocated(on) / 2**20
-    if on.type == "mps":
+def peak_flops_of(name: str) -> float | None:
+    return next((1e12 * peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Peak memory in MiB: of the GPU's allocator (on a Mac: its present size), or resident on a CPU; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**20
     try:
         import resource
@@ -85,111 +112,67 @@ def peak_memory(on: torch.device) -> float | None:
     return size / 2**20 if sys.platform == "darwin" else size / 2**10
 
 
-def free_memory(on: torch.device) -> float:
-    """MiB that this process may have: of the GPU what is free or its own, else of the machine what is available."""
-    if on.type == "mps":
-        return torch.mps.recommended_max_memory() / 2**20
-    if on.type == "cuda":
-        return (torch.cuda.mem_get_info(on)[0] + torch.cuda.memory_reserved(on)) / 2**20
-    if Path("/proc/meminfo").exists():
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 1024
-        limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-        limits = [int(p.read_text()) / 2**20 for p in limits if p.exists() and p.read_text().strip().isdigit()]
-        return min(available / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + (peak_memory(on) or 0), *limits, math.inf)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**21 if hasattr(os, "sysconf") else 4096.0
+def is_out_of_memory(e: Exception) -> bool:
+    words = ("allocate memory", "out of memory")
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(w in str(e) for w in words)
 
 
-def largest_batch(
-    model, total_batch_tokens: int, block_size: int, on: torch.device, kind: torch.dtype, world: int
-) -> int:
-    """The largest micro-batch that fits in memory and divides the sequences of a step over the ranks.
+# -----------------------------------------------------------------------------
+# Ranks
 
-    Measured by a forward and a backward pass of one sequence and of three. Raises ValueError if not even one fits.
+
+def init_distributed(device: torch.device, backend: str, timeout: float) -> tuple[int, int]:
+    """Join the ranks that torchrun started; returns (rank, world size), (0, 1) without torchrun.
+
+    timeout: seconds to wait for the other ranks, now and in every later exchange. Raises UserError if they do not connect.
     """
-    sequences, rest = divmod(total_batch_tokens, block_size * world)
-    if rest or not sequences:
-        raise ValueError(
-            f"--total_batch_tokens={total_batch_tokens} is not a multiple of block_size x ranks = {block_size} x {world}"
-        )
-    peaks = []
-    for rows in (1, 3):
-        try:
-            peaks.append(peak_of(model, rows, block_size, on, kind))
-        except RuntimeError as e:
-            if not is_out_of_memory(e):
-                raise
-            peaks.append(math.inf)
-    a_sequence = max((peaks[1] - peaks[0]) / 2, 1e-3) if peaks[0] < math.inf else math.inf
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    fits = torch.tensor(1.0 if peaks[0] < math.inf else 0.0)
-    if peaks[1] < math.inf:
-        later = 2 * weights + (weights if world > 1 else 0)  # the optimizer's state, DDP's buckets
-        base = peaks[0] - a_sequence + later
-        fits = torch.tensor(float(int((0.9 * free_memory(on) - base) / a_sequence)))
-    if world > 1:
-        dist.all_reduce(fits, dist.ReduceOp.MIN)  # gloo's, on the CPU
-    if fits < 1:
-        raise ValueError(
-            f"--batch_size=auto: not even one sequence of {block_size} fits: a smaller --block_size or model, or "
-            "--activation_checkpointing=True"
-        )
-    return max(d for d in range(1, sequences + 1) if sequences % d == 0 and d <= fits)
-
-
-def peak_of(model, rows: int, block_size: int, on: torch.device, kind: torch.dtype) -> float:
-    """MiB at the peak of a forward and a backward pass of so many sequences."""
-    x = torch.zeros(rows, block_size, dtype=torch.long, device=on)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ:
+        return rank, world_size
+    backends = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
+    wait, options = timedelta(seconds=timeout), {}
     try:
-        with contextlib.nullcontext() if kind == torch.float32 else torch.autocast(on.type, kind):
-            _, loss = model(x, x, return_logits=False)
-        loss.backward()
-        return peak_memory(on) or 0.0
-    finally:
-        model.zero_grad(set_to_none=True)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store keeps the addresses of ranks from before a restart: a prefix per attempt hides them.
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, False, wait)
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            options = {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backends, timeout=wait, **options)
+        check_all_reduce(device, rank, world_size)
+    except (dist.DistError, RuntimeError) as e:
+        raise UserError(
+            f"rank {rank} of {world_size}: the ranks cannot connect ({first_line(e)}). Check that all are running, that every "
+            "host reaches MASTER_ADDR, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; --timeout waits longer"
+        ) from None
+    return rank, world_size
 
 
-def read_later(numbers: torch.Tensor):
-    """A function that returns the numbers as a list, and waits for no more than the device has to do until now."""
-    if numbers.device.type != "cuda":
-        found = numbers.tolist()
-        return lambda: found
-    host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-
-    def read() -> list[float]:
-        done.synchronize()
-        return host.tolist()
-
-    return read
-
-
-def join_ranks(on: torch.device, backend: str, timeout: float) -> tuple[int, int]:
-    """This process's rank and the world size that torchrun gave it, (0, 1) without; the ranks are joined and greet.
-
-    timeout: seconds that a rank waits for the others, here and later. Raises RuntimeError if they do not find together.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if "RANK" in os.environ:
-        backends = f"cpu:gloo,cuda:{backend}" if on.type == "cuda" else "gloo"
-        wait, store = timedelta(seconds=timeout), None
-        try:
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it keeps the addresses of before a restart
-                store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, wait)
-                store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            ranks = {"store": store, "rank": rank, "world_size": world} if store else {}
-            dist.init_process_group(backends, timeout=wait, **ranks)
-            greet(on, rank, world)
-        except (dist.DistError, RuntimeError) as e:
-            raise RuntimeError(
-                f"rank {rank} of {world}: the ranks do not find together ({first_line(e)}); see that all are started, that "
-                "MASTER_ADDR is reached from every host, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; --timeout waits longer"
-            ) from None
-    return rank, world
+def check_all_reduce(device: torch.device, rank: int, world_size: int) -> None:
+    """Sum 16 MiB over the ranks a few times and print who takes part and how fast: a bad network fails now, not in an hour."""
+    hosts = [""] * world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    numbers, seconds = torch.ones(2**22, device=device), []
+    for _ in range(4):  # the first also opens the connections
+        start = time.perf_counter()
+        dist.all_reduce(numbers)
+        total = numbers[-1].item()  # syncs
+        seconds.append(time.perf_counter() - start)
+    if total != world_size**4:
+        raise RuntimeError(f"all-reduce is wrong: {total} instead of {world_size**4}")
+    sent = 2 * (world_size - 1) / world_size * 4 * numbers.numel()  # bytes each rank sends in a ring
+    if rank == 0:
+        counts = ", ".join(f"{n} on {host}" for host, n in Counter(hosts).items())
+        print(f"ranks: {world_size} ({counts}), all-reduce {sent / min(seconds) / 1e9:.2f} GB/s per rank")
 
 
-def from_first_rank(value):
+def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """Sum a tensor over the ranks in place; without ranks it stays as it is."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def broadcast_object(value):
     """Rank 0's value, on every rank."""
     box = [value]
     if dist.is_initialized():
@@ -197,71 +180,155 @@ def from_first_rank(value):
     return box[0]
 
 
-def leave_ranks() -> None:
-    """Wait for the other ranks, and let go of them."""
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shutdown_distributed() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def greet(on: torch.device, rank: int, world: int) -> None:
-    """All ranks add up 16 MiB a few times: says who is there and how fast they talk, or fails now and not in an hour."""
-    names = [""] * world
-    dist.all_gather_object(names, socket.gethostname())
-    numbers, times = torch.ones(2**22, device=on), []
-    for _ in range(4):  # the first opens the connections
-        start = time.perf_counter()
-        dist.all_reduce(numbers)
-        total = numbers[-1].item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    if total != world**4:
-        raise RuntimeError(f"the ranks add up wrongly: {total} instead of {world**4}")
-    moved = 2 * (world - 1) / world * 4 * numbers.numel()  # bytes each rank sends in a ring
-    if rank == 0:
-        hosts = ", ".join(f"{n} on {name}" for name, n in Counter(names).items())
-        print(f"ranks: {world} ({hosts}), all-reduce {moved / min(times) / 1e9:.2f} GB/s a rank")
+# -----------------------------------------------------------------------------
+# The numbers of a step
 
 
-def tune_malloc() -> None:
-    """On a CPU with glibc, large tensors get memory that was freed before, and the first of it on huge pages.
-
-    As it comes, malloc maps every large tensor anew and the kernel zeroes its pages: a sixth of a training step; and
-    reading weights in pages of 4 KiB costs a tenth of decoding (BENCHMARKS.md). Nothing is taken before it is used.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError, RuntimeError):  # musl, macOS, Windows, a limit
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        room = torch.empty(1900 * 2**20, dtype=torch.uint8)  # goes back when this returns, still marked
-        begin, size = -(-room.data_ptr() // 2**21) * 2**21, 1898 * 2**20
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), 14)  # MADV_HUGEPAGE
+class StepStats(NamedTuple):
+    step: int  # counted from 1
+    sequences: int  # seen after it
+    tokens: int  # seen after it
+    lr: float
+    loss: float  # mean over all ranks and micro-batches, nats per token
+    grad_norm: float
+    seconds: float  # since the last step's stats, without pauses
 
 
-def is_out_of_memory(e: Exception) -> bool:
-    words = ("allocate memory", "out of memory")
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(w in str(e) for w in words)
+class StepMonitor:
+    """Collects what the ranks must agree on: each step's loss and gradient norm, a request to stop, and the clock.
 
-
-class Signals:
-    """In training, SIGTERM, SIGINT and SIGUSR1 ask for an end after the step; `number` is the one that came, or 0.
-
-    Before and after it they end the process at once, as does a second Ctrl-C, a second or more after the first. What is
-    being written then has another name until it is whole. A shell sees 128 + the signal as the exit code.
+    submit() sums a step's numbers over the ranks on the device. collect() reads them, on a GPU when the next step has
+    been launched, so that the GPU never waits. `stop` and `minutes` are as of the last collected step, equal on all ranks.
     """
 
-    names = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]  # Windows has no SIGUSR1
+    def __init__(self, device: torch.device, world_size: int, start_time: float):
+        self.device, self.world_size, self.start_time = device, world_size, start_time
+        self.signals, self.pending = StopSignals(), None
+        self.stop, self.minutes = False, broadcast_object((time.perf_counter() - start_time) / 60)
+        self.mark = time.perf_counter()
+
+    def submit(self, state, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """state: train.py's State, after the step."""
+        minutes = (time.perf_counter() - self.start_time) / 60 if int(os.environ.get("RANK", 0)) == 0 else 0.0
+        local = [torch.full((), float(value), device=self.device) for value in (self.signals.is_set(), minutes)]
+        numbers = all_reduce(torch.stack((loss.float(), grad_norm.float(), *local)))
+        copied = None
+        if self.device.type == "cuda":
+            numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self.pending = (state.step, state.sequences, state.tokens, lr), numbers, copied
+
+    def collect(self) -> StepStats | None:
+        """The numbers of the step submitted last, None if they were collected already."""
+        if self.pending is None:
+            return None
+        (counts, numbers, copied), self.pending = self.pending, None
+        if copied:
+            copied.synchronize()
+        loss, grad_norm, stop, self.minutes = numbers.tolist()
+        self.stop = stop > 0
+        now = time.perf_counter()
+        seconds, self.mark = now - self.mark, now
+        return StepStats(*counts, loss / self.world_size, grad_norm / self.world_size, seconds)
+
+    def end_pause(self) -> None:
+        """Leave the time since the last collect() out of the next step's seconds: it went into evaluating or saving."""
+        self.mark = time.perf_counter()
+
+
+class StopSignals:
+    """While training, SIGTERM, SIGINT and SIGUSR1 ask to stop after the step: `received` is the signal's number, or 0.
+
+    Before and after, they end the process at once, as does a second Ctrl-C one second or more after the first.
+    """
+
+    NAMES = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]  # Windows has no SIGUSR1
 
     def __init__(self):
-        self.number, self.at = 0, 0.0
+        self.received, self.at = 0, 0.0
         self.catch(False)
 
+    def is_set(self) -> bool:
+        return self.received > 0
+
     def catch(self, training: bool) -> None:
-        for name in self.names:
+        for name in self.NAMES:
             signal.signal(getattr(signal, name), self.receive if training else signal.SIG_DFL)
 
     def receive(self, number: int, frame) -> None:
-        if not self.number:
-            self.number, self.at = number, time.monotonic()
-            os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving\n".encode())
+        if not self.received:
+            self.received, self.at = number, time.monotonic()
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self.at > 1:
             os._exit(128 + number)
+
+
+# -----------------------------------------------------------------------------
+# What went wrong
+
+
+@contextlib.contextmanager
+def explain_errors(keys: dict):
+    """Turn running out of memory and losing a rank into a UserError that says what to change. keys: train.py's globals."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if is_out_of_memory(e):
+            B, T, accumulation = (keys[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps"))
+            tips = ["--activation_checkpointing=True", "a smaller --block_size or model"]
+            if B > 1:
+                part = next(d for d in range(2, B + 1) if B % d == 0)
+                smaller = f"--batch_size={B // part} --gradient_accumulation_steps={max(1, accumulation) * part}"
+                tips.insert(0, f"{smaller} (the same {B * T * max(1, accumulation):,} tokens per step)")
+            raise UserError(
+                f"out of memory with micro-batches of {B} x {T} tokens ({first_line(e)[:100]}); try {', or '.join(tips)}"
+            ) from None
+        if world_size > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) < world_size:
+                time.sleep(5)  # sooner, torchrun has not noticed that a host is lost and would restart with it
+            raise UserError(f"rank {rank}: another rank is gone ({first_line(e)})") from None
+        raise
+
+
+def bad_step_error(run, stats: StepStats) -> UserError:
+    """The error of a step whose loss or gradient is not finite: whose micro-batch it was, and where its text is.
+
+    run: train.py's Run. Called by all ranks. Repeats the step's micro-batches one by one without an update, because after
+    the gradients were averaged over the ranks nothing tells whose was bad.
+    """
+    found = ""
+    run.seed_dropout(stats.step - 1)
+    for micro in range(run.grad_accum_steps):
+        first = run.batches.first_sequence(stats.sequences - run.sequences_per_step, micro)
+        run.model.zero_grad(set_to_none=True)
+        x, y = run.batches.load(first)
+        with run.autocast():
+            _, loss = run.model(x, y, return_logits=False)
+        loss.backward()
+        gradients = (p.grad for p in run.model.parameters() if p.grad is not None)
+        if not (math.isfinite(loss.item()) and all(g.isfinite().all() for g in gradients)):
+            found = f"rank {run.rank}, micro-batch {micro}: {run.batches.windows.describe(first, len(x))}"
+            break
+    everyone = [found]
+    if run.world_size > 1:
+        everyone = [""] * run.world_size
+        dist.all_gather_object(everyone, found)
+    where = "; ".join(filter(None, everyone)) or "no single micro-batch, their sum overflows"
+    return UserError(
+        f"step {stats.step:,}: loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g}. It comes from {where}. No weight was "
+        "changed by it. Lower --learning_rate or --grad_clip, or try --dtype=float32; --resume continues from the last checkpoint"
+    )

@@ -1,15 +1,13 @@
-"""Token shards: their writer and readers, and the order of batches.
+"""Token files: their writer and readers, and the order of batches.
 
-A dataset is a folder of 1-D token arrays, one or more files a split, read as memory maps:
+A dataset is a folder of 1-D token arrays, one or more files per split, read as memory maps:
 
     ours            {name}_{train|val}_{000000}.npy, uint16 (uint32 past 65,536 ids), and meta.json
     nanoGPT         train.bin, val.bin, bare uint16, and for characters meta.pkl
     build-nanogpt   {name}_{train|val}_{000000}.npy
-    llm.c, modded-nanogpt   {name}_{train|val}_{000000}.bin, behind a header of 256 int32
+    llm.c, modded-nanogpt   {name}_{train|val}_{000000}.bin, after a header of 256 int32
 """
 
-import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -21,57 +19,26 @@ from pathlib import Path
 
 import numpy as np
 
-from common.tokenizer import CharTokenizer
+from common.files import file_sha256, named_disk_errors
+from common.tokenizer import CharTokenizer, same_vocabulary
+from configurator import UserError
 
-VERIFIED_TOKENS = 50_000_000  # a dataset smaller than this is checked in a fraction of a second
-CHUNK = 100_000_000  # tokens shuffled at a time: a longer file is read as several, so that memory stays flat
+VERIFIED_TOKENS = 50_000_000  # smaller datasets are always checked: it takes a fraction of a second
+CHUNK = 100_000_000  # tokens shuffled at a time; a longer file is read as several, so that memory stays flat
 
 # -----------------------------------------------------------------------------
 # Writing
 
 
-@contextlib.contextmanager
-def writing(path):
-    """An error of the disk names the file, as it does where a file is opened."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno and not e.filename:
-            raise OSError(e.errno, f"{e.strerror}; make room, and the same command goes on", str(path)) from None
-        raise
-
-
-def atomic_write(path: Path, data: str | bytes) -> None:
-    """The whole file or the old one: written beside it under another name, synced, then renamed."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with writing(path), open(part, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    os.replace(part, path)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class ShardWriter:
-    """Token ids in shards of shard_tokens each, the last one shorter.
+    """Writes token ids as shards of shard_tokens each; the last one is shorter.
 
-    Ids go to the disk as they come, into NAME.part; a shard appears under its name when it is whole, and in `shards` as
-    {file, tokens, sha256}. name_of: a shard's file name, by how many came before it. With shards and filled it goes on where
-    an earlier writer was: behind those shards and that many ids of the next one.
+    Ids are written to NAME.part as they come. A complete shard gets its name, and an entry {file, tokens, sha256} in `shards`.
+    name_of: the file name of a shard, by its number. To resume an earlier writer give its shards and `filled`, the number of
+    ids in its unfinished shard.
     """
 
-    HEADER = 128  # bytes, so that it can be written last, when the number of tokens is known
+    HEADER = 128  # bytes reserved for the .npy header, which is written last, when the number of tokens is known
 
     def __init__(
         self, folder: Path, name_of: Callable[[int], str], vocab_size: int, shard_tokens=CHUNK, shards=(), filled=0
@@ -81,7 +48,7 @@ class ShardWriter:
         self.shards, self.filled, self.file = list(shards), filled, None
         if filled:
             path, part = self.paths()
-            if path.exists():  # it became whole after what is known here
+            if path.exists():  # it was completed after `filled` was recorded
                 os.replace(path, part)
             self.file = open(part, "r+b")
             self.file.truncate(self.HEADER + filled * self.dtype.itemsize)
@@ -96,36 +63,36 @@ class ShardWriter:
         return sum(s["tokens"] for s in self.shards) + self.filled
 
     def add(self, ids) -> None:
-        """Write ids. Raises ValueError for one past the vocabulary."""
+        """Write ids. Raises UserError for one outside the vocabulary."""
         ids = np.asarray(ids)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise ValueError(f"token id {ids.max()} is outside the vocabulary of {self.vocab_size:,}")
+            raise UserError(f"token id {ids.max()} is outside the vocabulary of {self.vocab_size:,}")
         while len(ids):
             if self.file is None:
                 self.file = open(self.paths()[1], "w+b")
                 self.file.write(bytes(self.HEADER))
             take = min(len(ids), self.shard_tokens - self.filled)
-            with writing(self.file.name):
+            with named_disk_errors(self.file.name):
                 self.file.write(ids[:take].astype(self.dtype).tobytes())
             self.filled, ids = self.filled + take, ids[take:]
             if self.filled == self.shard_tokens:
                 self.finish()
 
     def sync(self) -> None:
-        """Bring what was added to the disk."""
+        """Bring what was added so far to the disk."""
         if self.file:
-            with writing(self.file.name):
+            with named_disk_errors(self.file.name):
                 self.file.flush()
                 os.fsync(self.file.fileno())
 
     def finish(self) -> None:
-        """End the shard that is being written, if there is one."""
+        """Complete the shard that is being written, if there is one."""
         if self.file is None:
             return
         text = repr({"descr": self.dtype.str, "fortran_order": False, "shape": (self.filled,)}).encode()
         magic = np.lib.format.magic(1, 0)
         header = magic + (self.HEADER - len(magic) - 2).to_bytes(2, "little") + text
-        with writing(self.file.name):
+        with named_disk_errors(self.file.name):
             self.file.seek(0)
             self.file.write(header.ljust(self.HEADER - 1) + b"\n")
         self.sync()
@@ -142,7 +109,7 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Shard:
-    """`tokens` tokens of a file, from byte `offset`."""
+    """`tokens` tokens of a file, starting at byte `offset`."""
 
     path: Path
     dtype: str
@@ -150,7 +117,7 @@ class Shard:
     tokens: int
 
     def map(self) -> np.ndarray:
-        """The tokens, read-only. Pages that a map touched stay resident as long as it lives: keep it short."""
+        """The tokens, read-only. Pages stay resident as long as the map lives, so keep it briefly."""
         return np.memmap(self.path, self.dtype, "r", self.offset, (self.tokens,))
 
 
@@ -158,7 +125,7 @@ HEADERS = {20240520: "uint16", 20240801: "uint32"}  # llm.c's magic numbers: GPT
 
 
 def open_shard(path: Path) -> Shard:
-    """Describe a token file of any of the four formats. Raises ValueError if it is truncated or not one."""
+    """Describe a token file of any of the four formats. Raises UserError if it is truncated or not a token file."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         if path.suffix == ".npy":
@@ -167,9 +134,9 @@ def open_shard(path: Path) -> Shard:
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, _, dtype = read(f)
             except (ValueError, EOFError):
-                raise ValueError(f"{path} is damaged: it has no .npy header; make the dataset again") from None
+                raise UserError(f"{path} is damaged: it has no .npy header; make the dataset again") from None
             if len(shape) != 1 or dtype.kind not in "ui":
-                raise ValueError(f"{path} holds {dtype} {shape}, not a row of token ids")
+                raise UserError(f"{path} holds {dtype} {shape}, not a row of token ids")
             shard = Shard(path, dtype.str, f.tell(), shape[0])
         else:
             header = np.frombuffer(f.read(12), "<i4")
@@ -179,17 +146,17 @@ def open_shard(path: Path) -> Shard:
                 shard = Shard(path, "uint16", 0, size // 2)
     expected = shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize
     if size != expected:
-        raise ValueError(f"{path} is truncated: {size:,} bytes of {expected:,}; make the dataset again")
+        raise UserError(f"{path} is truncated: {size:,} bytes of {expected:,}; make the dataset again")
     if shard.tokens == 0:
-        raise ValueError(f"{path} holds no tokens; make the dataset again")
+        raise UserError(f"{path} holds no tokens; make the dataset again")
     return shard
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Dicts, lists, strings and numbers need no class, so none is admitted, and nothing in the file can run."""
+    """Reads dicts, lists, strings and numbers, which need no class; no class is admitted, so nothing in the file can run."""
 
     def find_class(self, module, name):
-        raise ValueError(f"meta.pkl asks for {module}.{name}: only plain dicts, lists, strings and numbers are read")
+        raise UserError(f"meta.pkl asks for {module}.{name}: only plain dicts, lists, strings and numbers are read")
 
 
 @dataclass
@@ -199,17 +166,17 @@ class Dataset:
     val: list[Shard]
     tokenizer: dict | None  # as to_dict gives it; {"kind": "gpt2"} alone where the files do not say
     vocab_size: int
-    turns: bool = False  # conversations as prepare_text.py --source=chat writes them, a turn a document
+    is_chat: bool = False  # conversations as prepare_text.py --source=chat writes them, each exchange a document
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False) -> Dataset:
-    """Find the shards of data_dir/name. Raises ValueError where they are missing or damaged, with the command that helps.
+    """Find the shards of data_dir/name. Raises UserError if they are missing or damaged, with the command that makes them.
 
-    The bytes are held against meta.json's sha256 if there are few of them, and with verify however many.
+    The sha256 in meta.json is checked for small datasets, and with verify=True for all.
     """
     folder = Path(data_dir) / name
     if not folder.is_dir():
-        raise ValueError(f"there is no dataset {folder}: {how_to_make(name)}")
+        raise UserError(f"there is no dataset {folder}: {how_to_make(name)}")
     meta, splits = {}, {"train": [], "val": []}
     if (folder / "meta.json").exists():
         try:
@@ -219,63 +186,62 @@ def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False)
             ]
             tokenizer, vocab_size = meta["tokenizer"], int(meta["vocab_size"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{folder / 'meta.json'} is damaged; make the dataset again") from None
+            raise UserError(f"{folder / 'meta.json'} is damaged; make the dataset again") from None
         verify = verify or sum(tokens for _, _, tokens, _ in listed) < VERIFIED_TOKENS
         for split, file, tokens, sha256 in listed:
             if not (folder / file).exists():
-                raise ValueError(f"{folder} lacks {file}, which meta.json lists; make the dataset again")
+                raise UserError(f"{folder} lacks {file}, which meta.json lists; make the dataset again")
             shard = open_shard(folder / file)
             if shard.tokens != tokens:
-                raise ValueError(f"{shard.path} holds {shard.tokens:,} tokens, meta.json says {tokens:,}")
+                raise UserError(f"{shard.path} holds {shard.tokens:,} tokens, meta.json says {tokens:,}")
             if verify and file_sha256(shard.path) != sha256:
-                raise ValueError(f"{shard.path} is damaged: its sha256 is not meta.json's; make the dataset again")
+                raise UserError(f"{shard.path} is damaged: its sha256 is not meta.json's; make the dataset again")
             splits[split].append(shard)
     else:
         for path in sorted(folder.iterdir()):
             if match := re.fullmatch(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:npy|bin)", path.name):
                 splits[match[1]].append(open_shard(path))
     if not splits["train"]:
-        raise ValueError(f"{folder} has no training tokens: {how_to_make(name)}")
+        raise UserError(f"{folder} has no training tokens: {how_to_make(name)}")
     if not meta and (folder / "meta.pkl").exists():
         try:
             with open(folder / "meta.pkl", "rb") as f:
                 pickled = PlainUnpickler(f).load()
             chars = "".join(pickled["itos"][i] for i in range(pickled["vocab_size"]))
         except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, IndexError):
-            raise ValueError(f"{folder / 'meta.pkl'} is not nanoGPT's: it lacks vocab_size and itos") from None
+            raise UserError(f"{folder / 'meta.pkl'} is not nanoGPT's: it lacks vocab_size and itos") from None
         tokenizer, vocab_size = CharTokenizer(chars).to_dict(), pickled["vocab_size"]
     elif not meta:
         tokenizer, vocab_size = {"kind": "gpt2"}, 50257
-    turns = meta.get("arguments", {}).get("source") == "chat"
-    return Dataset(name, splits["train"], splits["val"], tokenizer, vocab_size, turns)
+    is_chat = meta.get("arguments", {}).get("source") == "chat"
+    return Dataset(name, splits["train"], splits["val"], tokenizer, vocab_size, is_chat)
 
 
 def load_mixture(names: str, data_dir: str | Path = "data", verify: bool = False) -> list[tuple[Dataset, float]]:
-    """The datasets of a --dataset key, with their shares: "tinystories", or "tinystories:0.7,chat:0.3". See load_dataset.
+    """The datasets of a --dataset key and their weights, which sum to 1: "tinystories", or "tinystories:0.7,chat:0.3".
 
-    Raises ValueError if their vocabularies differ.
+    Raises UserError if their vocabularies differ, and as load_dataset.
     """
     found = []
     for part in names.split(","):
         name, _, weight = part.partition(":")
         if not name:
-            raise ValueError(f"--dataset={names}: a name is missing")
+            raise UserError(f"--dataset={names}: a name is missing")
         try:
-            share = float(weight or 1)
+            value = float(weight or 1)
         except ValueError:
-            share = 0.0
-        if not 0 < share < float("inf"):
-            raise ValueError(f"--dataset={names}: the weight of {name} must be a number above 0, not {weight!r}")
+            value = 0.0
+        if not 0 < value < float("inf"):
+            raise UserError(f"--dataset={names}: the weight of {name} must be a number above 0, not {weight!r}")
         if any(name == d.name for d, _ in found):
-            raise ValueError(f"--dataset={names}: {name} is named twice")
-        found.append((load_dataset(name, data_dir, verify), share))
+            raise UserError(f"--dataset={names}: {name} is named twice")
+        found.append((load_dataset(name, data_dir, verify), value))
     first = found[0][0]
     for dataset, _ in found:
-        if dataset.vocab_size != first.vocab_size or dataset.tokenizer != first.tokenizer:
-            if not (dataset.tokenizer["kind"] == first.tokenizer["kind"] == "gpt2"):
-                raise ValueError(f"--dataset={names}: {first.name} and {dataset.name} have different vocabularies")
-    total = sum(share for _, share in found)
-    return [(dataset, share / total) for dataset, share in found]
+        if not same_vocabulary(dataset.tokenizer, first.tokenizer):
+            raise UserError(f"--dataset={names}: {first.name} and {dataset.name} have different vocabularies")
+    total = sum(weight for _, weight in found)
+    return [(dataset, weight / total) for dataset, weight in found]
 
 
 def how_to_make(name: str) -> str:
@@ -293,11 +259,11 @@ def how_to_make(name: str) -> str:
     if name == "shakespeare_char":
         return f"make it with python prepare_text.py --source=shakespeare --dataset={name} --tokenizer=char"
     tokenizer = " --tokenizer=char" if name.endswith("_char") else ""
-    return f"make it with python prepare_text.py --input=FILE --dataset={name}{tokenizer}, or choose another --dataset"
+    return f"make it with python prepare_text.py --inputs=FILE --dataset={name}{tokenizer}, or choose another --dataset"
 
 
-def cut(shards: list[Shard], fraction: float = 1.0, chunk: int = CHUNK) -> list[Shard]:
-    """The first `fraction` of the tokens, in pieces of at most `chunk`."""
+def split_shards(shards: list[Shard], fraction: float = 1.0, chunk: int = CHUNK) -> list[Shard]:
+    """The first `fraction` of the tokens, as pieces of at most `chunk` tokens."""
     left = round(sum(s.tokens for s in shards) * fraction)
     pieces = []
     for shard in shards:
@@ -309,36 +275,36 @@ def cut(shards: list[Shard], fraction: float = 1.0, chunk: int = CHUNK) -> list[
 
 
 # -----------------------------------------------------------------------------
-# Batch order: a pure function of (seed, step)
+# Batch order: a pure function of the seed and the number of sequences seen
 
 
 class TrainingWindows:
-    """The endless sequence of training windows of block_size + 1 tokens, each addressed by its number.
+    """The endless sequence of training windows of block_size + 1 tokens. Window i depends on the seed and i alone.
 
-    An epoch visits every shard in a fresh order and in it every window of a grid, in a fresh order; the grid starts at
-    a fresh offset each epoch, so that boundaries fall on other tokens. Window number i depends on the seed alone.
-    Shards too short for a window are passed over; ValueError if all are.
+    Each epoch visits the shards in a new random order, and in each shard the windows of a grid in a new random order. The
+    grid shifts by a random offset each epoch, so window boundaries fall on new tokens every time.
+    Shards too short for a window are skipped. Raises UserError if all are.
     """
 
     def __init__(self, shards: list[Shard], block_size: int, vocab_size: int, seed: int = 1337, fraction: float = 1.0):
         if not 0 < fraction <= 1:
-            raise ValueError(f"--data_fraction={fraction}: must be above 0 and at most 1")
-        self.shards = [s for s in cut(shards, fraction) if s.tokens > block_size]
+            raise UserError(f"--data_fraction={fraction}: must be above 0 and at most 1")
+        self.shards = [s for s in split_shards(shards, fraction) if s.tokens > block_size]
         if not self.shards:
-            most = max((s.tokens for s in cut(shards, fraction)), default=0)
-            raise ValueError(
+            most = max((s.tokens for s in split_shards(shards, fraction)), default=0)
+            raise UserError(
                 f"the training text of {most:,} tokens cannot fill a window of {block_size + 1:,}: "
                 "lower --block_size or add text"
             )
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
-        # One window less than would fit leaves the grid room to move; it loses another place each epoch.
+        # One window less than would fit leaves room for the random offset.
         self.counts = np.array([max(1, (s.tokens - 1) // block_size - 1) for s in self.shards])
         self.per_epoch = int(self.counts.sum())
         self._epochs: dict[int, tuple] = {}
         self._grids: dict[tuple, np.ndarray] = {}
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of an epoch in order, and the number of windows up to the end of each."""
+        """The order of the shards in an epoch, and the cumulative number of windows after each."""
         if epoch not in self._epochs:
             shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
             self._epochs = {epoch: (shards, self.counts[shards].cumsum())}
@@ -358,25 +324,34 @@ class TrainingWindows:
         while count:
             epoch, i = divmod(first, self.per_epoch)
             shards, ends = self.order(epoch)
-            place = int(np.searchsorted(ends, i, side="right"))
-            shard = int(shards[place])
-            local = i - int(ends[place] - self.counts[shard])
-            take = min(count, int(self.counts[shard]) - local)
-            yield self.shards[shard], self.starts(epoch, shard)[local : local + take]
-            first, count = first + take, count - take
+            at = int(np.searchsorted(ends, i, side="right"))
+            shard = int(shards[at])
+            local = i - int(ends[at] - self.counts[shard])
+            n = min(count, int(self.counts[shard]) - local)
+            yield self.shards[shard], self.starts(epoch, shard)[local : local + n]
+            first, count = first + n, count - n
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, int64 (count, block_size) each. Raises ValueError for an id outside the vocabulary."""
+        """Inputs and targets, int64 (count, block_size) each. Raises UserError for an id outside the vocabulary."""
         parts = [gather(shard, starts, self.block_size, self.vocab_size) for shard, starts in self.locate(first, count)]
         windows = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 
+    def describe(self, first: int, count: int) -> str:
+        """Where windows lie on disk: shard and byte offset of the first few."""
+        places = [
+            f"{shard.path.name} at byte {shard.offset + int(start) * np.dtype(shard.dtype).itemsize:,}"
+            for shard, starts in self.locate(first, count)
+            for start in starts
+        ]
+        return ", ".join(places[:4]) + (f" and {len(places) - 4} more windows" if len(places) > 4 else "")
+
 
 class MixedWindows:
-    """Windows of several datasets, each dataset's in its own order, in shares of weights.
+    """Windows of several datasets in proportion to weights, each dataset in its own order.
 
-    Of every BLOCK windows each dataset has a fixed number, in a fresh order for each block, so window i is a function of the
-    seed and i, as in TrainingWindows. An epoch is as many windows as all have together.
+    Every block of BLOCK windows holds a fixed number of each dataset's, in a random order, so window i depends on the seed
+    and i alone. An epoch is as many windows as all datasets have together.
     """
 
     BLOCK = 2048
@@ -387,13 +362,13 @@ class MixedWindows:
         self.parts, self.seed = parts, seed
         self.counts = np.diff(ends, prepend=0)
         if not self.counts.all():
-            raise ValueError(f"the weights of a mixture are at least 1/{self.BLOCK} of it, not {weights}")
+            raise UserError(f"--dataset: each weight must be at least 1/{self.BLOCK} of the sum, not {weights}")
         self.vocab_size, self.block_size = parts[0].vocab_size, parts[0].block_size
         self.per_epoch = sum(p.per_epoch for p in parts)
         self._orders: dict[int, np.ndarray] = {}
 
     def before(self, i: int) -> np.ndarray:
-        """How many of the windows before number i are of each dataset."""
+        """How many of the windows before window i come from each dataset."""
         block, rest = divmod(i, self.BLOCK)
         if block not in self._orders:
             order = np.repeat(np.arange(len(self.parts)), self.counts)
@@ -407,43 +382,50 @@ class MixedWindows:
             yield from part.locate(int(a), int(b - a))
 
     batch = TrainingWindows.batch
+    describe = TrainingWindows.describe
 
 
 def gather(shard: Shard, starts: np.ndarray, block_size: int, vocab_size: int) -> np.ndarray:
     """The windows of a shard that begin at `starts`, (len(starts), block_size + 1)."""
     windows = np.lib.stride_tricks.sliding_window_view(shard.map(), block_size + 1)[starts]
     if windows.max() >= vocab_size or windows.min() < 0:
-        wrong = windows.max() if windows.max() >= vocab_size else windows.min()
-        raise ValueError(f"{shard.path} holds token id {wrong}, past the vocabulary of {vocab_size:,}")
+        bad = windows.max() if windows.max() >= vocab_size else windows.min()
+        raise UserError(f"{shard.path} holds token id {bad}, outside the vocabulary of {vocab_size:,}")
     return windows
 
 
 def validation_windows(shards: list[Shard], block_size: int, limit: int = 0) -> list[tuple[Shard, int]]:
-    """The fixed validation windows, as (shard, start offset): non-overlapping, in order, and with a limit that many of
-    them, evenly spaced. They depend on the split and block_size alone. Raises ValueError if none fits.
+    """The fixed validation windows as (shard, start offset): non-overlapping, in order; with a limit, that many evenly spaced.
+
+    They depend on the split and block_size alone. Raises UserError if there is none.
     """
-    grid = [(s, np.arange(0, s.tokens - block_size, block_size)) for s in cut(shards)]
+    grid = [(s, np.arange(0, s.tokens - block_size, block_size)) for s in split_shards(shards)]
     ends = np.cumsum([len(starts) for _, starts in grid])
     total = int(ends[-1]) if len(ends) else 0
     if not total:
         most = max((s.tokens for s in shards), default=0)
-        raise ValueError(
+        raise UserError(
             f"the validation text of {most:,} tokens cannot fill a window of {block_size + 1:,}: "
             "lower --block_size, or prepare the dataset with more text or a larger --val_fraction"
         )
     wanted = np.arange(total) if not limit or limit >= total else np.arange(limit) * total // limit
-    places = np.searchsorted(ends, wanted, side="right")
-    return [(grid[p][0], int(grid[p][1][w - ends[p]])) for p, w in zip(places, wanted)]
+    shard_of = np.searchsorted(ends, wanted, side="right")
+    return [(grid[s][0], int(grid[s][1][w - ends[s]])) for s, w in zip(shard_of, wanted)]
 
 
 def validation_batches(
-    windows: list[tuple[Shard, int]], block_size: int, vocab_size: int, batch_size: int, rank: int = 0, world: int = 1
+    windows: list[tuple[Shard, int]],
+    block_size: int,
+    vocab_size: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """This rank's share of the windows as inputs and targets, int64 (batch_size, block_size) each.
 
-    Every batch has the same shape: what the last one lacks is filled with rows whose targets are -1.
+    The last batch is padded with rows whose targets are -1, so that all have the same shape.
     """
-    for first in range(rank * batch_size, len(windows), world * batch_size):
+    for first in range(rank * batch_size, len(windows), world_size * batch_size):
         x = np.zeros((batch_size, block_size), np.int64)
         y = np.full((batch_size, block_size), -1, np.int64)
         row = 0

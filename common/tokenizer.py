@@ -1,7 +1,7 @@
-"""Tokenizers: text to ids and back. A checkpoint and a dataset carry theirs whole, as to_dict gives it.
+"""Tokenizers: text to token ids and back. Checkpoints and datasets store the complete tokenizer as its to_dict().
 
-Each has encode(text, special) -> list of ids, encode_batch(texts) -> array, decode(ids) -> text, token_bytes(id), n_vocab, eot,
-to_dict() and to_json(), the tokenizer.json of Hugging Face's libraries.
+Every tokenizer has encode(text, special) -> list of ids, encode_batch(texts) -> array, decode(ids) -> text,
+token_bytes(id), n_vocab, eot (the end-of-text id), to_dict(), and to_json(), the tokenizer.json of the tokenizers library.
 """
 
 import hashlib
@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
+from configurator import UserError, first_line
+
 EOT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-GPT2_SHA256 = "e424375bafc3e423128be739985d6bac4839b3014b9ed3f34c3b55f6d2b968d9"  # of its 50,256 tokens, a line each
-SAMPLE_CHARACTERS = 50_000_000  # what a bpe tokenizer is trained on at most
+GPT2_SHA256 = "e424375bafc3e423128be739985d6bac4839b3014b9ed3f34c3b55f6d2b968d9"  # of the 50,256 tokens, one per line
+MAX_BPE_CHARACTERS = 50_000_000  # of the training text, from which a bpe tokenizer is trained
 
 
 class CharTokenizer:
-    """One id a character of the given alphabet, in its order; with eot=True an end-of-text id behind them."""
+    """One id per character of `chars`, in that order. eot=True adds an end-of-text id after the last character."""
 
     def __init__(self, chars: str, eot: bool = False):
         self.chars = chars
@@ -29,25 +31,24 @@ class CharTokenizer:
         self.n_vocab = len(chars) + eot
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Raises ValueError for a character that is not in the alphabet. special: EOT in the text is the eot id."""
+        """special: EOT in the text becomes the eot id. Raises UserError for a character outside the vocabulary."""
         if special and self.eot is not None and EOT in text:
             parts = [self.encode(part) for part in text.split(EOT)]
             return [i for n, part in enumerate(parts) for i in ([self.eot] if n else []) + part]
         try:
             return [self.ids[c] for c in text]
         except KeyError as e:
-            raise ValueError(
-                f"character {e.args[0]!r} is not among the {len(self.chars)} this tokenizer knows: {self.chars!r}"
-            ) from None
+            known = f"the {len(self.chars)} characters of the vocabulary: {self.chars!r}"
+            raise UserError(f"character {e.args[0]!r} is not among {known}") from None
 
     def encode_batch(self, texts: list[str]) -> np.ndarray:
-        """The ids of all texts one after the other, int32, each behind an end-of-text id if there is one."""
+        """The ids of all texts in one int32 array, an end-of-text id (if there is one) before each text."""
         codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
         table = np.full(max(map(ord, self.chars), default=0) + 2, -1, np.int32)
         table[[ord(c) for c in self.chars]] = np.arange(len(self.chars))
         ids = table[np.minimum(codes, len(table) - 1)]
         if len(ids) and ids.min() < 0:
-            self.encode(chr(codes[ids.argmin()]))  # raises
+            self.encode(chr(codes[ids.argmin()]))  # raises the UserError that names the character
         if self.eot is None:
             return ids
         return np.insert(ids, np.cumsum([0, *map(len, texts[:-1])]), self.eot)
@@ -65,21 +66,21 @@ class CharTokenizer:
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         vocab = self.ids | ({EOT: self.eot} if self.eot is not None else {})
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": EOT}
-        return library_json(model, {} if self.eot is None else {EOT: self.eot}, split, {"type": "Fuse"})
+        return tokenizer_json(model, {} if self.eot is None else {EOT: self.eot}, split, {"type": "Fuse"})
 
 
 class BPETokenizer:
-    """A byte-level vocabulary, run by tiktoken: tokens[i] are the bytes of id i, the lower id merged first; then comes eot.
+    """Byte-level BPE, run by tiktoken. tokens[i] are the bytes of id i; the eot id follows, then the special tokens.
 
-    A piece of the pattern that is itself a token is taken whole; merges build the others, from single bytes.
-    special_tokens have the ids behind eot, and are theirs wherever they stand in a text.
+    The pattern splits the text into pieces. A piece that is itself a token becomes that id; any other is merged from single
+    bytes, the lowest id first. Special tokens are recognised wherever they occur in a text.
     """
 
     def __init__(self, kind: str, pattern: str, tokens: list[bytes], special_tokens: Iterable[str] = ()):
         import tiktoken
 
         if missing := 256 - sum(len(t) == 1 for t in tokens):
-            raise ValueError(f"a byte-level vocabulary holds all 256 bytes; {missing} are missing")
+            raise ValueError(f"a byte-level vocabulary needs all 256 bytes; {missing} are missing")
         self.kind, self.pattern, self.tokens = kind, pattern, tokens
         self.special_tokens = list(special_tokens)
         self.eot = len(tokens)
@@ -89,15 +90,15 @@ class BPETokenizer:
         self.encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """special: EOT in the text is the eot id; otherwise it is ordinary text."""
+        """special: EOT in the text becomes the eot id; otherwise it is ordinary text."""
         if not special and not self.special_tokens:
             return self.encoding.encode_ordinary(text)
         allowed = {*self.special_tokens, EOT} if special else set(self.special_tokens)
         return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
     def encode_batch(self, texts: list[str]) -> np.ndarray:
-        """The ids of all texts one after the other, uint32, each behind an end-of-text id."""
-        if any(EOT in text for text in texts):  # where it is ordinary text
+        """The ids of all texts in one uint32 array, an end-of-text id before each text."""
+        if any(EOT in text for text in texts):  # EOT inside a text is ordinary text and must not become an id
             return np.array([i for text in texts for i in (self.eot, *self.encode(text))], np.uint32)
         return self.encoding.encode_to_numpy(EOT + EOT.join(texts), allowed_special="all")
 
@@ -108,48 +109,44 @@ class BPETokenizer:
         return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
 
     def to_dict(self) -> dict:
-        made = {"kind": self.kind, "pattern": self.pattern, "tokens": [t.decode("latin-1") for t in self.tokens]}
-        return made | ({"special_tokens": self.special_tokens} if self.special_tokens else {})
+        described = {"kind": self.kind, "pattern": self.pattern, "tokens": [t.decode("latin-1") for t in self.tokens]}
+        return described | ({"special_tokens": self.special_tokens} if self.special_tokens else {})
 
     def to_json(self) -> str:
-        symbol = {b: s for s, b in byte_of_symbol().items()}
+        symbols = {byte: symbol for symbol, byte in unicode_to_byte().items()}
         ranks = {t: i for i, t in enumerate(self.tokens)}
-        halves = [
-            (ranks[t[:cut]], ranks[t[cut:]], rank)
-            for t, rank in ranks.items()
-            for cut in range(1, len(t))
-            if t[:cut] in ranks and t[cut:] in ranks
-        ]
-        words = ["".join(symbol[b] for b in t) for t in self.tokens]
-        merges = [[words[left], words[right]] for left, right, _ in sorted(halves, key=lambda h: (h[2], h[0], h[1]))]
+        splits = [(rank, t[:i], t[i:]) for t, rank in ranks.items() for i in range(1, len(t))]
+        pairs = sorted((rank, ranks[a], ranks[b]) for rank, a, b in splits if a in ranks and b in ranks)
+        words = ["".join(symbols[b] for b in t) for t in self.tokens]
+        merges = [[words[left], words[right]] for _, left, right in pairs]
         model = {"type": "BPE", "vocab": {w: i for i, w in enumerate(words)}, "merges": merges, "ignore_merges": True}
-        split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}  # GPT-2's
-        return library_json(model, self.special, split, split)
+        split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        return tokenizer_json(model, self.special, split, split)
 
 
 class PretrainedTokenizer:
-    """The tokenizer.json of a pretrained model, run by the tokenizers library. eot: its end-of-text token, or None."""
+    """The tokenizer.json of a pretrained model, run by the tokenizers library. eot: the end-of-text token, or None."""
 
     def __init__(self, text: str, eot: str | None):
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise ImportError("a pretrained tokenizer needs the tokenizers package: pip install -e '.[bpe]'") from None
+            raise UserError("a pretrained tokenizer needs the tokenizers package: pip install -e '.[bpe]'") from None
         self.text, self.eot_token = text, eot
         self.library = Tokenizer.from_str(text)
         vocab = self.library.get_vocab(with_added_tokens=True)
         self.n_vocab = max(vocab.values()) + 1
         self.eot = vocab.get(eot)
         self.special = {t["id"] for t in json.loads(text)["added_tokens"]}
-        self.to_byte = byte_of_symbol() if '"ByteLevel"' in text else None
+        self.to_byte = unicode_to_byte() if '"ByteLevel"' in text else None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """special: special tokens in the text are theirs, and those the model begins with are put in front."""
+        """special: special tokens in the text become their ids, and the tokens that the model expects first are added."""
         self.library.encode_special_tokens = not special
         return self.library.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: list[str]) -> np.ndarray:
-        """The ids of all texts one after the other, int64, each behind an end-of-text id."""
+        """The ids of all texts in one int64 array, an end-of-text id before each text."""
         self.library.encode_special_tokens = True
         encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
         return np.concatenate([part for e in encoded for part in ([self.eot], e.ids)]).astype(np.int64)
@@ -164,8 +161,7 @@ class PretrainedTokenizer:
             return bytes.fromhex(byte[1])
         return token.replace("\u2581", " ").encode()
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
+    decode = BPETokenizer.decode
 
     def to_dict(self) -> dict:
         return {"kind": "pretrained", "json": self.text, "eot": self.eot_token}
@@ -177,91 +173,82 @@ class PretrainedTokenizer:
 Tokenizer = CharTokenizer | BPETokenizer | PretrainedTokenizer
 
 
-def library_json(model: dict, special: dict[str, int], pre_tokenizer: dict, decoder: dict) -> str:
-    """A tokenizer.json of the tokenizers library. special: ids of tokens that stand for no text."""
+def tokenizer_json(model: dict, special: dict[str, int], pre_tokenizer: dict, decoder: dict) -> str:
+    """A tokenizer.json for the tokenizers library. special: the special tokens and their ids."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": i, "content": token, **flags} for token, i in special.items()]
-    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
-    whole |= {"pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
-    return json.dumps(whole, ensure_ascii=False)
+    fields = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    fields |= {"pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
+    return json.dumps(fields, ensure_ascii=False)
 
 
 def gpt2_tokenizer() -> BPETokenizer:
-    """GPT-2's vocabulary, 50,257 ids, downloaded once by tiktoken. Raises ValueError if it cannot be had."""
+    """GPT-2's vocabulary, 50,257 ids, downloaded once by tiktoken. Raises UserError if the download fails."""
     import tiktoken
 
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as e:
-        raise ValueError(
-            f"the GPT-2 vocabulary could not be downloaded ({type(e).__name__}): go online once, or set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it, or choose --tokenizer=char"
+        raise UserError(
+            f"the GPT-2 vocabulary cannot be downloaded ({type(e).__name__}): connect to the internet once, set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds it, or choose --tokenizer=char"
         ) from None
     return BPETokenizer("gpt2", encoding._pat_str, [encoding.decode_single_token_bytes(i) for i in range(50256)])
 
 
 def word_tokenizer(text: str, vocab_size: int) -> BPETokenizer:
-    """A vocabulary of the commonest pieces of a text, each whole, over the 256 bytes that spell everything else."""
+    """A vocabulary of the 256 bytes and the most frequent whole pieces of a text; the bytes spell all other pieces."""
     import regex
 
-    count = Counter(regex.findall(GPT2_PATTERN, text))
-    if vocab_size < 257:
-        raise ValueError(f"--vocab_size={vocab_size}: the 256 bytes and the end-of-text token need 257")
-    pieces = [p.encode() for p, _ in sorted(count.items(), key=lambda item: (-item[1], item[0])) if len(p.encode()) > 1]
+    counts = Counter(regex.findall(GPT2_PATTERN, text))
+    pieces = [p.encode() for p in sorted(counts, key=lambda p: (-counts[p], p)) if len(p.encode()) > 1]
     return BPETokenizer("bpe", GPT2_PATTERN, [bytes([b]) for b in range(256)] + pieces[: vocab_size - 257])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = ()) -> BPETokenizer:
-    """Byte-pair encoding (https://arxiv.org/abs/1508.07909) of vocab_size ids, end-of-text and special_tokens among them.
+    """Train byte-pair encoding (https://arxiv.org/abs/1508.07909) of vocab_size ids, eot and special_tokens included.
 
-    Raises ValueError for no text, a vocabulary too small for the bytes, or a text too small for the vocabulary asked.
+    Raises UserError for a vocabulary smaller than the bytes or larger than the text supports.
     """
     special_tokens = list(special_tokens)
-    own = 1 + len(special_tokens)
-    if vocab_size < 256 + own:
-        raise ValueError(f"--vocab_size={vocab_size}: the 256 bytes and the special tokens need {256 + own}")
+    n_special = 1 + len(special_tokens)
+    if vocab_size < 256 + n_special:
+        raise UserError(f"--vocab_size={vocab_size}: the 256 bytes and the special tokens need {256 + n_special}")
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
-        raise ImportError("training a tokenizer needs the tokenizers package: pip install -e '.[bpe]'") from None
+        raise UserError("training a tokenizer needs the tokenizers package: pip install -e '.[bpe]'") from None
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - own, initial_alphabet=alphabet, show_progress=False)
-    empty = True
-
-    def counted():
-        nonlocal empty
-        for text in texts:
-            empty = empty and not text.strip()
-            yield re.sub("|".join(map(re.escape, special_tokens)), "\n", text) if special_tokens else text
-
-    bpe.train_from_iterator(counted(), trainer)
-    if empty:
-        raise ValueError("there is no text to train a tokenizer on")
-    if bpe.get_vocab_size() < vocab_size - own:
-        most = bpe.get_vocab_size() + own
-        raise ValueError(f"--vocab_size={vocab_size} is more than this text supports: at most {most}")
-    to_byte = byte_of_symbol()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - n_special, initial_alphabet=alphabet, show_progress=False)
+    if special_tokens:
+        pattern = "|".join(map(re.escape, special_tokens))
+        texts = (re.sub(pattern, "\n", text) for text in texts)
+    bpe.train_from_iterator(texts, trainer)
+    if bpe.get_vocab_size() < vocab_size - n_special:
+        limit = bpe.get_vocab_size() + n_special
+        raise UserError(f"--vocab_size={vocab_size} is more than this text supports, which is at most {limit}")
+    to_byte = unicode_to_byte()
     vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     tokens = [bytes(to_byte[c] for c in symbols) for symbols, _ in vocab]
     return BPETokenizer("bpe", GPT2_PATTERN, tokens, special_tokens)
 
 
-def byte_of_symbol() -> dict[str, int]:
-    """GPT-2's printable symbol for each byte, inverted: 188 bytes are their own character, the rest follow from 256."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols = {chr(b): b for b in own}
-    return symbols | {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(own)))}
+def unicode_to_byte() -> dict[str, int]:
+    """The inverse of GPT-2's bytes_to_unicode(): 188 bytes are written as themselves, the others as characters from 256."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = {chr(b): b for b in printable}
+    return symbols | {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(printable)))}
 
 
 def tokenizer_from_dict(d: dict) -> Tokenizer:
-    """The tokenizer that to_dict described. Raises ValueError for a kind that is none of ours."""
+    """The tokenizer that to_dict() described. Raises ValueError for an unknown kind."""
     if d.get("kind") == "char":
         return CharTokenizer(d["chars"], d["eot"])
-    if d.get("kind") == "gpt2" and "tokens" not in d:  # foreign files name it at most
+    if d.get("kind") == "gpt2" and "tokens" not in d:  # files of other projects do not store the vocabulary
         return gpt2_tokenizer()
     if d.get("kind") in ("gpt2", "bpe"):
         tokens = [t.encode("latin-1") for t in d["tokens"]]
@@ -271,54 +258,68 @@ def tokenizer_from_dict(d: dict) -> Tokenizer:
     raise ValueError(f"unknown tokenizer kind {d.get('kind')!r}")
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer.json of a pretrained model's folder. Byte-level BPE on GPT-2's pattern becomes a BPETokenizer.
+def same_vocabulary(a: dict, b: dict) -> bool:
+    """Whether two to_dict() descriptions mean the same ids. Of GPT-2's vocabulary some files store only the kind."""
+    return a == b or a["kind"] == b["kind"] == "gpt2"
 
-    Raises ValueError if there is none or it is damaged.
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer.json in the folder of a pretrained model. Byte-level BPE with GPT-2's pattern becomes a BPETokenizer.
+
+    Raises UserError if the file is missing or damaged.
     """
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        found = json.loads(text)
-        model, added = found["model"], [t["content"] for t in found["added_tokens"]]
+        fields = json.loads(text)
+        model, added = fields["model"], [t["content"] for t in fields["added_tokens"]]
         eot = EOT if EOT in added else None
         if (folder / "tokenizer_config.json").exists():
             eos = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token") or eot
             eot = eos["content"] if isinstance(eos, dict) else eos
-        ordinary = {t: i for t, i in model["vocab"].items() if t not in added}
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no tokenizer.json") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {e}") from None
-    split = found.get("pre_tokenizer") or {}
-    classic = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split.get("add_prefix_space")
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
-    ids = [ordinary.get(a + b, -1) for a, b in merges]
-    in_order = ids == sorted(ids) and sorted(ordinary.values()) == list(range(len(ordinary)))
-    if classic and in_order and found.get("normalizer") is None and added == [EOT]:
-        to_byte = byte_of_symbol()
-        tokens = [bytes(to_byte[c] for c in t) for t in sorted(ordinary, key=ordinary.get)]
-        digest = hashlib.sha256(b"\n".join(tokens)).hexdigest()
-        return BPETokenizer("gpt2" if digest == GPT2_SHA256 else "bpe", GPT2_PATTERN, tokens)
-    try:
+        vocab = {t: i for t, i in model["vocab"].items() if t not in added}
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+        merged_ids = [vocab.get(a + b, -1) for a, b in merges]
+        # tiktoken merges by id, so the ids have to be in the order of the merges, without a gap.
+        in_order = merged_ids == sorted(merged_ids) and sorted(vocab.values()) == list(range(len(vocab)))
+        split = fields.get("pre_tokenizer") or {}
+        is_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True)
+        is_gpt2 = is_gpt2 and not split.get("add_prefix_space")
+        if is_gpt2 and in_order and fields.get("normalizer") is None and added == [EOT]:
+            to_byte = unicode_to_byte()
+            tokens = [bytes(to_byte[c] for c in t) for t in sorted(vocab, key=vocab.get)]
+            digest = hashlib.sha256(b"\n".join(tokens)).hexdigest()
+            return BPETokenizer("gpt2" if digest == GPT2_SHA256 else "bpe", GPT2_PATTERN, tokens)
         return PretrainedTokenizer(text, eot)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no tokenizer.json") from None
+    except UserError:
+        raise
+    except Exception as e:  # the tokenizers library raises plain Exceptions
+        raise UserError(f"{folder / 'tokenizer.json'} is damaged: {first_line(e)}") from None
+
+
+def download_tokenizer(name: str) -> Path:
+    """Download the tokenizer files of a model on the Hugging Face hub to its cache; returns their folder."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
     except Exception as e:
-        if isinstance(e, ImportError):
-            raise
-        raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {e}") from None
+        raise UserError(f"--tokenizer={name}: not a folder, and the hub does not have it: {first_line(e)}") from None
 
 
 def learn_tokenizer(
-    kind: str, vocab_size: int, texts: Callable, train: Callable | None = None, eot=True, special_tokens=()
+    kind: str, vocab_size: int, texts: Callable, train_texts: Callable | None = None, eot=True, special_tokens=()
 ) -> Tokenizer:
-    """The tokenizer of a --tokenizer key, learned from texts() where it is char or bpe.
+    """The tokenizer of a --tokenizer key; a char or bpe vocabulary is learned from the text.
 
-    A char alphabet has every character of all texts, so that validation can be encoded; bpe sees train() alone, and of
-    that the first SAMPLE_CHARACTERS. Raises ValueError for another name.
+    A char vocabulary has every character of texts(), so that validation text can be encoded. A bpe vocabulary is trained
+    on train_texts() only. Raises UserError for an unknown kind.
     """
     if EOT in special_tokens or len(set(special_tokens)) < len(special_tokens):
-        raise ValueError(f"--special_tokens={','.join(special_tokens)}: each once, and {EOT} is there anyway")
+        raise UserError(f"--special_tokens={','.join(special_tokens)}: name each once; {EOT} is always included")
     if special_tokens and kind != "bpe":
-        raise ValueError(f"--special_tokens are for --tokenizer=bpe; --tokenizer={kind} has its own")
+        raise UserError(f"--special_tokens need --tokenizer=bpe; --tokenizer={kind} has its own")
     if kind == "gpt2":
         return gpt2_tokenizer()
     if kind == "char":
@@ -327,21 +328,19 @@ def learn_tokenizer(
             chars.update(text)
         return CharTokenizer("".join(sorted(chars)), eot)
     if kind == "bpe":
-        return train_bpe(first_characters((train or texts)()), vocab_size, special_tokens)
+        return train_bpe(first_characters((train_texts or texts)()), vocab_size, special_tokens)
     if Path(kind).is_dir() or "/" in kind:
-        from common.pretrained import download_pretrained
-
-        made = read_tokenizer(Path(kind) if Path(kind).is_dir() else download_pretrained(kind, weights=False))
-        if made.eot is None:
-            raise ValueError(f"--tokenizer={kind}: it has no end-of-text token to separate documents")
-        return made
-    raise ValueError(f"--tokenizer={kind}: choose gpt2, char, bpe, or a folder with a tokenizer.json")
+        pretrained = read_tokenizer(Path(kind) if Path(kind).is_dir() else download_tokenizer(kind))
+        if pretrained.eot is None:
+            raise UserError(f"--tokenizer={kind} has no end-of-text token to separate documents")
+        return pretrained
+    raise UserError(f"--tokenizer={kind}: choose gpt2, char, bpe, or a folder with a tokenizer.json")
 
 
 def first_characters(texts: Iterable[str]) -> Iterator[str]:
-    left = SAMPLE_CHARACTERS
+    remaining = MAX_BPE_CHARACTERS
     for text in texts:
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
+        yield text[:remaining]
+        remaining -= len(text)
+        if remaining <= 0:
             return

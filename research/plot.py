@@ -1,231 +1,134 @@
-"""Pictures of runs and studies: loss curves, comparison bars with every run as a point, and a table of their statistics.
+"""Figures of runs and studies: loss curves, and bars that compare the arms.
 
-    python research/plot.py --results=out/width                    a study: bars, its curves, summary.csv
+    python research/plot.py --results=out/width                    a study: bars and curves of its arms, summary.csv
     python research/plot.py --results=out/quickstart,out/mine      loss curves of single runs
-    python research/plot.py --results=out/width --x=flops          by steps, tokens, flops or seconds
+    python research/plot.py --results=out/width --x=flops          loss against steps, tokens, flops or seconds
 
---results takes folders of runs or studies, or a study's results.jsonl, with commas between. Needs matplotlib
-(pip install -e '.[research]').
+--results takes folders of runs or studies, or results.jsonl files of studies, separated by commas.
 """
 
-import csv
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from configurator import configure, short_errors  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from figures import COLOURS, DASHES, colour, new_figure, save_figure, set_log_scale  # noqa: E402
+from runs import arm_statistics, check_metric, print_statistics, read_rows, write_csv  # noqa: E402
 
-results = ""  # folders of runs or studies, or results.jsonl, with commas between
-output_dir = ""  # where the pictures go; empty: the first of --results
-x = "tokens"  # of the curves: steps | tokens | flops | seconds
-metric = "final_val_loss"  # of the bars: a column of results.jsonl
-curve = "val_loss"  # of the curves: val_loss | train_loss
-title = ""  # over the pictures; empty: the study's name
+from configurator import UserError, check_choice, configure, short_errors  # noqa: E402
 
-# Okabe and Ito's palette, which the colour-blind can tell apart (https://jfly.uni-koeln.de/color/), darker ones first
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999933")
-DASHES = ("-", "--", "-.", ":")
-UNITS = {"steps": "step", "tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time (s)"}
-NAMES = {"val_loss": "validation loss (nats a token)", "train_loss": "training loss (nats a token)"}
-NAMES |= {"final_val_loss": NAMES["val_loss"], "best_val_loss": "best validation loss (nats a token)"}
+results = ""  # folders of runs or studies, or results.jsonl files, separated by commas
+output_dir = ""  # folder for the figures; empty: the first of --results
+x = "tokens"  # horizontal axis of the curves: steps | tokens | flops | seconds
+metric = "final_val_loss"  # what the bars show: a column of results.jsonl
+curve = "val_loss"  # what the curves show: val_loss | train_loss
+title = ""  # title of the figures; empty: the name of the study
 
-
-def figure(width=7.0, height=4.5, panels=(1, 1)):
-    """matplotlib's pyplot, a figure and its axes, or an array of rows x columns of them. Raises ImportError naming the extra."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("pictures need matplotlib: pip install -e '.[research]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, every = plt.subplots(*panels, figsize=(width, height), layout="constrained", dpi=150, squeeze=False)
-    for axes in every.flat:
-        axes.grid(True, color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return plt, fig, axes if every.size == 1 else every
+AXIS_LABELS = {
+    "steps": "step", "tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time (s)",
+    "val_loss": "validation loss (nats per token)", "train_loss": "training loss (nats per token)",
+    "final_val_loss": "validation loss (nats per token)", "best_val_loss": "best validation loss (nats per token)",
+}  # fmt: skip
+X_CHOICES = ("steps", "tokens", "flops", "seconds")
 
 
-def short_number(v: float) -> str:
-    """A tick's label: 200, 20k, 5M, 2e12."""
-    if 1e3 < v < 1e9:
-        return f"{v / 1e6:.3g}M" if v >= 1e6 else f"{v / 1e3:.3g}k"
-    return f"{v:.3g}".replace("e+0", "e").replace("e+", "e")
-
-
-def log_axis(axis, low: float, high: float) -> None:
-    """An axis (axes.xaxis or axes.yaxis) in logarithms, with few labels and none on top of another."""
-    from matplotlib import ticker
-
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    decades = math.log10(high / low) if high > low > 0 else 0
-    subs = (1, 2, 5) if decades < 2 else (1,)
-    axis.set_major_locator(ticker.MaxNLocator(5) if decades < 0.7 else ticker.LogLocator(subs=subs, numticks=12))
-    axis.set_minor_locator(ticker.NullLocator())
-    axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: short_number(v)))
-
-
-def find_rows(where: str) -> tuple[list[dict], Path]:
-    """A row for each run named by --results, with "path" and "arm", and the first folder. Raises ValueError if there is none."""
-    rows, first = [], None
-    for part in filter(None, where.split(",")):
-        path = Path(part)
-        if path.is_dir() and (path / "results.jsonl").exists():
-            path = path / "results.jsonl"
-        if path.is_file() and path.suffix == ".jsonl":
-            try:
-                found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            except ValueError:
-                raise ValueError(f"{path} is damaged: python research/sweep.py writes it anew") from None
-            if any("path" not in row or "arm" not in row for row in found):
-                raise ValueError(f"{path} is not a study's: its rows have no path and arm")
-            folder = path.parent
-        elif (path / "metrics.jsonl").exists():
-            more = json.loads((path / "results.json").read_text()) if (path / "results.json").exists() else {}
-            found, folder = [{"arm": path.name, "path": str(path), **more}], path
-        else:
-            raise ValueError(f"--results={part}: no run (metrics.jsonl) and no study (results.jsonl) there")
-        rows += found
-        first = first or folder
-    if not rows:
-        raise ValueError("--results= names nothing with a finished run: give folders of runs or studies")
-    return rows, first
-
-
-def read_curve(row: dict, key: str, by: str) -> list[tuple[float, float]]:
-    """(x, loss) at each of a run's logged points that has the loss; flops and seconds are read off the steps beside them."""
-    folder = Path(row["path"])
-    if not (folder / "metrics.jsonl").exists():
-        raise ValueError(f"{folder}/metrics.jsonl is gone: the curves need the runs' folders")
+def read_curve(row: dict, loss_key: str, x_key: str) -> list[tuple[float, float]]:
+    """(x, loss) for each entry of a run's metrics.jsonl that has the loss, except at step 0."""
+    log = Path(row["path"]) / "metrics.jsonl"
+    if not log.exists():
+        raise UserError(f"{log} does not exist: the curves need the folders of the runs")
+    if x_key == "flops" and not row.get("tokens"):
+        raise UserError(f"--x=flops: {log.parent} has no results.json yet, which holds its FLOPs; choose another --x")
+    flops_per_token = row["train_flops"] / row["tokens"] if row.get("tokens") else 0.0
     points, seconds = [], 0.0
-    if by == "flops" and not row.get("tokens"):
-        raise ValueError(f"{folder} has no results.json yet, which tells its FLOPs: choose another --x")
-    a_token = row["train_flops"] / row["tokens"] if row.get("tokens") else 0.0
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True):
-        if not line.endswith("\n"):  # the run died writing it
+    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):  # the run was killed while it wrote this line
             continue
         entry = json.loads(line)
-        seconds = entry.get("elapsed", seconds)
-        if entry.get(key) is not None and entry["step"]:
-            place = {
-                "steps": entry["step"], "tokens": entry["tokens"], "flops": entry["tokens"] * a_token, "seconds": seconds
-            }  # fmt: skip
-            points.append((place[by], entry[key]))
+        seconds = entry.get("elapsed", seconds)  # only training entries have it
+        if entry.get(loss_key) is not None and entry["step"]:
+            step, tokens = entry["step"], entry["tokens"]
+            values = {"steps": step, "tokens": tokens, "flops": tokens * flops_per_token, "seconds": seconds}
+            points.append((values[x_key], entry[loss_key]))
     return points
 
 
-def mean_curve(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float, float, float]]:
-    """(x, mean, lowest, highest) over the runs of an arm, at the points that all have; x is averaged (seconds differ)."""
+def average_curves(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float, float, float]]:
+    """(mean x, mean loss, lowest, highest) at each point that all curves have. x is averaged because seconds differ."""
     return [
-        (sum(p[0] for p in at) / len(at), sum(p[1] for p in at) / len(at), min(p[1] for p in at), max(p[1] for p in at))
-        for at in zip(*curves)
+        (statistics.fmean(xs), statistics.fmean(losses), min(losses), max(losses))
+        for xs, losses in (zip(*points) for points in zip(*curves))
     ]
 
 
 def draw_curves(rows: list[dict], path: Path) -> bool:
-    """Loss against x: an arm a line, the mean of its seeds, shaded from the lowest to the highest.
+    """One line for each arm: the mean over its seeds, with the range shaded. Returns False if there is nothing to draw.
 
-    Where no run was evaluated twice there is no curve of that, and the training loss is drawn.
+    If no run was evaluated twice, the training loss is drawn instead of the validation loss.
     """
-    plt, fig, axes = figure()
-    arms, key = list(dict.fromkeys(r["arm"] for r in rows)), curve
-    if key == "val_loss" and all(len(read_curve(r, key, x)) < 2 for r in rows):
-        key = "train_loss"
-        print("curves of the training loss: the runs were evaluated once (--eval_interval)")
-    every = []
-    for n, arm in enumerate(arms):
-        curves = [read_curve(r, key, x) for r in rows if r["arm"] == arm]
-        points = mean_curve([c for c in curves if c])
-        if not points:
-            continue
-        places, means, lows, highs = zip(*points)
-        every += places
-        style = dict(color=COLOURS[n % len(COLOURS)], linestyle=DASHES[n // len(COLOURS) % len(DASHES)])
-        axes.plot(places, means, label=arm, linewidth=1.6, marker="o" if len(points) < 3 else None, **style)
-        axes.fill_between(places, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
-    if every:
-        axes.set_xlabel(UNITS[x])
-        axes.set_ylabel(NAMES.get(key, key))
-        axes.set_title(title or path.parent.name)
-        if x != "steps":
-            log_axis(axes.xaxis, min(every), max(every))
-        axes.legend(frameon=False, fontsize=8)
-        fig.savefig(path)
-    plt.close(fig)
-    return bool(every)
-
-
-def statistics_of(rows: list[dict]) -> list[dict]:
-    """n, mean, std, min, max of the metric for each arm, in the order of the runs."""
-    table = []
-    for arm in dict.fromkeys(r["arm"] for r in rows):
-        values = [r[metric] for r in rows if r["arm"] == arm and r.get(metric) is not None]
-        if values:
-            std = statistics.stdev(values) if len(values) > 1 else None
-            table.append(
-                dict(arm=arm, n=len(values), mean=statistics.fmean(values), std=std, min=min(values), max=max(values))
-            )
-    return table
+    loss_key = curve
+    if curve == "val_loss" and all(len(read_curve(row, curve, x)) < 2 for row in rows):
+        loss_key = "train_loss"
+        print("the curves show the training loss: the runs were evaluated only once (--eval_interval)")
+    fig, axes = new_figure()
+    for n, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        curves = [read_curve(row, loss_key, x) for row in rows if row["arm"] == arm]
+        if points := average_curves([c for c in curves if c]):
+            xs, means, lows, highs = zip(*points)
+            dashes, marker = DASHES[n // len(COLOURS) % len(DASHES)], "o" if len(points) < 3 else None
+            axes.plot(xs, means, label=arm, linewidth=1.6, color=colour(n), linestyle=dashes, marker=marker)
+            axes.fill_between(xs, lows, highs, color=colour(n), alpha=0.15, linewidth=0)
+    if not axes.lines:
+        return False
+    axes.set(xlabel=AXIS_LABELS[x], ylabel=AXIS_LABELS.get(loss_key, loss_key), title=title or path.parent.name)
+    if x != "steps":
+        set_log_scale(axes.xaxis, *axes.dataLim.intervalx)
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(fig, path)
+    return True
 
 
 def draw_bars(rows: list[dict], table: list[dict], path: Path) -> None:
-    """The mean of each arm, its standard deviation, and every run as a point; the axis does not begin at 0."""
-    plt, fig, axes = figure(7.0, 1.4 + 0.38 * len(table))
-    values = [r[metric] for r in rows if r.get(metric) is not None]
-    low, high = min(values), max(values)
-    room = 0.15 * (high - low) or 0.05 * abs(high) or 1
-    begin = low - room if low < 0 else max(0.0, low - room)
+    """A bar for the mean of each arm, with its standard deviation and a dot for every run. The axis does not start at 0."""
+    fig, axes = new_figure(7.0, 1.4 + 0.38 * len(table))
+    low, high = min(entry["min"] for entry in table), max(entry["max"] for entry in table)
+    margin = 0.15 * (high - low) or 0.05 * abs(high) or 1
+    start = low - margin if low < 0 else max(0.0, low - margin)
     for n, entry in enumerate(table):
-        axes.barh(n, entry["mean"] - begin, left=begin, height=0.62, color="#56B4E9", alpha=0.55)
+        axes.barh(n, entry["mean"] - start, left=start, height=0.62, color="#56B4E9", alpha=0.55)
         if entry["std"] is not None:
             axes.errorbar(entry["mean"], n, xerr=entry["std"], color="#333333", capsize=3, linewidth=1.1)
-        own = [r[metric] for r in rows if r["arm"] == entry["arm"] and r.get(metric) is not None]
-        places = [n + 0.2 * (i - (len(own) - 1) / 2) / max(1, len(own) - 1) for i in range(len(own))]
-        axes.plot(own, places, "o", color="#D55E00", markersize=4, markeredgecolor="white", markeredgewidth=0.5)
+        values = [row[metric] for row in rows if row["arm"] == entry["arm"] and row.get(metric) is not None]
+        heights = [n + 0.2 * (i - (len(values) - 1) / 2) / max(1, len(values) - 1) for i in range(len(values))]
+        axes.plot(values, heights, "o", color="#D55E00", markersize=4, markeredgecolor="white", markeredgewidth=0.5)
     axes.axvline(table[0]["mean"], color="#333333", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(table)), [e["arm"] for e in table])
+    axes.set_yticks(range(len(table)), [entry["arm"] for entry in table])
     axes.invert_yaxis()
-    axes.set_xlim(begin, high + room)
-    told = f"mean, standard deviation, every run; the axis begins at {begin:.3g}"
-    fig.supxlabel(f"{NAMES.get(metric, metric)}\n{told}", fontsize=10)  # the axes may be narrow beside long names
-    axes.set_title(title or path.parent.name)
-    fig.savefig(path)
-    plt.close(fig)
+    axes.set(xlim=(start, high + margin), title=title or path.parent.name)
+    explanation = f"mean, standard deviation, every run; the axis starts at {start:.3g}"
+    # A label of the figure, because long arm names leave the axes too narrow for it.
+    fig.supxlabel(f"{AXIS_LABELS.get(metric, metric)}\n{explanation}", fontsize=10)
+    save_figure(fig, path)
 
 
 def main() -> None:
-    if x not in UNITS:
-        raise ValueError(f"--x={x}: choose one of {', '.join(UNITS)}")
-    rows, first = find_rows(results)
-    folder = Path(output_dir or first)
+    check_choice("x", x, X_CHOICES)
+    rows, first_folder = read_rows(results)
+    check_metric(rows, metric)
+    folder = Path(output_dir or first_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    table = statistics_of(rows)
-    if not table and any("final_val_loss" in r for r in rows):
-        raise ValueError(
-            f"--metric={metric}: the runs have no such number, but {', '.join(k for k in rows[0] if isinstance(rows[0][k], float))}"
-        )
-    if table:
+    written = []
+    if table := arm_statistics(rows, metric):
         draw_bars(rows, table, folder / "comparison.png")
-        with open(folder / "summary.csv", "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, ["arm", "n", "mean", "std", "min", "max"])
-            writer.writeheader()
-            writer.writerows(table)
-        made += ["comparison.png", "summary.csv"]
-        print(f"{metric:<40} {'n':>2} {'mean':>9} {'std':>8} {'min':>9} {'max':>9}")
-        for e in table:
-            std = f"{e['std']:.4f}" if e["std"] is not None else ""
-            print(f"{e['arm']:<40} {e['n']:>2} {e['mean']:>9.4f} {std:>8} {e['min']:>9.4f} {e['max']:>9.4f}")
+        write_csv(folder / "summary.csv", table)
+        written += ["comparison.png", "summary.csv"]
+        print_statistics(table, metric)
     if draw_curves(rows, folder / f"curves_{x}.png"):
-        made.append(f"curves_{x}.png")
+        written.append(f"curves_{x}.png")
     else:
-        print(f"no curves: none of the runs has logged {curve}")
-    print(f"{folder}/ has {', '.join(made)}")
+        print(f"no curves: no run has logged {curve}")
+    print(f"{folder}/ has {', '.join(written)}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""A study: runs of train.py that differ in stated keys alone, and what the difference comes to.
+"""A study: runs of train.py that differ only in the keys that are studied, and a comparison of their results.
 
-    python research/sweep.py config/sweep/width.py --dry_run      what would run, and what it would cost
-    python research/sweep.py config/sweep/width.py                run it; called again, it goes on where it stopped
-    python research/sweep.py config/sweep/width.py --retry        failed runs too
+    python research/sweep.py config/sweep/width.py --dry_run      print the runs and what they will cost
+    python research/sweep.py config/sweep/width.py                run them; the same command resumes after an interruption
+    python research/sweep.py config/sweep/width.py --retry        run the failed runs again too
 
-A study is a config file: `base`, the arguments of train.py that all runs share; the arms, as `axes` (a grid), `zipped`
-(values that go together) or `arms` (named sets of keys); and `seeds`. Each run has a folder under output_dir/runs.
-Leaves results.csv and results.jsonl (a line a run), sweep_summary.json (arms, comparisons, fairness).
+A study is a config file with three parts:
+  base     the arguments of train.py that all runs share
+  arms     what differs: `axes` (a grid of values), `zipped` (values that change together), or `arms` (named sets of keys)
+  seeds    each arm is run once with each seed
+Each run has its own folder under output_dir/runs. The study writes results.csv and results.jsonl (one row per run) and
+sweep_summary.json (arms, comparisons, unintended differences).
 """
 
-import csv
 import difflib
 import itertools
 import json
@@ -19,6 +21,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -26,467 +29,337 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from configurator import configure, read_keys, short_errors  # noqa: E402
+from commands import catch_signals, run_script, split_command  # noqa: E402
+from runs import check_metric, check_scipy, compare_arms, print_statistics, read_json, unintended_differences, write_csv  # noqa: E402
+
+from common.files import atomic_write  # noqa: E402
+from configurator import UserError, configure, read_keys, short_errors  # noqa: E402
 
 # Study
-name = "sweep"  # what it is called
+name = "sweep"  # name of the study
 base = ""  # arguments of train.py for every run: config/quickstart.py --max_iters=300
-axes: dict = {}  # key -> values; several keys make a grid
-zipped: dict = {}  # key -> values; the first ones go together, then the second ones, and so on
-arms: dict = {}  # name -> keys, instead of axes
-seeds: list = [1, 2, 3]  # each arm is run with each
-metric = "final_val_loss"  # of results.json: what is compared
+axes: dict = {}  # key -> list of values; several keys make a grid
+zipped: dict = {}  # key -> list of values; all first values together, then all second values, and so on
+arms: dict = {}  # name of the arm -> its keys; instead of axes and zipped
+seeds: list = [1, 2, 3]  # each arm is run once with each seed
+metric = "final_val_loss"  # number of results.json to compare
 # Run
-output_dir = ""  # where runs and tables go; empty: out/<name>
+output_dir = ""  # folder for runs and tables; empty: out/<name>
 dry_run = False  # print the commands and what they would cost
-retry = False  # run again what failed
-list_runs = False  # print the runs as JSON, and no more
-runs: list = []  # run these alone, by their numbers in that list; [-1]: none, only the tables
-max_parallel = 1  # runs at a time
-devices = ""  # of the runs side by side, in turn: cuda:0,cuda:1; empty: each picks its own
-interval = 5.0  # seconds between looks at the runs
+retry = False  # run failed runs again
+list_runs = False  # print the runs as JSON and stop
+runs: list = []  # run only these, by their numbers in that list; [-1]: write only the tables
+max_parallel = 1  # number of runs at the same time
+devices = ""  # devices to spread parallel runs over: cuda:0,cuda:1; empty: train.py chooses
+interval = 5.0  # seconds between updates of the progress display
+
+STOPPED = (130, 138, 143, -2, -10, -15)  # exit codes after SIGINT, SIGUSR1 and SIGTERM: the run saved a checkpoint
+STEP_LINE = r"\s*[\d,]+/"  # how a line of train.py about a step starts
+STUDY_KEYS = {"seed", "out_dir", "device", "resume"}  # set for each run by the study
 
 
-def split(words: str) -> list[str]:
-    try:
-        return shlex.split(words)
-    except ValueError as e:
-        raise ValueError(f"--base={words}: {e}") from None
+# -----------------------------------------------------------------------------
+# Runs
 
 
-STOPPED = (130, 138, 143, -2, -10, -15)  # exit codes of a run that was asked to end, and saved
+class Run:
+    """One run of train.py: an arm of the study with one seed, in its own folder."""
 
-
-class Child:
-    """One run: an arm with a seed, in a folder of its own."""
-
-    def __init__(self, arm: str, keys: dict, seed: int, folder: Path):
+    def __init__(self, arm: str, keys: dict, seed: int, study_folder: Path):
         self.arm, self.keys, self.seed = arm, keys, seed
+        self.title = f"{arm}, seed {seed}"
         slug = re.sub(r"[^\w.=+-]+", "_", arm)
-        self.folder = folder / "runs" / f"{slug}-seed{seed}"
-        options = [f"--{k}={v}" for k, v in keys.items()]
-        self.command = [*split(base), *options, f"--seed={seed}", f"--out_dir={self.folder}"]
-        self.process = self.lock = self.log = None
-
-    @property
-    def title(self) -> str:
-        return f"{self.arm}, seed {self.seed}"
-
-    def read(self, file: str) -> dict:
-        try:
-            return json.loads((self.folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        self.folder = study_folder / "runs" / f"{slug}-seed{seed}"
+        options = [f"--{key}={value}" for key, value in keys.items()]
+        self.arguments = [*split_command(base, "--base"), *options, f"--seed={seed}", f"--out_dir={self.folder}"]
+        self.process = self.lock_file = self.log_file = None
 
     def state(self) -> str:
-        """done, failed, begun or new; what was run with another command counts for nothing."""
-        told = self.read("run.json")
-        if told.get("command") != self.command:
+        """new, started, done or failed. A run is new again when its arguments have changed."""
+        record = read_json(self.folder / "run.json")
+        if record.get("command") != self.arguments:
             return "new"
         results = self.folder / "results.json"
-        if results.exists() and results.stat().st_mtime >= told["started"]:
+        if results.exists() and results.stat().st_mtime >= record["started"]:
             return "done"
-        return "failed" if told.get("exit") else "begun"
+        return "failed" if record.get("exit") else "started"
 
-    def start(self, device: str, stopped: list) -> None:
+    def start(self, device: str, signals: list[int]) -> None:
+        """Start train.py, unless a signal arrives first or the run turns out to be done."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "w")
-        if not wait_for(self.lock, self.title, stopped) or self.state() == "done":  # by a process of an earlier call
+        if not self.lock_folder(signals) or self.state() == "done":
             return
-        again = self.state() != "new"
-        self.note()
-        self.log = open(self.folder / "train.log", "a" if again else "w", encoding="utf-8")
-        command = [sys.executable, str(ROOT / "train.py"), *self.command]
-        command += ["--resume"] * again + [f"--device={device}"] * bool(device)
-        held = [self.lock.fileno()] if os.name == "posix" else []
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, pass_fds=held
-        )
+        resume = self.state() != "new"
+        self.record = {"command": self.arguments, "started": time.time()}
+        atomic_write(self.folder / "run.json", json.dumps(self.record))
+        self.log_file = open(self.folder / "train.log", "a" if resume else "w", encoding="utf-8")
+        command = [sys.executable, str(ROOT / "train.py"), *self.arguments]
+        command += ["--resume"] * resume + [f"--device={device}"] * bool(device)
+        inherited = [self.lock_file.fileno()] if os.name == "posix" else []
+        output = dict(stdout=self.log_file, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited, **output)
 
-    def note(self, **more) -> None:
-        """run.json: the command and when it began; written whole or not at all."""
-        began = self.read("run.json").get("started") if more else time.time()
-        part = self.folder / "run.json.part"
-        part.write_text(json.dumps(dict(command=self.command, started=began, **more)), encoding="utf-8")
-        os.replace(part, self.folder / "run.json")
+    def lock_folder(self, signals: list[int]) -> bool:
+        """Wait for the lock of the run's folder; False if a signal arrives first.
 
-    def ended(self) -> bool:
-        """Whether it is over; then its exit code is kept."""
-        if self.process and self.process.poll() is None:
-            return False
-        if self.process and self.process.returncode not in (0, *STOPPED):
-            self.note(exit=self.process.returncode)
-        for file in (self.lock, self.log):
-            if file:
-                file.close()
-        return True
-
-    def progress(self) -> str:
-        """The last line its log has of a step."""
+        train.py inherits the lock, so it lasts as long as the training, even if this process is killed.
+        """
+        self.lock_file = open(self.folder / "lock", "w")
         try:
-            lines = (self.folder / "train.log").read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return ""
-        steps = [line.strip() for line in lines if re.match(r"\s*[\d,]+/", line)]
-        return steps[-1] if steps else ""
-
-
-def wait_for(lock, title: str, stopped: list) -> bool:
-    """Have the lock of a run's folder, which the run itself keeps while it lives; False if a signal came before that."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    told = False
-    while not stopped:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+        except ImportError:  # Windows
             return True
-        except BlockingIOError:
-            if not told:
-                print(f"{title} is still running from an earlier call: waiting for it")
-            told = True
-            time.sleep(0.2)
-    return False
+        reported = False
+        while not signals:
+            try:
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if not reported:
+                    print(f"{self.title}: still running from an earlier call; waiting for it to end")
+                reported = True
+                time.sleep(0.2)
+        return False
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def finish(self) -> None:
+        """Record the exit code of a failed run, and release the folder."""
+        if self.process and self.process.returncode not in (0, *STOPPED):
+            atomic_write(self.folder / "run.json", json.dumps(self.record | {"exit": self.process.returncode}))
+        for file in filter(None, (self.lock_file, self.log_file)):
+            file.close()
+
+    def last_line(self, pattern: str) -> str:
+        """The last line of the run's output that starts with a pattern."""
+        log = self.folder / "train.log"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        return next((line.strip() for line in reversed(lines) if re.match(pattern, line)), "")
+
+    def outcome(self) -> str:
+        """The metric of a finished run, or why the run failed."""
+        if self.state() == "done":
+            value = read_json(self.folder / "results.json").get(metric)
+            return f"no {metric}" if value is None else f"{metric} {value:.4f}"
+        error = self.last_line("error: ") or self.last_line("")
+        return f"FAILED ({error[:120]}), see {self.folder}/train.log"
+
+    def row(self) -> dict:
+        """The row of a finished run in the tables: its arm, its keys, and the numbers of results.json."""
+        results, config = (read_json(self.folder / file) for file in ("results.json", "config.json"))
+        row = {"arm": self.arm, "seed": self.seed, "path": str(self.folder)}
+        row |= {"step": results["total_steps"], "params": results["model_parameters"]}
+        row |= {key: config[key] for key in ("n_embd", "n_layer", "n_head")} | self.keys
+        return row | {k: v for k, v in results.items() if k not in row and not isinstance(v, dict | list)}
 
 
-def plan(folder: Path) -> list[Child]:
-    """The runs of the study, seed by seed, so that each arm has a first result early. Raises ValueError if it makes no sense."""
-    if sum(map(bool, (axes, zipped, arms))) > 1 and arms:
-        raise ValueError("a study has axes and zipped keys, or named arms: not both")
-    made = {}
-    if arms:
-        made = dict(arms)
-    else:
+def expand_arms() -> dict[str, dict]:
+    """Name of each arm -> its keys. Raises UserError if the study does not make sense."""
+    if arms and (axes or zipped):
+        raise UserError("a study has either arms, or axes and zipped; remove one of them")
+    expanded = dict(arms)
+    if not arms:
         for key, values in {**axes, **zipped}.items():
             if not isinstance(values, list | tuple) or not values:
-                raise ValueError(f"the values of {key} are a list, not {values!r}")
-        if len({len(v) for v in zipped.values()}) > 1:
-            raise ValueError(f"zipped keys have equally many values: {zipped}")
-        together = [dict(zip(zipped, values)) for values in zip(*zipped.values())] or [{}]
-        for values in itertools.product(*axes.values()):
-            for more in together:
-                keys = {**dict(zip(axes, values)), **more}
-                made[" ".join(f"{k}={v}" for k, v in keys.items()) or "all"] = keys
-    known = set(read_keys(str(ROOT / "train.py")))
-    for arm, keys in made.items():
+                raise UserError(f"the values of {key} must be a list, not {values!r}")
+        if len({len(values) for values in zipped.values()}) > 1:
+            raise UserError(f"all keys of zipped must have the same number of values: {zipped}")
+        zipped_sets = [dict(zip(zipped, values)) for values in zip(*zipped.values())] or [{}]
+        for values, zipped_set in itertools.product(itertools.product(*axes.values()), zipped_sets):
+            keys = dict(zip(axes, values)) | zipped_set
+            expanded[" ".join(f"{k}={v}" for k, v in keys.items()) or "all"] = keys
+    known = read_keys(ROOT / "train.py")
+    for arm, keys in expanded.items():
         if not isinstance(keys, dict):
-            raise ValueError(f"arm {arm}: its keys are a dict, not {keys!r}")
-        for key in keys.keys() - known:  # told before the first hour is spent
+            raise UserError(f"arm {arm}: its keys must be a dict, not {keys!r}")
+        for key in keys.keys() - known.keys():  # train.py would refuse it too, but only when this arm starts
             close = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(
-                f"arm {arm}: train.py has no key {key}" + (f" (did you mean {close[0]}?)" if close else "")
-            )
-        if taken := {"seed", "out_dir", "device", "resume"} & keys.keys():
-            raise ValueError(f"arm {arm}: {', '.join(sorted(taken))} belong to the study, not to an arm")
+            raise UserError(f"arm {arm}: train.py has no key {key}" + (f" (did you mean {close[0]}?)" if close else ""))
+        if reserved := STUDY_KEYS & keys.keys():
+            raise UserError(f"arm {arm}: the study sets {', '.join(sorted(reserved))}; an arm cannot")
+    return expanded
+
+
+def plan_runs(folder: Path) -> list[Run]:
+    """The runs of the study, seed by seed, so that every arm has a first result early."""
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds={seeds}: give at least one, each once")
-    children = [Child(arm, keys, seed, folder) for seed in seeds for arm, keys in made.items()]
-    if len({c.folder for c in children}) < len(children):
-        raise ValueError("two arms have the same name but for signs that a folder cannot have")
-    return children
+        raise UserError(f"--seeds={seeds}: give at least one seed, and each only once")
+    expanded = expand_arms()
+    planned = [Run(arm, keys, seed, folder) for seed in seeds for arm, keys in expanded.items()]
+    if len({run.folder for run in planned}) < len(planned):
+        raise UserError("the names of two arms give the same folder name; rename one")
+    return planned
 
 
-def ask_train(child: Child) -> dict:
-    """Parameters, tokens and FLOPs of a run, from train.py --dry_run. Raises ValueError with train.py's own words."""
-    command = [sys.executable, str(ROOT / "train.py"), *child.command, "--dry_run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ValueError(f"{child.arm}: train.py says {words[-1].removeprefix('error: ')}")
+# -----------------------------------------------------------------------------
+# What the study will cost
+
+
+def read_costs(run: Run) -> dict[str, float]:
+    """Parameters, tokens and FLOPs of a run as train.py --dry_run prints them; nan for what it does not print."""
+    output = run_script("train.py", *run.arguments, "--dry_run")
 
     def number(pattern: str) -> float:
-        found = re.search(pattern, done.stdout)
-        return float(found.group(1).replace(",", "")) if found else math.nan
+        found = re.search(pattern, output)
+        return float(found[1].replace(",", "")) if found else math.nan
 
-    return {
-        "parameters": number(r"model: ([\d,]+) parameters"),
-        "tokens": number(r"steps, ([\d,]+)"),
-        "flops": number(r"; ([\d.e+]+) in all"),
-    }
+    parameters, tokens = number(r"model: ([\d,]+) parameters"), number(r"steps, ([\d,]+)")
+    return {"parameters": parameters, "tokens": tokens, "flops": tokens * number(r"FLOPs: ([\d.e+]+)")}
 
 
-def flops_per_second(child: Child, cost: dict, children: list[Child]) -> float:
-    """Training FLOP/s here: of the study's finished runs, else of a few steps by bench.py; nan where neither can say."""
-    known = [c.read("results.json") for c in children if c.state() == "done"]
-    rates = sorted(r["train_flops"] / r["train_seconds"] for r in known if r.get("train_seconds"))
-    if rates:
-        return rates[len(rates) // 2]
-    output = child.folder.parent.parent / "bench.json"
+def measure_flops_per_second(run: Run, cost: dict[str, float], all_runs: list[Run]) -> float:
+    """Median of the study's finished runs, otherwise of a few steps of `run` in bench.py; nan if bench.py fails."""
+    finished = [read_json(r.folder / "results.json") for r in all_runs if r.state() == "done"]
+    if rates := [r["train_flops"] / r["train_seconds"] for r in finished if r.get("train_seconds")]:
+        return statistics.median(rates)
+    output = run.folder.parent.parent / "bench.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        str(ROOT / "bench.py"),
-        *child.command[:-2],
-        "--steps=5",
-        "--real_data=True",
-        f"--output={output}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    try:  # without the last two arguments, --seed and --out_dir, which bench.py does not have
+        run_script("bench.py", *run.arguments[:-2], "--steps=5", "--real_data=True", f"--output={output}")
+    except UserError:
         return math.nan
-    found = json.loads(output.read_text(encoding="utf-8"))
-    return found["tokens_per_second"] * cost["flops"] / cost["tokens"]
+    return json.loads(output.read_text(encoding="utf-8"))["tokens_per_second"] * cost["flops"] / cost["tokens"]
 
 
-def estimate(children: list[Child]) -> None:
-    """Print every command, and tokens, FLOPs and time of the whole."""
-    costs = {}
-    for child in children:
-        if child.arm not in costs:
-            costs[child.arm] = ask_train(child)
-        print(f"{child.state():>6}  python train.py {shlex.join(child.command)}")
+def print_costs(planned: list[Run]) -> None:
+    costs: dict[str, dict[str, float]] = {}
+    for run in planned:
+        print(f"{run.state():>7}  python train.py {shlex.join(run.arguments)}")
+        if run.arm not in costs:
+            costs[run.arm] = read_costs(run)
     print(f"\n{'arm':<40} {'parameters':>14} {'tokens':>14} {'FLOPs':>10}")
     for arm, cost in costs.items():
         print(f"{arm:<40} {cost['parameters']:>14,.0f} {cost['tokens']:>14,.0f} {cost['flops']:>10.3g}")
-    left = [c for c in children if c.state() != "done"]
-    tokens, flops = (sum(costs[c.arm][k] for c in left) for k in ("tokens", "flops"))
-    rate = flops_per_second(children[0], costs[children[0].arm], children)
-    seconds = flops / rate / max(1, max_parallel)
-    when = (
-        "time unknown"
-        if math.isnan(seconds)
-        else f"about {clock(seconds)} of training at {rate / 1e9:,.0f} GFLOP/s a run"
-    )
-    print(f"{len(left)} of {len(children)} runs to do: {tokens:,.0f} tokens, {flops:.3g} FLOPs, {when}")
+    remaining = [run for run in planned if run.state() != "done"]
+    tokens, flops = (sum(costs[run.arm][key] for run in remaining) for key in ("tokens", "flops"))
+    rate = measure_flops_per_second(planned[0], costs[planned[0].arm], planned)
+    seconds, speed = flops / rate / max(1, max_parallel), f"{rate / 1e9:,.0f} GFLOP/s per run"
+    duration = "duration unknown" if math.isnan(seconds) else f"about {format_time(seconds)} at {speed}"
+    print(f"{len(remaining)} of {len(planned)} runs to do: {tokens:,.0f} tokens, {flops:.3g} FLOPs, {duration}")
 
 
-def clock(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
 
 
-def run_all(children: list[Child]) -> None:
-    """Run what is not done, max_parallel at a time. A signal stops the runs too, which save and are gone on with later."""
-    waiting = [c for c in children if c.state() in ("new", "begun") or (retry and c.state() == "failed")]
-    places = devices.split(",") if devices else [""]
-    running: dict[Child, str] = {}
-    before, total, began, stopped = len(children) - len(waiting), len(children), time.time(), []
-
-    def stop(number, frame):
-        stopped.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    ended, live = before, Live()
-    print(f"{name}: {total} runs, {ended} ended before")
-    while (waiting and not stopped) or running:
-        while waiting and not stopped and len(running) < max(1, max_parallel):
-            child = waiting.pop(0)
-            place = min(places, key=list(running.values()).count)
-            child.start(place, stopped)
-            running[child] = place
-        if stopped and running:
-            for child in running:
-                if child.process:
-                    child.process.send_signal(signal.SIGTERM)
-            for child in running:
-                if child.process:
-                    child.process.wait()
-        elif not any(c.process is None or c.process.poll() is not None for c in running):
-            try:
-                next(iter(running)).process.wait(interval)
-            except subprocess.TimeoutExpired:
-                pass
-        for child in [c for c in running if c.ended()]:
-            del running[child]
-            if stopped:
-                continue
-            ended += 1
-            state, found = child.state(), child.read("results.json")
-            value = found.get(metric) if state == "done" else None
-            what = (
-                failure(child) if state != "done" else f"{metric} {value:.4f}" if value is not None else f"no {metric}"
-            )
-            left = (time.time() - began) / (ended - before) * (total - ended)
-            live.draw([])
-            print(f"{ended:>4}/{total}  {child.title:<44} {what}  left {clock(left)}", flush=True)
-        rows = [f"   ...  {c.title}: {c.progress()}" for c in running]
-        live.draw(
-            [*rows, f"{ended} of {total} ended, {len(running)} running, {len(waiting)} to come"] if running else []
-        )
-    if stopped:
-        print(
-            f"stopped with {sum(c.state() == 'done' for c in children)} of {total} runs done: the same command goes on"
-        )
-        raise SystemExit(128 + stopped[0])
+# -----------------------------------------------------------------------------
+# Running
 
 
-class Live:
-    """Lines at the foot of a terminal that are drawn anew in their place. Elsewhere nothing is drawn."""
+class LiveDisplay:
+    """Lines at the bottom of a terminal that are redrawn in place. Nothing is drawn where stdout is not a terminal."""
 
     def __init__(self):
-        self.count = 0
+        self.height = 0
 
-    def draw(self, lines: list[str]) -> None:
+    def show(self, lines: list[str]) -> None:
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1
-            up = f"\033[{self.count}A\033[J" if self.count else ""
-            print(up + "".join(f"{line[:width]}\n" for line in lines), end="", flush=True)
-            self.count = len(lines)
+            erase = f"\033[{self.height}A\033[J" if self.height else ""
+            print(erase + "".join(f"{line[:width]}\n" for line in lines), end="", flush=True)
+            self.height = len(lines)
 
 
-def failure(child: Child) -> str:
-    lines = (child.folder / "train.log").read_text(encoding="utf-8").splitlines() if child.folder.exists() else []
-    errors = [line for line in lines if line.startswith("error: ")] or lines[-1:]
-    return f"FAILED ({' '.join(errors[-1:])[:120]}), see {child.folder}/train.log"
+def run_all(planned: list[Run]) -> None:
+    """Run everything that is not done, max_parallel at a time.
+
+    SIGINT and SIGTERM are passed on to the runs, which save a checkpoint: the same command resumes them.
+    """
+    states = ("new", "started", "failed") if retry else ("new", "started")
+    queue = [run for run in planned if run.state() in states]
+    running: dict[Run, str] = {}  # run -> its device
+    total, ended_before = len(planned), len(planned) - len(queue)
+    ended = ended_before
+    signals, start_time, display = catch_signals(), time.time(), LiveDisplay()
+    print(f"{name}: {total} runs, {ended_before} already ended")
+    while (queue and not signals) or running:
+        while queue and not signals and len(running) < max(1, max_parallel):
+            run, device = queue.pop(0), min(devices.split(","), key=list(running.values()).count)
+            run.start(device, signals)
+            running[run] = device
+        next_update = time.monotonic() + interval
+        while time.monotonic() < next_update and not signals and all(run.is_running() for run in running):
+            time.sleep(0.05)
+        if signals:
+            processes = [run.process for run in running if run.process]
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            for process in processes:
+                process.wait()
+        for run in [run for run in running if not run.is_running()]:
+            del running[run]
+            run.finish()
+            if not signals:
+                ended += 1
+                seconds_per_run = (time.time() - start_time) / (ended - ended_before)
+                remaining = format_time(seconds_per_run * (total - ended))
+                display.show([])
+                print(f"{ended:>4}/{total}  {run.title:<44} {run.outcome()}  {remaining} remaining", flush=True)
+        rows = [f"   ...  {run.title}: {run.last_line(STEP_LINE)}" for run in running]
+        rows += [f"{ended} of {total} ended, {len(running)} running, {len(queue)} queued"] * bool(running)
+        display.show(rows)
+    if signals:
+        done = sum(run.state() == "done" for run in planned)
+        print(f"stopped with {done} of {total} runs done; the same command resumes")
+        raise SystemExit(128 + signals[0])
 
 
-def collect(children: list[Child]) -> list[dict]:
-    """A row for each finished run: its arm, what was set, and results.json."""
-    rows = []
-    for child in children:
-        if child.state() == "done":
-            results, config = child.read("results.json"), child.read("config.json")
-            row = {
-                "arm": child.arm, "seed": child.seed, "path": str(child.folder), "step": results["total_steps"],
-                "params": results["model_parameters"], **{k: config[k] for k in ("n_embd", "n_layer", "n_head")},
-                **child.keys,
-            }  # fmt: skip
-            plain = {k: v for k, v in results.items() if not isinstance(v, dict | list) and k not in row}
-            rows.append(row | plain)
-    return rows
+# -----------------------------------------------------------------------------
+# Results
 
 
-# 97.5 % quantiles of Student's t by degrees of freedom, then the normal's
-T_QUANTILE = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)  # fmt: skip
-
-
-def interval_of(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (Student's t; nan for fewer than two values)."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, math.nan
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    t = T_QUANTILE[n - 2] if n - 2 < len(T_QUANTILE) else 1.96 + 2.4 / (n - 1)
-    return mean, t * spread / math.sqrt(n)
-
-
-def compare(rows: list[dict], order: list[str]) -> list[dict]:
-    """Each arm: n, mean, std, min, max of the metric, and its difference to the first arm over the seeds both have."""
-    table = []
-    by_arm = {
-        arm: {r["seed"]: r[metric] for r in rows if r["arm"] == arm and r.get(metric) is not None} for arm in order
-    }
-    first = by_arm[order[0]]
-    for arm in order:
-        found = by_arm[arm]
-        if not found:
-            continue
-        values = list(found.values())
-        mean = sum(values) / len(values)
-        std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
-        entry = dict(arm=arm, n=len(values), mean=mean, std=std, min=min(values), max=max(values))
-        pairs = [found[s] - first[s] for s in found if s in first]
-        if arm != order[0] and pairs:
-            entry["difference"], half = interval_of(pairs)
-            entry["interval"] = None if math.isnan(half) else [entry["difference"] - half, entry["difference"] + half]
-        table.append(entry)
-    return table
-
-
-def fairness(children: list[Child]) -> list[str]:
-    """What differs between the arms beside the keys of their axes, parameters and tokens included; [] if nothing does."""
-    told, firsts = [], {}
-    for child in children:
-        if child.state() == "done":
-            firsts.setdefault(child.arm, child)
-    if not firsts:
-        return []
-    first, *others = firsts.values()
-    config, results = first.read("config.json"), first.read("results.json")
-    for other in others:
-        theirs, got = other.read("config.json"), other.read("results.json")
-        meant = (
-            first.keys.keys() | other.keys.keys() | {"seed", "out_dir", "device", "resume", "n_kv_head", "mlp_hidden"}
-        )
-        for key in sorted(config.keys() & theirs.keys() - meant):
-            if config[key] != theirs[key]:
-                told.append(f"{other.arm}: {key} is {theirs[key]!r}, in {first.arm} {config[key]!r}")
-        for key in other.keys:
-            if key in theirs and theirs[key] != other.keys[key] and other.keys[key]:  # 0 stands for what is derived
-                told.append(f"{other.arm}: {key} was to be {other.keys[key]!r} and is {theirs[key]!r}")
-        for key in ("dataset", "block_size"):
-            if config[key] != theirs[key]:
-                told.append(f"{other.arm}: {key} {theirs[key]}, so other evaluation windows than {first.arm}")
-        for key, least in (("model_parameters", 0.02), ("tokens", 0.0)):
-            if abs(got[key] / results[key] - 1) > least:
-                told.append(f"{other.arm}: {got[key]:,} {key.replace('model_', '')}, {first.arm} {results[key]:,}")
-    return told
-
-
-def report(children: list[Child], folder: Path) -> None:
-    """Print and write the study's tables."""
-    rows = collect(children)
-    order = list(dict.fromkeys(c.arm for c in children))
-    columns = list(dict.fromkeys(k for row in rows for k in row))
+def report(planned: list[Run], folder: Path) -> None:
+    """Write the study's tables, and print the comparison of its arms."""
+    rows = [run.row() for run in planned if run.state() == "done"]
+    order = list(dict.fromkeys(run.arm for run in planned))
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    if rows and not any(isinstance(row.get(metric), int | float) for row in rows):
-        known = [k for k in rows[0] if isinstance(rows[0][k], float)]
-        raise ValueError(f"--metric={metric}: the runs have no such number, but {', '.join(known)}")
-    table = compare(rows, order) if rows else []
-    unfair, failed = fairness(children), [c.title for c in children if c.state() == "failed"]
-    summary = dict(
-        name=name, base=base, metric=metric, seeds=seeds, arms=table, differences=unfair, failed=failed, runs=rows
-    )
-    (folder / "sweep_summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    if not table:
+    write_csv(folder / "results.csv", rows)
+    atomic_write(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    check_metric(rows, metric)
+    table = compare_arms(rows, metric, order)
+    differences = unintended_differences(rows, {run.arm: run.keys for run in planned}, STUDY_KEYS)
+    failed = [run.title for run in planned if run.state() == "failed"]
+    summary = dict(name=name, base=base, metric=metric, seeds=seeds, arms=table, differences=differences, failed=failed)
+    atomic_write(folder / "sweep_summary.json", json.dumps(summary | {"runs": rows}, indent=1))
+    if arms:  # named arms are an ablation: the first arm, then the largest effects first
+        table = table[:1] + sorted(table[1:], key=lambda entry: -abs(entry.get("difference", 0)))
+    if table:
+        print_statistics(table, metric, order[0])
+    else:
         print("no run has finished")
-        return
-    if arms:  # an ablation: the base, then the largest effect first
-        table = table[:1] + sorted(table[1:], key=lambda e: -abs(e.get("difference", 0)))
-    print(f"\n{metric:<40} {'n':>2} {'mean':>9} {'std':>8}   difference to {order[0]}, 95 % interval")
-    for e in table:
-        line = f"{e['arm']:<40} {e['n']:>2} {e['mean']:>9.4f} " + (
-            f"{e['std']:>8.4f}" if e["std"] is not None else f"{'':>8}"
-        )
-        if "difference" in e:
-            line += f"   {e['difference']:+.4f}"
-            line += f"  [{e['interval'][0]:+.4f}, {e['interval'][1]:+.4f}]" if e["interval"] else "  (one seed)"
-        print(line)
-    for line in unfair:
-        print(f"not alike: {line}")
-    if not unfair and len(order) > 1:
-        print("the arms differ in their own keys alone, with equal parameters (2 %) and tokens")
+    for line in differences:
+        print(f"also different: {line}")
+    if not differences and len(table) > 1:
+        print("the arms differ only in their own keys; parameters (within 2 %) and tokens are equal")
     for title in failed:
         print(f"failed: {title} (--retry runs it again)")
-    print(
-        f"{folder}/ has results.csv, results.jsonl, sweep_summary.json; python research/plot.py --results={folder} draws"
-    )
+    files = "results.csv, results.jsonl, sweep_summary.json"
+    print(f"{folder}/ has {files}; python research/plot.py --results={folder} draws them")
 
 
 def main() -> None:
     if not (axes or zipped or arms or base):
-        raise ValueError("which study? Name its file, such as config/sweep/width.py")
+        raise UserError("no study given: name its file, such as config/sweep/width.py")
     folder = Path(output_dir or f"out/{name}")
-    children = plan(folder)
+    planned = plan_runs(folder)
     if list_runs:
-        print(json.dumps([dict(run=n, arm=c.arm, seed=c.seed) for n, c in enumerate(children)]))
+        print(json.dumps([dict(run=n, arm=run.arm, seed=run.seed) for n, run in enumerate(planned)]))
         return
     if dry_run:
-        estimate(children)
+        print_costs(planned)
         return
-    if runs:
-        if not all(-1 <= n < len(children) for n in runs):
-            raise ValueError(f"--runs={runs}: the study has runs 0 to {len(children) - 1}")
-        mine = [children[n] for n in runs if n >= 0]
-        run_all(mine)
-        if -1 in runs:
-            report(children, folder)
-        if any(c.state() != "done" for c in mine):
-            raise SystemExit(1)
-        return
-    run_all(children)
-    report(children, folder)
-    if any(c.state() == "failed" for c in children):
+    if not all(-1 <= n < len(planned) for n in runs):
+        raise UserError(f"--runs={runs}: the study has runs 0 to {len(planned) - 1}")
+    with_tables = not runs or -1 in runs
+    if with_tables and len(seeds) > 1 and len(planned) > len(seeds):
+        check_scipy("confidence intervals")  # now, not after hours of training
+    chosen = [planned[n] for n in runs if n >= 0] if runs else planned
+    run_all(chosen)
+    if with_tables:
+        report(planned, folder)
+    if any(run.state() == "failed" or (runs and run.state() != "done") for run in chosen):
         raise SystemExit(1)
 
 

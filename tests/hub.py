@@ -1,4 +1,4 @@
-"""A hub of models and corpora on 127.0.0.1, for the real clients."""
+"""A small Hugging Face hub on 127.0.0.1, for its real clients."""
 
 import hashlib
 import http.server
@@ -9,9 +9,11 @@ import urllib.parse
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub and datasets ask for, of models and of corpora.
+    """Answers the requests of huggingface_hub and datasets, for models and for corpora.
 
-    server.repos: {id: {path: bytes}}, a path of the parquet branch after @; server.ranges counts the parts asked for.
+    server.repos: {id: {path: bytes}}; a path that starts with @ is on the parquet branch.
+    server.faults: faults of the next files sent, each used once; "cut" sends half of the file.
+    server.ranges counts the range requests.
     """
 
     protocol_version = "HTTP/1.1"
@@ -19,7 +21,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self, body, code=200, **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(code)
-        for name, value in {"Content-Length": len(body), **headers}.items():
+        for name, value in {"Content_Length": len(body), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
@@ -43,7 +45,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 
     def do_POST(self):
-        self.asked = self.rfile.read(int(self.headers["Content-Length"]))
+        self.body = self.rfile.read(int(self.headers["Content-Length"]))
         self.do_GET()
 
     do_HEAD = do_GET
@@ -53,10 +55,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if data is None:
             return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
         about = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": commit}
-        if not (wanted := self.headers.get("Range")):
+        if self.command == "GET" and self.server.faults and self.server.faults.pop(0) == "cut":
+            self.close_connection = True
+            return self.answer(data[: len(data) // 2], **about, Content_Length=len(data))
+        if not (requested := self.headers.get("Range")):
             return self.answer(data, **about)
         self.server.ranges += 1
-        begin, end = wanted.removeprefix("bytes=").split("-")
+        begin, end = requested.removeprefix("bytes=").split("-")
         end = min(int(end or len(data)), len(data) - 1)
         part = data[int(begin) : end + 1]
         self.answer(part, 206, Content_Range=f"bytes {begin}-{end}/{len(data)}", **about)
@@ -69,14 +74,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
         folders = {"/".join(p.split("/")[:n]) for p in files for n in range(1, p.count("/") + 1)}
         if rest.startswith("paths-info"):
-            paths = urllib.parse.parse_qs(self.asked.decode()).get("paths") or json.loads(self.asked)["paths"]
+            paths = urllib.parse.parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
             return self.answer([entry(p) for p in paths if p in files or p in folders])
         if rest.startswith("tree"):
-            under = rest.removeprefix("tree").strip("/")
-            below = [p for p in [*files, *folders] if p != under and p.startswith(f"{under}/" if under else "")]
+            parent = rest.removeprefix("tree").strip("/")
+            paths = [p for p in [*files, *folders] if p != parent and p.startswith(f"{parent}/" if parent else "")]
             if "recursive=true" not in self.path.lower():
-                below = [p for p in below if "/" not in p[len(under) :].strip("/")]
-            return self.answer([entry(p) for p in below])
+                paths = [p for p in paths if "/" not in p[len(parent) :].strip("/")]
+            return self.answer([entry(p) for p in paths])
         about = {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
         self.answer({"id": repo, "sha": commit, "siblings": [{"rfilename": p} for p in files], **about})
 
@@ -94,8 +99,8 @@ def parquet(rows: list[dict]) -> bytes:
 
 
 def start_hub(repos: dict[str, dict[str, bytes]]) -> tuple[http.server.ThreadingHTTPServer, dict[str, str]]:
-    """The server, and the environment in which Hugging Face's clients ask it."""
+    """Start a hub; returns the server and the environment variables that direct Hugging Face's clients to it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.ranges = repos, 0
+    server.repos, server.faults, server.ranges = repos, [], 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -1,4 +1,4 @@
-"""The pipeline as a DAG of a real Airflow, which lives in an environment of its own (kept in pytest's cache)."""
+"""The pipeline as a DAG in a real Airflow, installed in an environment of its own in pytest's cache."""
 
 import os
 import re
@@ -13,22 +13,21 @@ from test_research import TINY
 
 @pytest.fixture(scope="module")
 def airflow(request) -> Path:
-    """Airflow's command."""
-    place = Path(request.config.cache.mkdir("airflow")) / f"{sys.version_info.major}.{sys.version_info.minor}"
-    command = place / "bin" / "airflow"
-    if not (place / "whole").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
-        subprocess.run([place / "bin" / "pip", "install", "-q", "apache-airflow>=3,<4"], check=True)
-        (place / "whole").touch()
-    return command
+    """The airflow command."""
+    folder = Path(request.config.cache.mkdir("airflow")) / f"{sys.version_info.major}.{sys.version_info.minor}"
+    if not (folder / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([folder / "bin" / "pip", "install", "-q", "apache-airflow>=3,<4"], check=True)
+        (folder / "complete").touch()
+    return folder / "bin" / "airflow"
 
 
-def test_airflow_imports_the_dag_and_runs_a_small_pipeline_to_the_end(airflow, chars):
+def test_airflow_imports_the_dag_and_runs_a_small_pipeline(airflow, chars):
     (chars / "study.py").write_text(f"name = 'study'\nbase = {TINY!r}\naxes = {{'n_embd': [16, 32]}}\nseeds = [1]\n")
     steps = {
         "sweep": {"run": "research/sweep.py study.py --interval=0.2"},
         "plot": {"run": "research/plot.py --results=out/study", "after": ["sweep"], "retries": 2},
-        "told": {"run": 'python -c \'import os; open("told", "w").write(os.environ["WORD"])\'', "env": {"WORD": 7}},
+        "env": {"run": 'python -c \'import os; open("env", "w").write(os.environ["WORD"])\'', "env": {"WORD": 7}},
     }
     (chars / "pipe.py").write_text(f"name = 'pipe'\nenv = {{'OMP_NUM_THREADS': 1}}\nsteps = {steps!r}\n")
     env = os.environ | {
@@ -38,19 +37,19 @@ def test_airflow_imports_the_dag_and_runs_a_small_pipeline_to_the_end(airflow, c
     }  # fmt: skip
     env.pop("PYTHONPATH", None)
 
-    def call(*arguments) -> str:
+    def run_airflow(*arguments) -> str:
         done = subprocess.run(
             [airflow, *arguments], env=env, cwd=chars, capture_output=True, text=True, timeout=400, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    call("db", "migrate")
-    assert "No data found" in call("dags", "list-import-errors")
-    log = call("dags", "test", "gpt_research_pipeline")
+    run_airflow("db", "migrate")
+    assert "No data found" in run_airflow("dags", "list-import-errors")
+    log = run_airflow("dags", "test", "gpt_research_pipeline")
     ended = re.findall(r"end task task_id=(\w+) map_index=(-?\d+)", log)
     assert {("sweep_list", "-1"), ("sweep_run", "0"), ("sweep_run", "1"), ("sweep", "-1"), ("plot", "-1")} < set(ended)
     assert ended.index(("sweep", "-1")) < ended.index(("plot", "-1"))
     assert "state=success" in log
     assert len((chars / "out" / "study" / "results.jsonl").read_text().splitlines()) == 2
-    assert (chars / "out" / "study" / "comparison.png").exists() and (chars / "told").read_text() == "7"
+    assert (chars / "out" / "study" / "comparison.png").exists() and (chars / "env").read_text() == "7"

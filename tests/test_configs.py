@@ -14,7 +14,7 @@ WORDS = r"(\d+) layers, (\d+) heads, width (\d+)"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_config_is_the_model_of_its_header(path):
+def test_a_config_builds_the_model_its_header_describes(path):
     header = "\n".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
     layers, heads, width = map(int, re.search(WORDS, header).groups())
     parameters = int(re.search(r"([\d,]+) parameters", header).group(1).replace(",", ""))

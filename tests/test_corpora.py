@@ -1,4 +1,4 @@
-"""Corpora by name and the chat mix, from a hub of datasets on 127.0.0.1, through the real `datasets`."""
+"""prepare_text.py --source: public corpora and the chat mix, read by the real `datasets` from a hub on 127.0.0.1."""
 
 import random
 import time
@@ -11,14 +11,16 @@ from test_prepare import documents_of
 
 import prepare_text
 from common.shards import load_dataset
+from common.tokenizer import gpt2_tokenizer, same_vocabulary
+from configurator import UserError
 
 
-def tell(count: int) -> list[str]:
+def make_pages(count: int) -> list[str]:
     rng, words = random.Random(4), TEXT.split()
     return [f"Page {n}. " + " ".join(rng.choice(words) for _ in range(rng.randrange(20, 300))) for n in range(count)]
 
 
-PAGES = tell(1500)
+PAGES = make_pages(1500)
 ROWS = [{"text": t} for t in PAGES]
 WIKI = ["", " = One = \n", "\n", " = = Early life = = \n", " It began . \n", " = Two = \n", " It went on . \n"]
 CONFIGS = "---\nconfigs:\n- config_name: {0}\n  data_files:\n  - split: validation\n    path: {0}/validation*\n  - split: train\n    path: {0}/train*\n---\n"
@@ -43,7 +45,7 @@ GSM8K = [
 
 
 def corpora() -> dict[str, dict[str, bytes]]:
-    """What the hub has."""
+    """The contents of the hub: {id: {path: bytes}}."""
     wiki = "wikitext-2-raw-v1"
     return {
         "Skylion007/openwebtext": {
@@ -86,19 +88,18 @@ def splits(tmp_path, name) -> dict[str, list[str]]:
     return {split: documents_of(dataset, split) for split in ("train", "val")}
 
 
-def test_a_corpus_is_streamed_split_by_hash_and_rid_of_duplicates(run, hub, tmp_path):
+def test_a_corpus_is_streamed_split_by_hash_and_deduplicated(run, hub, tmp_path):
     hub.repos["Skylion007/openwebtext"]["plain_text/train-00003-of-00004.parquet"] = parquet(ROWS[100:150])
-    run("prepare_text.py", "--source=openwebtext", "--shard_tokens=20000", "--max_tokens=10_000_000")
+    keys = ["--source=openwebtext", "--shard_tokens=20000", "--max_tokens=10_000_000"]
+    run("prepare_text.py", *keys)
     found = splits(tmp_path, "openwebtext")
     assert sorted(found["train"] + found["val"]) == sorted(PAGES)
     assert 0.07 < len(found["val"]) / len(PAGES) < 0.13
-    assert found["train"] == [t for t in PAGES if t in set(found["train"])]  # in their order
+    assert found["train"] == [t for t in PAGES if t in set(found["train"])]  # in the order of the corpus
     assert not list((tmp_path / "data" / "openwebtext").glob("*.part"))
-    asked = hub.ranges
-    assert "nothing to do" in run(
-        "prepare_text.py", "--source=openwebtext", "--shard_tokens=20000", "--max_tokens=10_000_000"
-    )
-    assert hub.ranges == asked
+    requests = hub.ranges
+    assert "nothing to do" in run("prepare_text.py", *keys)
+    assert hub.ranges == requests
     run("prepare_text.py", "--source=openwebtext", "--dataset=few", "--max_docs=100")
     few = splits(tmp_path, "few")
     assert sorted(few["train"] + few["val"]) == sorted(PAGES[:100])
@@ -107,18 +108,18 @@ def test_a_corpus_is_streamed_split_by_hash_and_rid_of_duplicates(run, hub, tmp_
     assert 400 < short.val[0].tokens < 600 and 4998 <= short.train[0].tokens + short.val[0].tokens <= 5000
 
 
-def test_killed_while_it_streams_it_goes_on_without_a_repeated_or_missing_document(run, hub, tmp_path):
+def test_a_killed_stream_resumes_without_a_repeated_or_missing_document(run, hub, tmp_path):
     hub.repos["Skylion007/openwebtext"]["plain_text/train-00003-of-00004.parquet"] = parquet(ROWS[::3])
     keys = ["--source=Skylion007/openwebtext", "--shard_tokens=3000"]
     run("prepare_text.py", *keys, "--dataset=whole")
-    dice, killed, shards = random.Random(5), 0, tmp_path / "data" / "parts"
+    rng, killed, shards = random.Random(5), 0, tmp_path / "data" / "parts"
     while killed < 6 and not (shards / "meta.json").exists():
         before = len(list(shards.glob("*.npy")))
         script = Script("prepare_text.py", *keys, "--dataset=parts", cwd=tmp_path)
         deadline = time.monotonic() + 30
         while len(list(shards.glob("*.npy"))) == before and time.monotonic() < deadline:
             time.sleep(0.001)
-        time.sleep(0.03 * dice.random())
+        time.sleep(0.03 * rng.random())
         script.kill()
         killed += script.wait().returncode == -9
     run("prepare_text.py", *keys, "--dataset=parts")
@@ -128,11 +129,11 @@ def test_killed_while_it_streams_it_goes_on_without_a_repeated_or_missing_docume
         assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
 
 
-def test_no_script_of_a_corpus_is_run_its_parquet_files_are_read(run, hub, tmp_path):
+def test_a_corpus_with_a_loading_script_is_read_from_its_parquet_copy(run, hub, tmp_path):
     run("prepare_text.py", "--source=openwebtext10k", "--tokenizer=bpe", "--vocab_size=300")
     found = splits(tmp_path, "openwebtext10k")
     assert sorted(found["train"] + found["val"]) == sorted(PAGES[:300])
-    run("prepare_text.py", "--source=c4", "--tokenizer=char")  # the part of it that is there as parquet
+    run("prepare_text.py", "--source=c4", "--tokenizer=char")  # the hub has a part of it as parquet
     found = splits(tmp_path, "c4")
     assert sorted(found["train"] + found["val"]) == sorted(PAGES[:60])
     run("prepare_text.py", "--source=someone/scripted", "--tokenizer=char")
@@ -140,12 +141,12 @@ def test_no_script_of_a_corpus_is_run_its_parquet_files_are_read(run, hub, tmp_p
     assert sorted(found["train"] + found["val"]) == sorted(PAGES[:50])
 
 
-def test_wikitext_is_read_by_article_with_its_own_validation(run, hub, tmp_path):
+def test_wikitext_is_read_by_article_with_its_own_validation_split(run, hub, tmp_path):
     printed = run("prepare_text.py", "--source=wikitext2", "--preview=1", "--batch_size=2", "--block_size=8")
     one = "= One = \n\n = = Early life = = \n It began ."
     found = splits(tmp_path, "wikitext2")
     assert found["val"] == [one]
-    assert found["train"] == ["= Two = \n It went on .", "= Three = \n It ended ."]  # without what is in validation
+    assert found["train"] == ["= Two = \n It went on .", "= Three = \n It ended ."]  # without the validation articles
     assert "batch 1: inputs (2, 8) int64, targets (2, 8) int64" in printed
     again = run("prepare_text.py", "--dataset=wikitext2", "--preview=2", "--batch_size=2", "--block_size=8")
     rows = [line for line in again.splitlines() if line.startswith("  '")]
@@ -160,67 +161,79 @@ def test_fineweb_edu_is_streamed_from_the_hub(run, hub, tmp_path):
     assert documents_of(dataset, "val")[:20] == PAGES[:20]
 
 
-def test_the_chat_mix_speaks_in_turns_and_names_what_it_lacks(run, refused, hub, tmp_path):
+def test_the_chat_mix_is_written_in_turns_and_reports_skipped_sources(run, refused, hub, tmp_path):
     printed = run("prepare_text.py", "--source=chat", "--max_samples_per_source=30", "--val_fraction=0.2")
-    assert "chat: without sahil2801/CodeAlpaca-20k" in printed and "chat: 30 of openai/gsm8k" in printed
+    assert "chat: skipped sahil2801/CodeAlpaca-20k" in printed and "chat: 30 of openai/gsm8k" in printed
     found = splits(tmp_path, "chat")
     turns = found["train"] + found["val"]
     assert "User: What is 7 + 7?\nAssistant: It is 14.\nThe answer is 14." in turns
     assert "User: Hello?\nAssistant: Best." in turns and not any("Hola" in t or "Second" in t for t in turns)
-    asked, then = turns.index("User: Hello?\nAssistant: Best."), "User: And then?\nAssistant: The end."
-    assert turns[asked + 1] == then  # a conversation stays together
+    first, second = turns.index("User: Hello?\nAssistant: Best."), "User: And then?\nAssistant: The end."
+    assert turns[first + 1] == second  # a conversation stays together
     assert len(turns) == 30 + 2 + 3 and not set(found["train"]) & set(found["val"]) and found["val"]
     numbers = [int(t.split()[3]) for t in turns if t.startswith("User: What is")]
     assert numbers != sorted(numbers)  # shuffled
     allowed = ["--source=chat", "--dataset=more", "--allow_synthetic=True", "--max_samples_per_source=50"]
-    assert "50 made-up sums instead of sahil2801/CodeAlpaca-20k" in run("prepare_text.py", *allowed)
+    assert "50 synthetic sums instead of sahil2801/CodeAlpaca-20k" in run("prepare_text.py", *allowed)
     hub.repos.clear()
     assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", "--dataset=none")
     assert not (tmp_path / "data" / "none").exists()
     run("train.py", *SMALL, "--dataset=chat:0.5,more:0.5", "--block_size=16")
 
 
-def test_without_a_way_to_the_hub_that_is_said_at_once(refused):
+def test_a_missing_connection_to_the_hub_is_reported_at_once(refused):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     message = refused("prepare_text.py", "--source=wikitext2", env=nowhere)
-    assert "Salesforce/wikitext cannot be read: there is no way to the hub (ConnectionError)" in message
+    assert "Salesforce/wikitext cannot be read: no connection to the hub (ConnectionError)" in message
     assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", env=nowhere)
 
 
-def test_sums_are_right():
+def test_synthetic_sums_are_correct():
     for (turn,) in islice(prepare_text.arithmetic_conversations(random.Random(1)), 300):
         a, op, b, _, result = turn.rpartition("Assistant: ")[2].split()
         assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(result)
 
 
-def test_the_list_names_every_corpus_and_fetches_nothing(run, hub):
-    printed = run("prepare_text.py", "--list")
-    assert all(
-        f"{name} " in printed and c.licence in printed and c.id in printed for name, c in prepare_text.CORPORA.items()
-    )
+def test_list_sources_prints_every_corpus_and_downloads_nothing(run, hub):
+    printed = run("prepare_text.py", "--list_sources")
+    for name, corpus in prepare_text.CORPORA.items():
+        assert f"{name} " in printed and corpus.license in printed and corpus.id in printed
     assert "chat" in printed and hub.ranges == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--source=nonsense"], "--source=nonsense: none of shakespeare"),
+        (["--source=nonsense"], "--source=nonsense: choose one of shakespeare"),
         (["--source=nobody/nothing"], "nobody/nothing cannot be read"),
         (["--source=openwebtext", "--text_field=body", "--max_docs=5"], "there is no text under 'body', only text"),
-        (["--source=c4", "--input=x.txt"], "give one of them"),
-        (["--source=openwebtext", "--special_tokens=<|user|>", "--max_docs=9"], "--special_tokens are for"),
-        (["--preview=2"], "which text?"),
-        (["--preview=2", "--dataset=gone"], "there is no dataset data/gone"),
+        (["--source=c4", "--inputs=x.txt"], "give one of them"),
+        (
+            ["--source=openwebtext", "--special_tokens=<|user|>", "--max_docs=9"],
+            "--special_tokens need --tokenizer=bpe",
+        ),
+        (["--preview=2"], "give --inputs=FILE"),
+        (["--preview=2", "--dataset=gone"], "data/gone"),
     ],
 )
-def test_bad_input_is_told_in_one_line(refused, hub, arguments, words):
+def test_bad_input_gives_a_one_line_error(refused, hub, arguments, words):
     assert words in refused("prepare_text.py", *arguments)
 
 
-def test_a_disk_too_small_is_told_before_anything_is_fetched(hub, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_downloaded(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_text, "source", "c4")
     monkeypatch.setattr(prepare_text, "data_dir", str(tmp_path))
-    monkeypatch.setattr("common.corpus.shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**30}))
-    with pytest.raises(ValueError, match="MiB are to be written, 1,024 MiB are free: --max_tokens"):
+    monkeypatch.setattr("common.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 2**30}))
+    with pytest.raises(UserError, match="needs about 5,000 MiB, 1,024 MiB are free: set --max_tokens"):
         prepare_text.main()
     assert hub.ranges == 0
+
+
+def test_only_the_tokenizer_of_a_hub_model_is_downloaded(run, refused, hub, tmp_path):
+    hub.repos["some/model"] = {"tokenizer.json": gpt2_tokenizer().to_json().encode(), "model.safetensors": b"weights"}
+    (tmp_path / "a.txt").write_text(TEXT)
+    run("prepare_text.py", "--inputs=a.txt", "--tokenizer=some/model")
+    assert same_vocabulary(load_dataset("a", tmp_path / "data").tokenizer, gpt2_tokenizer().to_dict())
+    assert not list((tmp_path / "hf").rglob("model.safetensors"))
+    message = refused("prepare_text.py", "--inputs=a.txt", "--tokenizer=no/model", "--dataset=b")
+    assert "--tokenizer=no/model: not a folder, and the hub does not have it" in message

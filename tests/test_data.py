@@ -4,21 +4,24 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from conftest import TEXT, make_nanogpt_chars
 
-from common.corpus import DatasetWriter, check_free
+import train
+from common.corpus import DatasetWriter, check_replaceable
 from common.shards import (
     MixedWindows,
     ShardWriter,
     TrainingWindows,
-    cut,
     load_dataset,
     load_mixture,
     open_shard,
+    split_shards,
     validation_batches,
     validation_windows,
 )  # fmt: skip
 from common.tokenizer import tokenizer_from_dict, word_tokenizer
+from configurator import UserError
 
 
 def write(folder, arrays, vocab=1000, split="train", shard_tokens=100):
@@ -36,7 +39,7 @@ def write_meta(folder, **shards):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def test_shards_hold_the_documents_in_order_and_meta_describes_them(tmp_path):
+def test_shards_hold_the_documents_in_order_and_meta_json_describes_them(tmp_path):
     documents = [np.arange(n) for n in (5, 250, 0, 45)]
     shards = write(tmp_path / "d", documents)
     assert [s["tokens"] for s in shards] == [100, 100, 100]
@@ -46,19 +49,19 @@ def test_shards_hold_the_documents_in_order_and_meta_describes_them(tmp_path):
     write_meta(tmp_path / "d", train=shards)
     dataset = load_dataset("d", tmp_path)
     assert sum(s.tokens for s in dataset.train) == 300 and dataset.vocab_size == 257
-    with pytest.raises(ValueError, match="--overwrite"):
-        check_free(tmp_path / "d", overwrite=False)
+    with pytest.raises(UserError, match="--overwrite"):
+        check_replaceable(tmp_path / "d", overwrite=False)
 
 
-def test_large_vocabularies_get_four_bytes_and_ids_outside_are_refused(tmp_path):
+def test_large_vocabularies_take_four_bytes_and_ids_outside_are_refused(tmp_path):
     write(tmp_path / "d", [np.array([70_000])], vocab=70_001)
     assert np.load(tmp_path / "d" / "d_train_000000.npy").tolist() == [70_000]
     for wrong in (1000, -1):
-        with pytest.raises(ValueError, match="outside the vocabulary"):
+        with pytest.raises(UserError, match="outside the vocabulary"):
             write(tmp_path / "e", [np.array([1, wrong])])
 
 
-def test_foreign_formats_are_read(tmp_path):
+def test_the_formats_of_nanogpt_build_nanogpt_and_llmc_are_read(tmp_path):
     tokens = np.arange(500, dtype=np.uint16)
     folder = tmp_path / "foreign"
     folder.mkdir()
@@ -78,7 +81,7 @@ def test_foreign_formats_are_read(tmp_path):
     assert dataset.tokenizer == {"kind": "gpt2"} and dataset.vocab_size == 50257
 
 
-def test_nanogpt_characters_are_read(tmp_path):
+def test_nanogpts_character_datasets_are_read(tmp_path):
     make_nanogpt_chars(tmp_path / "chars", TEXT)
     dataset = load_dataset("chars", tmp_path)
     tokenizer = tokenizer_from_dict(dataset.tokenizer)
@@ -86,7 +89,7 @@ def test_nanogpt_characters_are_read(tmp_path):
     assert dataset.vocab_size == len(set(TEXT))
 
 
-def test_names_that_contain_the_other_split_do_not_mix_them(tmp_path):
+def test_a_dataset_named_train_keeps_its_splits_apart(tmp_path):
     folder = tmp_path / "train"
     write_meta(folder, **{s: write(folder, [np.arange(50)], 300, s) for s in ("train", "val")})
     dataset = load_dataset("train", tmp_path)
@@ -94,11 +97,11 @@ def test_names_that_contain_the_other_split_do_not_mix_them(tmp_path):
     assert [s.path.name for s in dataset.val] == ["train_val_000000.npy"]
 
 
-def test_foreign_files_are_never_cleared_away(tmp_path):
+def test_overwriting_never_deletes_files_of_others(tmp_path):
     folder = tmp_path / "d"
     folder.mkdir()
     np.save(folder / "edufineweb_train_000001.npy", np.arange(9))
-    with pytest.raises(ValueError, match="not ours to replace"):
+    with pytest.raises(UserError, match="not ours to replace"):
         DatasetWriter(folder, {}, lambda: word_tokenizer("", 300), overwrite=True)
     assert (folder / "edufineweb_train_000001.npy").exists()
 
@@ -111,7 +114,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     (tmp_path / "chars" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Evil()}))
-    with pytest.raises(ValueError, match="only plain dicts"):
+    with pytest.raises(UserError, match="only plain dicts"):
         load_dataset("chars", tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -121,19 +124,19 @@ def test_a_truncated_shard_is_named(tmp_path, keep):
     write(tmp_path / "d", [np.arange(100)])
     path = tmp_path / "d" / "d_train_000000.npy"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="d_train_000000.npy is (truncated|damaged)"):
+    with pytest.raises(UserError, match="d_train_000000.npy is (truncated|damaged)"):
         load_dataset("d", tmp_path)
 
 
-def test_a_shard_that_meta_lists_but_is_gone_or_other_is_named(tmp_path):
+def test_a_shard_that_is_missing_or_differs_from_meta_json_is_named(tmp_path):
     folder = tmp_path / "d"
     shards = write(folder, [np.arange(300)])
     write_meta(folder, train=shards)
     np.save(folder / "d_train_000001.npy", np.zeros(50, np.uint16))
-    with pytest.raises(ValueError, match="000001.npy holds 50 tokens, meta.json says 100"):
+    with pytest.raises(UserError, match="000001.npy holds 50 tokens, meta.json says 100"):
         load_dataset("d", tmp_path)
     (folder / "d_train_000001.npy").unlink()
-    with pytest.raises(ValueError, match="lacks d_train_000001.npy"):
+    with pytest.raises(UserError, match="lacks d_train_000001.npy"):
         load_dataset("d", tmp_path)
 
 
@@ -146,7 +149,7 @@ def test_a_shard_that_meta_lists_but_is_gone_or_other_is_named(tmp_path):
     ],
 )
 def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path, name, command):
-    with pytest.raises(ValueError, match=command):
+    with pytest.raises(UserError, match=command):
         load_dataset(name, tmp_path)
 
 
@@ -154,7 +157,7 @@ def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path, name, comma
 
 
 def numbered(tmp_path, lengths, T=8, **options):
-    """Shards whose tokens are all different, so that a window tells where it is from."""
+    """Shards whose tokens all differ, so that a window tells its place."""
     folder = tmp_path / "n"
     folder.mkdir(exist_ok=True)
     begin = 0
@@ -165,17 +168,17 @@ def numbered(tmp_path, lengths, T=8, **options):
     return TrainingWindows(shards, T, 10**6, **options)
 
 
-def test_batches_are_a_function_of_seed_and_number_alone(tmp_path):
+def test_batches_are_a_function_of_the_seed_and_the_position_alone(tmp_path):
     windows = numbered(tmp_path, (300, 200))
     x, y = windows.batch(0, 200)
     assert np.array_equal(x[:, 1:], y[:, :-1])
-    for first, count in ((150, 20), (3, 7), (60, 100), (0, 1)):  # in any order, over shard and epoch boundaries
+    for first, count in ((150, 20), (3, 7), (60, 100), (0, 1)):  # in any order, across shards and epochs
         assert np.array_equal(windows.batch(first, count)[0], x[first : first + count])
     assert np.array_equal(numbered(tmp_path, (300, 200)).batch(10, 5)[0], x[10:15])
     assert not np.array_equal(numbered(tmp_path, (300, 200), seed=7).batch(0, 50)[0], x[:50])
 
 
-def test_an_epoch_visits_every_window_of_its_grid_once_and_the_next_another_grid(tmp_path):
+def test_an_epoch_visits_every_window_of_its_grid_once_and_each_epoch_has_another_grid(tmp_path):
     windows = numbered(tmp_path, (300, 200))
     epochs = [windows.batch(e * windows.per_epoch, windows.per_epoch)[0] for e in range(6)]
     for epoch in epochs:
@@ -187,28 +190,42 @@ def test_an_epoch_visits_every_window_of_its_grid_once_and_the_next_another_grid
     assert len(covered) > 490
 
 
-def test_ranks_and_accumulation_share_out_the_same_step(tmp_path):
+def test_any_number_of_ranks_reads_the_same_sequences_in_a_step(tmp_path, monkeypatch):
     windows = numbered(tmp_path, (3000,))
 
-    def step(world, accumulation, batch_size=2, number=5):
+    monkeypatch.setattr(train, "batch_size", 2)
+
+    def step(world_size, grad_accum_steps, position=5 * 16):
         rows = []
-        for micro in range(accumulation):
-            for rank in range(world):
-                place = (number * accumulation + micro) * world + rank
-                rows.append(windows.batch(place * batch_size, batch_size)[0])
+        for micro in range(grad_accum_steps):
+            for rank in range(world_size):
+                batches = train.Batches(windows, torch.device("cpu"), rank, world_size)
+                rows.append(batches.load(batches.first_sequence(position, micro))[0].numpy())
         return np.concatenate(rows)
 
-    for world, accumulation in ((2, 4), (4, 2), (8, 1)):
-        assert np.array_equal(step(world, accumulation), step(1, 8))
+    assert np.array_equal(step(1, 8), windows.batch(80, 16)[0])
+    for world_size, grad_accum_steps in ((2, 4), (4, 2), (8, 1)):
+        assert np.array_equal(step(world_size, grad_accum_steps), step(1, 8))
 
 
-def test_long_files_are_read_in_chunks_that_lose_nothing(tmp_path):
+def test_a_prefetched_batch_is_the_one_that_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "batch_size", 2)
+    batches = train.Batches(numbered(tmp_path, (3000,)), torch.device("cpu"), 0, 1)
+    expected = {first: batches.load(first) for first in (4, 6)}
+    batches.prefetch(4)
+    prefetched = batches.prefetched[1]
+    assert batches.take(4) is prefetched
+    for first in (4, 6):  # another than the prefetched one is loaded
+        assert all(torch.equal(a, b) for a, b in zip(batches.take(first), expected[first]))
+
+
+def test_long_files_are_split_without_losing_tokens(tmp_path):
     write(tmp_path / "d", [np.arange(1000) % 1000], shard_tokens=1000)
     (shard,) = load_dataset("d", tmp_path).train
-    pieces = cut([shard], chunk=300)
+    pieces = split_shards([shard], chunk=300)
     assert [p.tokens for p in pieces] == [300, 300, 300, 100]
     assert np.array_equal(np.concatenate([p.map() for p in pieces]), np.arange(1000))
-    assert sum(p.tokens for p in cut([shard, shard], 0.75, 300)) == 1500
+    assert sum(p.tokens for p in split_shards([shard, shard], 0.75, 300)) == 1500
 
 
 def test_a_fraction_of_the_data_is_its_first_part(tmp_path):
@@ -217,23 +234,23 @@ def test_a_fraction_of_the_data_is_its_first_part(tmp_path):
 
 
 @pytest.mark.parametrize(("lengths", "works"), [((9,), True), ((8,), False), ((3, 9, 2), True), ((17,), True)])
-def test_tiny_data_works_down_to_one_window(tmp_path, lengths, works):
+def test_data_as_short_as_one_window_works(tmp_path, lengths, works):
     if works:
         x, y = numbered(tmp_path, lengths).batch(0, 50)
         assert x.shape == y.shape == (50, 8) and np.array_equal(x[:, 1:], y[:, :-1])
     else:
-        with pytest.raises(ValueError, match="lower --block_size"):
+        with pytest.raises(UserError, match="lower --block_size"):
             numbered(tmp_path, lengths)
 
 
-def test_a_token_past_the_vocabulary_names_its_shard(tmp_path):
+def test_a_token_outside_the_vocabulary_names_its_shard(tmp_path):
     windows = numbered(tmp_path, (300,))
     windows.vocab_size = 250
-    with pytest.raises(ValueError, match=r"n_train_000000.npy holds token id 2\d\d, past the vocabulary of 250"):
+    with pytest.raises(UserError, match=r"n_train_000000.npy holds token id 2\d\d, outside the vocabulary of 250"):
         windows.batch(0, windows.per_epoch)
 
 
-def test_validation_windows_are_fixed_cover_the_split_and_share_out_over_ranks(tmp_path):
+def test_validation_windows_are_fixed_cover_the_split_and_are_shared_by_the_ranks(tmp_path):
     shards = numbered(tmp_path, (300, 201)).shards
     whole = validation_windows(shards, 8)
     assert len(whole) == 37 + 25
@@ -245,19 +262,19 @@ def test_validation_windows_are_fixed_cover_the_split_and_share_out_over_ranks(t
     targets = [y for rank in range(3) for _, y in validation_batches(whole, 8, 10**6, 5, rank, 3)]
     assert all(y.shape == (5, 8) for y in targets)
     assert sum((y >= 0).sum() for y in targets) == len(whole) * 8
-    with pytest.raises(ValueError, match="lower --block_size"):
+    with pytest.raises(UserError, match="lower --block_size"):
         validation_windows(shards, 400)
 
 
-def test_headers_that_lie_are_refused(tmp_path):
+def test_a_file_shorter_than_its_header_says_is_refused(tmp_path):
     path = tmp_path / "x_train_000000.bin"
     path.write_bytes(struct.pack("<3i", 20240520, 1, 1000) + bytes(1012) + bytes(100))
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(UserError, match="truncated"):
         open_shard(path)
 
 
-def test_a_shard_writer_goes_on_at_any_number_of_ids(tmp_path):
-    """Stopped after a save at `known` ids, having written `written`: what is not known is written again."""
+def test_a_shard_writer_resumes_at_any_number_of_ids(tmp_path):
+    """A writer recorded `known` ids, wrote on to `written` and died: the next one writes again what was not recorded."""
     ids = np.arange(1000) % 777
     (tmp_path / "whole").mkdir()
     whole = ShardWriter(tmp_path / "whole", "{:06d}.npy".format, 1000, 100)
@@ -286,7 +303,7 @@ def test_a_shard_writer_goes_on_at_any_number_of_ids(tmp_path):
 
 
 def mixed(tmp_path, weights, T=8):
-    """Two datasets whose tokens tell where they are from: below 1000 and above."""
+    """Two datasets whose tokens tell them apart: below 1000 and from 1000 on."""
     parts = []
     for n, length in enumerate((900, 300)):
         folder = tmp_path / f"m{n}"
@@ -297,30 +314,30 @@ def mixed(tmp_path, weights, T=8):
     return MixedWindows(parts, weights, seed=3)
 
 
-def test_a_mixture_has_the_weights_it_was_given_in_every_stretch(tmp_path):
+def test_a_mixture_keeps_its_weights_in_every_stretch(tmp_path):
     windows = mixed(tmp_path, (0.7, 0.3))
     rows = np.concatenate([windows.batch(n * 100, 100)[0] for n in range(100)])
     second = rows[:, 0] >= 1000
     assert second.mean() == pytest.approx(0.3, abs=0.001)
     for stretch in second.reshape(-1, 500):
         assert 0.2 < stretch.mean() < 0.4
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         mixed(tmp_path, (0.0, 0.0))
 
 
-def test_a_mixtures_windows_are_a_function_of_their_number_and_follow_each_parts_own_order(tmp_path):
+def test_a_mixtures_windows_depend_on_their_position_alone_and_keep_each_datasets_order(tmp_path):
     windows = mixed(tmp_path, (3, 1))
-    each = np.concatenate([windows.batch(n, 1)[0] for n in range(3000)])
-    for part, chosen in enumerate((each[:, 0] < 1000, each[:, 0] >= 1000)):
-        own = each[chosen]
+    rows = np.concatenate([windows.batch(n, 1)[0] for n in range(3000)])
+    for part, chosen in enumerate((rows[:, 0] < 1000, rows[:, 0] >= 1000)):
+        own = rows[chosen]
         assert np.array_equal(own, windows.parts[part].batch(0, len(own))[0])
-    for first, count in ((0, 10), (500, 64), (2040, 20), (2900, 100)):  # over the ends of blocks and epochs
+    for first, count in ((0, 10), (500, 64), (2040, 20), (2900, 100)):  # across the ends of blocks and epochs
         x, y = windows.batch(first, count)
         assert np.array_equal(x[:, 1:], y[:, :-1])
-        assert sorted(map(tuple, x)) == sorted(map(tuple, each[first : first + count]))
+        assert sorted(map(tuple, x)) == sorted(map(tuple, rows[first : first + count]))
 
 
-def test_mixtures_are_read_by_name_and_need_one_vocabulary(tmp_path):
+def test_a_mixture_needs_names_weights_and_one_vocabulary(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         np.arange(100, dtype=np.uint16).tofile(tmp_path / name / "train.bin")
@@ -335,5 +352,5 @@ def test_mixtures_are_read_by_name_and_need_one_vocabulary(tmp_path):
         ("a:1,a:2", "is named twice"),
         ("a,c", "there is no dataset"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(UserError, match=words):
             load_mixture(wrong, tmp_path)

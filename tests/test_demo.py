@@ -1,4 +1,4 @@
-"""The page, in a real browser (Debian's chromium)."""
+"""demo.py's page, in a real browser (Debian's chromium)."""
 
 import http.client
 import shutil
@@ -14,7 +14,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a run that has learned the alphabet, and a broken one."""
+    """A folder with a run that has learned the alphabet, and a damaged run."""
     folder = tmp_path_factory.mktemp("demo")
     make_nanogpt_chars(folder / "data" / "abc", ALPHABET * 100)
     done = call(
@@ -36,8 +36,8 @@ class Demo:
             self.port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.script = Script("demo.py", f"--port={self.port}", "--device=cpu", *arguments, cwd=folder)
-        until = time.monotonic() + 120
-        while time.monotonic() < until and "shows the page" not in self.script.stdout:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and "shows the page" not in self.script.stdout:
             time.sleep(0.1)
         assert "shows the page" in self.script.stdout, self.script.stdout + self.script.stderr
 
@@ -55,7 +55,7 @@ def demo(trained):
 
 @pytest.fixture(scope="module")
 def slow(trained):
-    """A page whose tokens come ten a second."""
+    """A page that shows ten tokens a second."""
     served = Demo(trained, "--out_dir=out/abc", "--pace=0.1")
     yield served
     served.end()
@@ -73,8 +73,8 @@ def browser():
 
 def open_page(browser, demo):
     page = browser.new_page(viewport={"width": 1200, "height": 900})
-    page.asked = []
-    page.on("request", lambda r: page.asked.append(r.url))
+    page.requests = []
+    page.on("request", lambda r: page.requests.append(r.url))
     page.goto(demo.url)
     page.get_by_role("button", name="Generate").wait_for()
     return page
@@ -97,13 +97,13 @@ def text_of(page, name="text"):
     return page.locator(f"#{name} textarea").input_value()
 
 
-def eventually(true, seconds=30):
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if true():
+def eventually(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
             return
         time.sleep(0.05)
-    assert true()
+    assert condition()
 
 
 def watch(page, name="text"):
@@ -126,7 +126,7 @@ def letters_after(start, n):
     return start + "".join(ALPHABET[(at + k) % 26] for k in range(n))
 
 
-def test_enter_writes_and_tokens_arrive_one_by_one(browser, slow):
+def test_enter_starts_and_tokens_arrive_one_by_one(browser, slow):
     page = open_page(browser, slow)
     greedy(page)
     set_value(page, "max_new_tokens", 20)
@@ -141,7 +141,7 @@ def test_enter_writes_and_tokens_arrive_one_by_one(browser, slow):
     page.close()
 
 
-def test_sliders_and_the_seed_have_their_effect(page):
+def test_sliders_and_seed_change_the_text(page):
     page.locator("#prompt textarea").fill("abc")
     set_value(page, "max_new_tokens", 10)
 
@@ -156,15 +156,15 @@ def test_sliders_and_the_seed_have_their_effect(page):
     set_value(page, "top_k", 0)
     set_value(page, "temperature", 2.0)
     set_value(page, "seed", 5)
-    bold = written()
-    assert bold != letters_after("abc", 10) and written() == bold
+    text = written()
+    assert text != letters_after("abc", 10) and written() == text
     set_value(page, "seed", 6)
-    assert written() != bold
+    assert written() != text
     set_value(page, "top_p", 0)
     assert written() == letters_after("abc", 10)
 
 
-def test_stop_stops(browser, slow):
+def test_stop_ends_the_text(browser, slow):
     page = open_page(browser, slow)
     page.locator("#prompt textarea").fill("abc")
     set_value(page, "max_new_tokens", 500)
@@ -178,7 +178,7 @@ def test_stop_stops(browser, slow):
     page.close()
 
 
-def test_two_visitors_at_once(browser, slow):
+def test_two_visitors_are_served_at_once(browser, slow):
     pages = [open_page(browser, slow) for _ in range(2)]
     starts = ("abc", "xyz")
     for page, start in zip(pages, starts):
@@ -188,13 +188,13 @@ def test_two_visitors_at_once(browser, slow):
     for page in pages:
         page.get_by_role("button", name="Generate").click()
     eventually(lambda: all(len(text_of(page)) > 3 for page in pages))
-    assert all(len(text_of(page)) < 43 for page in pages)  # neither waits for the other's end
+    assert all(len(text_of(page)) < 43 for page in pages)  # neither waits until the other is done
     eventually(lambda: [text_of(page) for page in pages] == [letters_after(start, 40) for start in starts])
     for page in pages:
         page.close()
 
 
-def test_a_million_characters_and_one_that_is_not_known_are_told(page):
+def test_long_prompts_and_unknown_characters_are_reported(page):
     box = page.locator("#prompt textarea")
     box.fill("a" * 1_000_000)
     box.press("Enter")
@@ -210,7 +210,7 @@ def test_a_million_characters_and_one_that_is_not_known_are_told(page):
     assert "the last 64 of the prompt's 520 tokens" in page.locator("#speed").inner_text()
 
 
-def test_a_broken_checkpoint_is_told_and_the_old_model_stays(page):
+def test_a_damaged_checkpoint_is_reported_and_the_old_model_stays(page):
     page.locator("#run input").click()
     page.get_by_role("option", name="out/broken").click()
     page.get_by_text("best.pt is damaged").first.wait_for()
@@ -222,7 +222,7 @@ def test_a_broken_checkpoint_is_told_and_the_old_model_stays(page):
     eventually(lambda: text_of(page) == letters_after("abc", 10))
 
 
-def test_a_checkpoint_that_breaks_while_it_is_shown(browser, trained):
+def test_a_checkpoint_damaged_while_it_is_shown_is_reported_and_the_loaded_model_stays(browser, trained):
     shutil.copytree(trained / "out" / "abc", trained / "out" / "live")
     served = Demo(trained, "--out_dir=out/live")
     page = open_page(browser, served)
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_breaks_while_it_is_shown(browser, trained):
     shutil.rmtree(trained / "out" / "live")
 
 
-def test_the_next_token_and_what_it_could_have_been(page):
+def test_the_next_token_tab_shows_the_most_likely_tokens(page):
     page.get_by_role("tab", name="Next token").click()
     greedy(page)
     page.locator("#grown textarea").fill("abc")
@@ -252,9 +252,9 @@ def test_the_next_token_and_what_it_could_have_been(page):
     eventually(lambda: text_of(page, "grown") == letters_after("abcd", 10))
 
 
-def test_a_chat(page):
+def test_chat_continues_the_conversation_until_it_is_cleared(page):
     page.get_by_role("tab", name="Chat").click()
-    page.get_by_text("It is no chat model: it goes on with your text.").wait_for()
+    page.get_by_text("It is no chat model: it continues your text.").wait_for()
     greedy(page)
     set_value(page, "max_new_tokens", 10)
     for said, answer in (("abc", "defghijklm"), ("nop", "qrstuvwxyz")):
@@ -270,7 +270,7 @@ def test_a_chat(page):
     eventually(lambda: "defghijklm" not in page.locator("#talked").inner_text())
 
 
-def test_the_next_message_is_typed_while_the_answer_comes_and_clear_ends_it(browser, slow):
+def test_typing_during_an_answer_is_kept_and_clear_ends_the_answer(browser, slow):
     page = open_page(browser, slow)
     page.get_by_role("tab", name="Chat").click()
     greedy(page)
@@ -285,14 +285,14 @@ def test_the_next_message_is_typed_while_the_answer_comes_and_clear_ends_it(brow
     page.close()
 
 
-def test_a_seed_that_is_none_is_told(page):
+def test_an_invalid_seed_is_reported(page):
     for seed in ("99999999999999999999999", "seven"):
         set_value(page, "seed", seed)
         page.get_by_role("button", name="Generate").click()
         page.get_by_text(f"The seed {seed} is not a whole number").first.wait_for()
 
 
-def test_the_loss_curve_of_the_run(page):
+def test_the_loss_tab_shows_curve_and_results(page):
     page.get_by_role("tab", name="Loss").click()
     image = page.locator("#curve img")
     image.wait_for()
@@ -304,11 +304,11 @@ def test_no_request_leaves_the_machine(page):
     for tab in ("Chat", "Next token", "Loss", "Write"):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(200)
-    hosts = {urlparse(url).hostname for url in page.asked if not url.startswith(("data:", "blob:"))}
+    hosts = {urlparse(url).hostname for url in page.requests if not url.startswith(("data:", "blob:"))}
     assert hosts == {"127.0.0.1"}
 
 
-def test_without_a_run_it_says_how_to_get_one_and_finds_it_later(browser, trained, tmp_path):
+def test_without_a_run_the_page_says_how_to_train_one_and_finds_it_later(browser, trained, tmp_path):
     served = Demo(tmp_path)
     page = open_page(browser, served)
     page.get_by_role("button", name="Generate").click()
@@ -326,7 +326,7 @@ def test_without_a_run_it_says_how_to_get_one_and_finds_it_later(browser, traine
     served.end()
 
 
-def test_it_listens_where_it_is_told_and_only_there(demo, refused):
+def test_it_listens_on_its_address_only(demo, refused):
     def answers(address):
         try:
             http.client.HTTPConnection(address, demo.port, timeout=5).request("GET", "/")
@@ -334,7 +334,7 @@ def test_it_listens_where_it_is_told_and_only_there(demo, refused):
             return False
         return True
 
-    assert answers("127.0.0.1") and not answers("127.0.0.2")  # a server on all addresses has both
+    assert answers("127.0.0.1") and not answers("127.0.0.2")  # a server on all addresses would answer on both
     assert f"--port={demo.port}: cannot listen there" in refused("demo.py", f"--port={demo.port}")
     assert "--port=70000: must be between 1 and 65535" in refused("demo.py", "--port=70000")
     assert "there is no checkpoint gone" in refused("demo.py", "--out_dir=gone")

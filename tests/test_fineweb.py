@@ -1,4 +1,4 @@
-"""build_fineweb_shards.py over real parquet and JSONL files, read by the real `datasets`."""
+"""build_fineweb_shards.py on real parquet and JSONL files, read by the real `datasets`."""
 
 import json
 import random
@@ -13,19 +13,19 @@ from common.shards import HEADERS, load_dataset
 from common.tokenizer import tokenizer_from_dict
 
 
-def pages(count: int) -> list[str]:
+def make_pages(count: int) -> list[str]:
     rng, words = random.Random(5), TEXT.split()
     return [f"Page {n}. " + " ".join(rng.choice(words) for _ in range(rng.randrange(20, 400))) for n in range(count)]
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Six files of 250 pages, of each kind; returns the pages by file."""
+    """Six parquet files and six JSONL files of 250 pages each; returns the pages by file."""
     import pyarrow
     import pyarrow.parquet
 
-    told = pages(1500)
-    files = [told[n : n + 250] for n in range(0, 1500, 250)]
+    pages = make_pages(1500)
+    files = [pages[n : n + 250] for n in range(0, 1500, 250)]
     for kind in ("parquet", "jsonl"):
         (tmp_path / kind).mkdir()
     for n, texts in enumerate(files):
@@ -36,7 +36,7 @@ def corpus(tmp_path):
 
 
 def documents(folder) -> list[str]:
-    """The documents in the order of the shards' numbers, validation first."""
+    """The documents in the order of the shard numbers, validation first."""
     meta = json.loads((folder / "meta.json").read_text())
     names = sorted((s["file"] for split in meta["shards"].values() for s in split), key=lambda name: name[-10:])
     ids = np.concatenate([np.load(folder / name) for name in names])
@@ -44,7 +44,7 @@ def documents(folder) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_pages_become_shards_of_one_size_the_first_for_validation(run, corpus, tmp_path, kind):
+def test_shards_have_equal_size_and_the_first_is_for_validation(run, corpus, tmp_path, kind):
     printed = run("build_fineweb_shards.py", f"--source={kind}", "--shard_tokens=50000")
     folder = tmp_path / "data" / kind
     dataset = load_dataset(kind, tmp_path / "data")
@@ -54,32 +54,31 @@ def test_pages_become_shards_of_one_size_the_first_for_validation(run, corpus, t
     ]
     assert {s.tokens for s in (*dataset.val, *dataset.train[:-1])} == {50000} and len(dataset.train) > 2
     assert documents(folder) == [t for file in corpus for t in file]
-    assert "the text ended in" in printed and dataset.train[-1].path.name in printed
+    assert "the last shard, " in printed and dataset.train[-1].path.name in printed
     assert "nothing to do" in run("build_fineweb_shards.py", f"--source={kind}", "--shard_tokens=50000")
     run("train.py", *SMALL, f"--dataset={kind}", "--final_eval_tokens=1000", "--max_iters=2")
 
 
-def test_killed_anywhere_it_goes_on_without_a_repeated_or_missing_page(run, corpus, tmp_path):
+def test_a_killed_build_resumes_without_a_repeated_or_missing_page(run, corpus, tmp_path):
     keys = ["--source=parquet", "--shard_tokens=10000"]
     run("build_fineweb_shards.py", *keys, "--dataset=whole")
-    parts, dice, on_the_way = tmp_path / "data" / "parts", random.Random(7), 0
-    while not (parts / "meta.json").exists() and on_the_way < 12:
+    parts, rng, killed = tmp_path / "data" / "parts", random.Random(7), 0
+    while not (parts / "meta.json").exists() and killed < 12:
         before = len(list(parts.glob("*[0-9].npy")))
         script = Script("build_fineweb_shards.py", *keys, "--dataset=parts", cwd=tmp_path)
         deadline = time.monotonic() + 60
         while len(list(parts.glob("*[0-9].npy"))) == before and time.monotonic() < deadline:
             time.sleep(0.001)
-        time.sleep(0.02 * dice.random())
+        time.sleep(0.02 * rng.random())
         script.kill()
-        on_the_way += script.wait().returncode == -9
+        killed += script.wait().returncode == -9
     run("build_fineweb_shards.py", *keys, "--dataset=parts")
     assert documents(tmp_path / "data" / "parts") == documents(tmp_path / "data" / "whole")
     assert documents(tmp_path / "data" / "parts") == [t for file in corpus for t in file]
-    assert on_the_way > 2 and not list((tmp_path / "data" / "parts").glob("*.part"))
+    assert killed > 2 and not list((tmp_path / "data" / "parts").glob("*.part"))
 
 
-def test_every_shard_is_a_place_to_go_on_from(run, corpus, tmp_path):
-    """Stopped behind each shard in turn, by a limit on tokens that is lifted."""
+def test_max_tokens_gives_the_first_shards_of_the_whole_dataset(run, corpus, tmp_path):
     keys = ["--source=jsonl", "--shard_tokens=30000"]
     run("build_fineweb_shards.py", *keys, "--dataset=whole")
     whole = tmp_path / "data" / "whole"
@@ -91,22 +90,22 @@ def test_every_shard_is_a_place_to_go_on_from(run, corpus, tmp_path):
             assert np.array_equal(np.load(path), np.load(whole / path.name.replace("parts", "whole")))
 
 
-def test_workers_share_the_pages_and_write_other_shards(run, refused, corpus, tmp_path):
+def test_workers_read_different_pages_and_write_different_shards(run, refused, corpus, tmp_path):
     found, names = [], set()
     for worker in range(3):
         keys = [f"--worker={worker}", "--num_workers=3", f"--data_dir=machine{worker}", "--dataset=d"]
         run("build_fineweb_shards.py", "--source=parquet", "--shard_tokens=20000", *keys)
         folder = tmp_path / f"machine{worker}" / "d"
         found += documents(folder)
-        mine = {p.name for p in folder.glob("*.npy")}
-        assert not mine & names
-        names |= mine
+        written = {p.name for p in folder.glob("*.npy")}
+        assert not written & names
+        names |= written
     assert sorted(found) == sorted(t for file in corpus for t in file)
     assert [n for n in names if "val" in n] == ["d_val_000000.npy"]
-    assert "there are 6 files" in refused("build_fineweb_shards.py", "--source=parquet", "--num_workers=7")
+    assert "the source has only 6 files" in refused("build_fineweb_shards.py", "--source=parquet", "--num_workers=7")
 
 
-def test_public_shards_are_fetched_checked_and_kept(run, refused, web, tmp_path):  # noqa: F811
+def test_pretokenized_shards_are_downloaded_checked_and_kept(run, refused, web, tmp_path):  # noqa: F811
     magic = next(m for m, dtype in HEADERS.items() if dtype == "uint16")
     ids = np.arange(3000, dtype=np.uint16)
     header = np.zeros(256, np.int32)
@@ -117,36 +116,36 @@ def test_public_shards_are_fetched_checked_and_kept(run, refused, web, tmp_path)
     run("build_fineweb_shards.py", *keys, "--max_tokens=300_000_000")
     dataset = load_dataset("fineweb10B", tmp_path / "data")
     assert sum(s.tokens for s in dataset.train) == 6000 and dataset.vocab_size == 50257
-    asked = len(web.asked)
+    requests = len(web.asked)
     run("build_fineweb_shards.py", *keys, "--max_tokens=300_000_000")
-    assert len(web.asked) == asked
+    assert len(web.asked) == requests
     web.files["fineweb_train_000003.bin"] = header.tobytes()
     assert "is truncated" in refused("build_fineweb_shards.py", *keys, "--max_tokens=400_000_000")
+    assert not (tmp_path / "data" / "fineweb10B" / "fineweb_train_000003.bin").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--sample=1T"], "--sample=1T: choose one of 10BT"),
-        (["--worker=2", "--num_workers=2"], "--worker=2 --num_workers=2"),
-        (["--num_workers=2", "--tokenizer=a/b"], "shards put together are read as GPT-2's"),
+        (["--worker=2", "--num_workers=2"], "--worker=2: must be less than --num_workers=2"),
+        (["--shard_tokens=0"], "--shard_tokens=0: must be at least 1"),
+        (["--num_workers=2", "--tokenizer=a/b"], "--num_workers=2 needs --tokenizer=gpt2"),
         (["--pretokenized=c4"], "--pretokenized=c4: choose one of"),
         (["--source=none"], "there is no .parquet or .jsonl file"),
         (["--source=jsonl,parquet"], "give files of one kind"),
         (["--source=jsonl", "--text_field=body"], "there is no text under 'body', only text: set --text_field"),
     ],
 )
-def test_bad_input_is_told_in_one_line(refused, corpus, arguments, words):
+def test_bad_input_gives_a_one_line_error(refused, corpus, arguments, words):
     assert words in refused("build_fineweb_shards.py", *arguments)
 
 
-def test_a_disk_too_small_is_told_before_the_start(corpus, tmp_path):
+def test_a_full_disk_is_reported_before_the_start(corpus, tmp_path):
     done = call("build_fineweb_shards.py", "--sample=350BT", cwd=tmp_path)
-    assert done.returncode == 2 and "are to be written" in done.stderr and not (tmp_path / "data").exists()
+    assert done.returncode == 2 and "needs about 667,572 MiB" in done.stderr and not (tmp_path / "data").exists()
 
 
-def test_a_hub_that_cannot_be_reached_is_told(refused):
-    offline = {"HF_HUB_OFFLINE": "1"}
-    assert "HuggingFaceFW/fineweb-edu cannot be read" in refused(
-        "build_fineweb_shards.py", "--max_tokens=1000", env=offline
-    )
+def test_an_unavailable_hub_is_reported(refused):
+    message = refused("build_fineweb_shards.py", "--max_tokens=1000", env={"HF_HUB_OFFLINE": "1"})
+    assert "HuggingFaceFW/fineweb-edu cannot be read" in message

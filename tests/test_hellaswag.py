@@ -1,4 +1,4 @@
-"""eval_hellaswag.py against the plain way of scoring, over a server of its own, on several ranks, and in training."""
+"""eval_hellaswag.py: against scoring one ending at a time, with a server of its own, on several ranks, and in training."""
 
 import json
 import random
@@ -42,8 +42,8 @@ def plain_losses(model, question):
     for ending in question.endings:
         ids = (question.context + ending)[-model.config.block_size - 1 :]
         logits, _ = model(torch.tensor([ids[:-1]]))
-        each = F.cross_entropy(logits[0].float(), torch.tensor(ids[1:]), reduction="none")
-        losses.append(each[-len(ending) :].sum().item())
+        per_token = F.cross_entropy(logits[0].float(), torch.tensor(ids[1:]), reduction="none")
+        losses.append(per_token[-len(ending) :].sum().item())
     return losses
 
 
@@ -51,24 +51,24 @@ def plain_losses(model, question):
     "options", [{}, dict(pos="rope", n_kv_head=1, norm="rmsnorm"), dict(block_size=40), dict(pos="none")]
 )
 @pytest.mark.parametrize("scoring", ["classic", "harness"])
-def test_shared_contexts_and_batches_change_nothing(options, scoring):
+def test_shared_contexts_and_batches_give_the_losses_of_one_ending_at_a_time(options, scoring):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**dict(vocab_size=50257, n_layer=2, n_head=2, n_embd=32, block_size=128) | options)).eval()
     torch.nn.init.normal_(model.lm_head.weight, std=0.3)
     tokenizer = gpt2_tokenizer()
     questions = [eval_hellaswag.QUESTIONS[scoring](e, tokenizer) for e in examples(30)]
-    if "block_size" in options:  # here contexts are cut, by the example's longest ending
+    if "block_size" in options:  # contexts lose their front, as much as the longest ending needs
         questions = [q._replace(context=q.context[-(41 - max(map(len, q.endings))) :]) for q in questions]
     with torch.no_grad():
         expected = [plain_losses(model, q) for q in questions]
     for batch_size in (1, 3, 16):
         found = np.zeros((30, 4))
-        for chosen, losses in eval_hellaswag.ending_losses(model, questions, batch_size):
-            found[chosen] = losses
+        for indices, losses in eval_hellaswag.ending_losses(model, questions, batch_size):
+            found[indices] = losses
         assert found == pytest.approx(np.array(expected), abs=2e-3, rel=1e-4)
 
 
-def test_the_texts_are_those_of_the_two_conventions():
+def test_questions_have_the_texts_of_the_two_conventions():
     tokenizer = gpt2_tokenizer()
     example = {
         "activity_label": "Cooking", "ctx_a": "[header] How to cook [title] Boil water. [step]", "ctx_b": "then  you",
@@ -76,19 +76,17 @@ def test_the_texts_are_those_of_the_two_conventions():
     }  # fmt: skip
     classic, harness = (make(example, tokenizer) for make in eval_hellaswag.QUESTIONS.values())
     assert tokenizer.decode(classic.context) == example["ctx"]
-    assert tokenizer.decode(classic.endings[0]) == " wait. [substeps] Sit." and classic.lengths[0] == len(
-        classic.endings[0]
-    )
+    assert tokenizer.decode(classic.endings[0]) == " wait. [substeps] Sit."
+    assert classic.lengths[0] == len(classic.endings[0])
     assert tokenizer.decode(harness.context) == "Cooking: How to cook. Boil water. Then you"
     assert tokenizer.decode(harness.endings[0]) == " wait. Sit." and harness.lengths[0] == len("wait. Sit.")
 
 
-def test_accuracy_is_the_share_of_right_choices_and_each_is_written(run, file, tmp_path, gpt2_vocabulary):
+def test_accuracy_is_the_fraction_of_right_choices_and_every_choice_is_written(run, file, tmp_path, gpt2_vocabulary):
     save_gpt2(tmp_path / "m", vocab_size=50257, n_positions=128)
     save_gpt2_tokenizer(tmp_path / "m", gpt2_vocabulary)
-    printed = run(
-        "eval_hellaswag.py", "-m", "m", "-d", "cpu", "--data=hs.jsonl", "--output=r/o.jsonl", "--dtype=float32"
-    )
+    options = ["--data=hs.jsonl", "--output=r/o.jsonl", "--dtype=float32"]
+    printed = run("eval_hellaswag.py", "-m", "m", "-d", "cpu", *options)
     rows = [json.loads(line) for line in open(tmp_path / "r" / "o.jsonl")]
     assert [r["ind"] for r in rows] == [7 * n for n in range(50)]
     for scoring in ("classic", "harness"):
@@ -101,13 +99,13 @@ def test_accuracy_is_the_share_of_right_choices_and_each_is_written(run, file, t
     assert "7 examples" in few and "harness" not in few
 
 
-def test_ranks_share_the_examples(run, file, tmp_path):
+def test_ranks_share_the_examples_and_give_the_same_scores(run, file, tmp_path):
     save_llama(tmp_path / "m", vocab_size=50304, max_position_embeddings=128)
     keys = ["--init_from=m", "--data=hs.jsonl", "--dtype=float32", "--device=cpu"]
     alone = run("eval_hellaswag.py", *keys, "--output=one.jsonl")
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        Script("eval_hellaswag.py", *keys, "--output=two.jsonl", cwd=tmp_path, env={**where, "RANK": str(r)})
+        Script("eval_hellaswag.py", *keys, "--output=two.jsonl", cwd=tmp_path, env={**env, "RANK": str(r)})
         for r in range(2)
     ]
     assert [r.wait(90).returncode for r in ranks] == [0, 0], [r.stderr for r in ranks]
@@ -121,9 +119,11 @@ def test_ranks_share_the_examples(run, file, tmp_path):
     assert scores[0] == scores[1] and not ranks[1].stdout
 
 
-def test_the_split_is_downloaded_once_and_counted(run, refused, tmp_path, web, monkeypatch):  # noqa: F811
+def test_a_split_is_downloaded_once_and_its_examples_are_counted(run, refused, tmp_path, web, monkeypatch):  # noqa: F811
     save_llama(tmp_path / "m", vocab_size=50304, max_position_embeddings=128)
-    monkeypatch.setitem(eval_hellaswag.SPLITS, "test", 10)  # warm.py forks other processes: here, in this one
+    monkeypatch.setitem(
+        eval_hellaswag.SPLITS, "test", 10
+    )  # warm.py forks other processes: this holds for the calls below
     web.files["hellaswag_test.jsonl"] = "".join(json.dumps(e) + "\n" for e in examples(10, labels=False)).encode()
     monkeypatch.setattr(eval_hellaswag, "source", web.url)
     assert len(eval_hellaswag.find_examples("test", str(tmp_path))) == 10
@@ -135,16 +135,10 @@ def test_the_split_is_downloaded_once_and_counted(run, refused, tmp_path, web, m
     assert "404" in refused("eval_hellaswag.py", *keys, "--split=train")
 
 
-def test_training_scores_itself_on_the_way(run, tmp_path):
+def test_training_scores_hellaswag_at_intervals_and_at_the_end(run, tmp_path):
     make_nanogpt_chars(tmp_path / "data" / "chars", TEXT)
-    texts = [
-        {
-            "ctx": TEXT[40 * n : 40 * n + 20],
-            "endings": [TEXT[9 * k : 9 * k + 6] + "x"[:0] for k in range(1, 5)],
-            "label": n % 4,
-        }
-        for n in range(20)
-    ]
+    endings = [TEXT[9 * k : 9 * k + 6] for k in range(1, 5)]
+    texts = [{"ctx": TEXT[40 * n : 40 * n + 20], "endings": endings, "label": n % 4} for n in range(20)]
     (tmp_path / "hs.jsonl").write_text("".join(json.dumps(e) + "\n" for e in texts))
     keys = [*SMALL, "--dataset=chars", "--hellaswag_data=hs.jsonl", "--hellaswag_limit=16"]
     printed = run("train.py", *keys, "--hellaswag_interval=2")
@@ -154,24 +148,18 @@ def test_training_scores_itself_on_the_way(run, tmp_path):
     assert [int(step) for step, _, _ in scored] == [2, 4, 6]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert float(scored[-1][2]) == pytest.approx(results["hellaswag_acc_norm"], abs=1e-4)
-    alone = run(
-        "eval_hellaswag.py",
-        "--out_dir=out",
-        "--init_from=out/ckpt.pt",
-        "--data=hs.jsonl",
-        "--limit=16",
-        "--dtype=float32",
-    )
+    options = ["--out_dir=out", "--init_from=out/ckpt.pt", "--data=hs.jsonl", "--limit=16", "--dtype=float32"]
+    alone = run("eval_hellaswag.py", *options)
     assert f"acc {results['hellaswag_acc']:.4f} acc_norm {results['hellaswag_acc_norm']:.4f}" in alone
     without = run("train.py", *SMALL, "--dataset=chars", "--out_dir=without")
     found = [
         [json.loads(x).get("train_loss") for x in open(tmp_path / d / "metrics.jsonl") if "train_loss" in x]
         for d in ("out", "without")
     ]
-    assert found[0] == found[1] and "HellaSwag" not in without  # it does not move the training
+    assert found[0] == found[1] and "HellaSwag" not in without  # scoring does not change the training
 
 
-def test_training_refuses_what_it_could_not_score_before_its_first_step(refused, tmp_path):
+def test_training_refuses_examples_it_cannot_score_before_its_first_step(refused, tmp_path):
     make_nanogpt_chars(tmp_path / "data" / "chars", TEXT)
     keys = [*SMALL, "--dataset=chars", "--hellaswag_interval=4", "--hellaswag_data=hs.jsonl"]
     example = {"ctx": TEXT[:20], "endings": [TEXT[:99]] * 4, "label": 0}
@@ -186,16 +174,16 @@ def test_training_refuses_what_it_could_not_score_before_its_first_step(refused,
     [
         (["--split=dev"], "--split=dev: choose one of train, val, test"),
         (["--scoring=best"], "--scoring=best: choose"),
-        (["--data=gone"], "--data=gone: there is no such file"),
+        (["--data=gone"], "--data=gone: no such file"),
         (["--data=empty.jsonl"], "empty.jsonl holds no examples"),
-        (["--data=bad.jsonl"], "bad.jsonl, line 2: not an example of HellaSwag: it takes a ctx and four endings"),
-        (["--data=worse.jsonl"], "worse.jsonl, line 1: not an example of HellaSwag: there is no 'ctx'"),
+        (["--data=bad.jsonl"], "bad.jsonl, line 2: not a HellaSwag example: it needs a ctx and four endings"),
+        (["--data=worse.jsonl"], "worse.jsonl, line 1: not a HellaSwag example: there is no 'ctx'"),
         (["--limit=-1"], "--limit=-1"),
         (["--data=good.jsonl", "--init_from=nowhere"], "nowhere"),
         (["--data=long.jsonl", "--init_from=m"], "more tokens than the model's context of 48"),
     ],
 )
-def test_bad_input_is_told_in_one_line(refused, tmp_path, arguments, words):
+def test_bad_input_is_refused_in_one_line(refused, tmp_path, arguments, words):
     good = examples(3)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "good.jsonl").write_text(json.dumps(good[0]) + "\n")

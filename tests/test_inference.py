@@ -1,4 +1,4 @@
-"""Weights made ready for decoding, and generate()'s step of fixed shapes, against the plain model."""
+"""Models prepared for decoding, the decoding step of static shapes, sampling and beam search, against the plain model."""
 
 import copy
 import itertools
@@ -6,9 +6,20 @@ import itertools
 import pytest
 import torch
 
-import model as model_file
-from common.inference import Int8Linear, PackedLinear, beam_search, chat_prompt, for_inference, packs
-from model import GPT, DecodeStep, GPTConfig, KVCache, choose, one_ahead
+from common.cpu import Int8Linear, PackedLinear, packed_linear_is_available
+from common.inference import (
+    DecodeStep,
+    beam_search,
+    chat_prompt,
+    complete,
+    for_inference,
+    one_ahead,
+    stream_ids,
+)  # fmt: skip
+from common.lora import add_lora
+from common.pretrained import GPT2_CONV1D
+from configurator import UserError
+from model import GPT, GPTConfig, KVCache, sample_next_token
 
 CPU = torch.device("cpu")
 
@@ -29,10 +40,10 @@ def collect(iterator) -> torch.Tensor:
 @pytest.mark.parametrize(
     "switches", [{}, dict(bias=False, mlp="swiglu", norm="rmsnorm", pos="rope", tie_weights=False)]
 )
-def test_packed_weights_are_the_same_model(switches):
+def test_packed_weights_give_the_same_logits_and_text(switches):
     plain = new_model(**switches)
     packed = for_inference(copy.deepcopy(plain), CPU, torch.float32)
-    if packs(CPU, torch.float32):
+    if packed_linear_is_available(CPU, torch.float32):
         assert isinstance(packed.lm_head, PackedLinear) and isinstance(packed.transformer.h[1].mlp.c_fc, PackedLinear)
     idx = torch.randint(203, (3, 20))
     torch.testing.assert_close(packed(idx)[0], plain(idx)[0], atol=1e-4, rtol=0)
@@ -41,73 +52,71 @@ def test_packed_weights_are_the_same_model(switches):
     )
 
 
-def test_in_bfloat16_it_is_as_close_as_autocast():
+def test_bfloat16_weights_are_as_accurate_as_autocast():
     plain, idx = new_model(), torch.randint(203, (3, 20))
-    want = plain(idx)[0]
+    expected = plain(idx)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        noise = (plain(idx)[0].float() - want).norm() / want.norm()
+        noise = (plain(idx)[0].float() - expected).norm() / expected.norm()
     packed = for_inference(copy.deepcopy(plain), CPU, torch.bfloat16)
-    assert (packed(idx)[0].float() - want).norm() / want.norm() < 3 * noise
+    assert (packed(idx)[0].float() - expected).norm() / expected.norm() < 3 * noise
 
 
-@pytest.mark.parametrize("width", [64, 680, 36])  # of which the CPU's kernel takes the first
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_eight_bits_are_the_weights_to_the_nearest_step(kind, width):
+@pytest.mark.parametrize("width", [64, 680, 36])  # the CPU's int8 kernel takes the first only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_weights_are_rounded_to_the_nearest_step(dtype, width):
     layer = torch.nn.Linear(width, 96)
     layer.weight.data[5] = 0
-    eight = Int8Linear(copy.deepcopy(layer), kind).to(kind)
+    quantized = Int8Linear(copy.deepcopy(layer), dtype).to(dtype)
     scale = layer.weight.abs().amax(1, keepdim=True) / 127
-    rounded = eight.weight.float() * eight.scale.float()[:, None]
+    rounded = quantized.weight.float() * quantized.scale.float()[:, None]
     assert ((rounded - layer.weight).abs() <= scale * 0.51 + layer.weight.abs() / 200).all()
     for rows in (1, 3, 40):  # the kernel for few rows, and the product for many
-        x = torch.randn(rows, width).to(kind)
-        want = x.float() @ rounded.t() + layer.bias
-        torch.testing.assert_close(
-            eight(x[None])[0].float(), want, atol=1e-5 if kind == torch.float32 else 3e-2, rtol=1e-2
-        )
+        x = torch.randn(rows, width).to(dtype)
+        expected, atol = x.float() @ rounded.t() + layer.bias, 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(quantized(x[None])[0].float(), expected, atol=atol, rtol=1e-2)
 
 
-def test_a_model_of_eight_bits_predicts_almost_the_same():
+def test_an_int8_model_predicts_almost_the_same():
     plain, idx = new_model(), torch.randint(203, (8, 40))
-    want = plain(idx)[0].log_softmax(-1)
+    expected = plain(idx)[0].log_softmax(-1)
     got = for_inference(copy.deepcopy(plain), CPU, torch.float32, "int8")(idx)[0].log_softmax(-1)
-    assert 0 < (want.exp() * (want - got)).sum(-1).mean() < 0.01  # KL in nats
-    with pytest.raises(ValueError, match="--quantize=int4: choose int8"):
+    assert 0 < (expected.exp() * (expected - got)).sum(-1).mean() < 0.01  # KL in nats
+    with pytest.raises(UserError, match="--quantize=int4: choose one of nothing, int8"):
         for_inference(plain, CPU, torch.float32, "int4")
 
 
-def test_lora_is_merged_first():
+def test_lora_is_merged_before_decoding():
     tuned = new_model()
-    tuned.add_lora(4, 8.0)
+    add_lora(tuned, 4, 8.0)
     for n, p in tuned.named_parameters():
         if "lora_b" in n:
             torch.nn.init.normal_(p, std=0.1)
     idx = torch.randint(203, (2, 9))
-    want = tuned(idx)[0]
-    torch.testing.assert_close(for_inference(tuned, CPU, torch.float32)(idx)[0], want, atol=1e-4, rtol=0)
+    expected = tuned(idx)[0]
+    torch.testing.assert_close(for_inference(tuned, CPU, torch.float32)(idx)[0], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("pos, kv, attn", [*itertools.product(("learned", "rope", "none"), (4, 2), ("sdpa", "manual"))])
-def test_the_step_of_fixed_shapes_is_the_plain_one(pos, kv, attn):
+def test_decoding_with_static_shapes_gives_the_same_text(pos, kv, attn):
     model = new_model(pos=pos, n_kv_head=kv, attn=attn, block_size=300)
-    idx = torch.randint(203, (2, 240))
+    idx, steps = torch.randint(203, (2, 240)), []
 
-    def pick(logits):
-        return choose(logits[:, -1], 0, 0, 1.0, 0.0)
+    def make_step(*parts):
+        steps.append(DecodeStep(*parts))
+        return steps[0]
 
-    cache = KVCache(model.config, 2, 300, CPU, torch.float32)
-    step = DecodeStep(model, cache, pick)
-    with torch.no_grad():
-        ids = collect(model._decode(idx, idx.size(1), 100, pick, cache, step, ()))
-    assert set(step.graphs) == {256, 300}  # two reaches, and back to the first when the context was full
+    ids = collect(model.generate(idx, 100, temperature=0, make_step=make_step))
+    assert set(steps[0].graphs) == {256, 300}  # two lengths, and the first again after the context was full
     assert torch.equal(ids, collect(model.generate(idx, 100, temperature=0)))
 
 
-def test_a_long_prompt_goes_in_parts_and_equal_rows_once(monkeypatch):
+def test_a_long_prompt_is_read_in_pieces_and_identical_rows_once(monkeypatch):
     model = new_model(block_size=200)
     seen = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda idx, **more: seen.append(tuple(idx.shape)) or forward(idx, **more))
+    monkeypatch.setattr(
+        model, "forward", lambda idx, **options: seen.append(tuple(idx.shape)) or forward(idx, **options)
+    )
     idx = torch.randint(203, (2, 150))
     same = idx[:1].expand(300, -1)
     for rows, shapes in (
@@ -118,16 +127,16 @@ def test_a_long_prompt_goes_in_parts_and_equal_rows_once(monkeypatch):
         cache = KVCache(model.config, len(rows), 160, CPU, torch.float32)
         seen.clear()
         logits = model.prefill(rows, cache)
-        assert seen == shapes and cache.filled == 150
+        assert seen == shapes and cache.kv_len == 150
         for row in (0, -1):
             torch.testing.assert_close(logits[row], forward(rows[row][None])[0][0, -1:], atol=1e-4, rtol=0)
             after, _ = forward(torch.tensor([[7]] * len(rows)), cache=cache)
             whole = torch.cat((rows[row], torch.tensor([7])))[None]
             torch.testing.assert_close(after[row], forward(whole)[0][0, -1:], atol=1e-4, rtol=0)
-            cache.filled = 150
+            cache.kv_len = 150
 
 
-def test_one_ahead_hands_out_everything_and_starts_the_next_first():
+def test_one_ahead_returns_every_item_after_starting_the_next():
     started = []
 
     def numbers(n):
@@ -140,41 +149,60 @@ def test_one_ahead_hands_out_everything_and_starts_the_next_first():
     assert list(one_ahead(numbers(0))) == [] and list(one_ahead(numbers(1))) == [0]
 
 
-def test_choose_draws_as_often_as_it_should():
-    logits, dice = torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), torch.Generator().manual_seed(0)
-    for options, want in (
+def test_sampled_frequencies_match_the_probabilities():
+    logits, rng = torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), torch.Generator().manual_seed(0)
+    for options, expected in (
         (dict(top_k=0, top_p=1.0), [0.5, 0.3, 0.15, 0.05]),
         (dict(top_k=2, top_p=1.0), [0.625, 0.375, 0, 0]),
         (dict(top_k=0, top_p=0.9), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
     ):
-        ids = choose(logits.expand(40000, -1), 1.0, options["top_k"], options["top_p"], 0.0, dice)
-        share = torch.bincount(ids, minlength=4) / 40000
-        assert (share - torch.tensor(want)).abs().max() < 0.012, (options, share)
+        ids = sample_next_token(logits.expand(40000, -1), 1.0, options["top_k"], options["top_p"], 0.0, rng)
+        frequency = torch.bincount(ids, minlength=4) / 40000
+        assert (frequency - torch.tensor(expected)).abs().max() < 0.012, (options, frequency)
 
 
-def test_decoding_leaves_training_as_it_was():
-    model = new_model().train()
-    list(model.generate(torch.tensor([[1]]), 3))
-    assert model.training and model_file.GPT.generate.__doc__
+class Ids:
+    """A tokenizer of the ids alone."""
+
+    eot, n_vocab = 7, 203
 
 
-def test_weights_that_are_not_numbers_are_told():
+def test_weights_that_are_not_finite_are_a_user_error():
     model = new_model()
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="not numbers"):
+    with pytest.raises(ValueError, match="not finite"):
         list(model.generate(torch.tensor([[1]]), 3))
+    with pytest.raises(UserError, match="not finite"):
+        list(stream_ids(model, Ids(), [[1]], 3))
+    with pytest.raises(UserError, match="not finite"):
+        beam_search(model, [1], 3, 2)
 
 
-def test_the_formula_stays_in_float16s_range():
+def test_a_setting_out_of_range_is_a_user_error_before_the_first_token():
+    with pytest.raises(UserError, match="--top_p=2"):
+        stream_ids(new_model(), Ids(), [[1]], 3, top_p=2)
+
+
+def test_complete_returns_the_new_ids_of_each_prompt_up_to_the_end_of_text():
+    model = new_model(pos="rope")
+    rows = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
+    alone = [collect(model.generate(torch.tensor([row]), 12, temperature=0))[0].tolist() for row in rows]
+    tokenizer = Ids()
+    tokenizer.eot = alone[0][5]
+    expected = [ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids for ids in alone]
+    assert len(expected[0]) <= 5 and complete(model, tokenizer, rows, 12, temperature=0) == expected
+
+
+def test_manual_attention_does_not_overflow_in_float16():
     model = new_model(attn="manual", n_embd=256).transformer.h[0].attn
     q = torch.full((1, 4, 3, 64), 35.0).half()
-    assert model.attend(q, q, q, 0).isfinite().all()
+    assert model.attend(q, q, q).isfinite().all()
 
 
-def test_prompts_of_different_lengths_in_one_batch_are_each_continued_as_alone():
+def test_prompts_of_different_lengths_are_continued_in_one_batch_as_they_would_be_alone():
     model = new_model(pos="rope")
-    dice = torch.Generator().manual_seed(5)
-    rows = [torch.randint(203, (n,), generator=dice).tolist() for n in (3, 11, 7, 11, 46)]
+    rng = torch.Generator().manual_seed(5)
+    rows = [torch.randint(203, (n,), generator=rng).tolist() for n in (3, 11, 7, 11, 46)]
     idx = torch.tensor([r + [-1] * (46 - len(r)) for r in rows])
     together = collect(model.generate(idx, 20, temperature=0)).tolist()
     for row, new in zip(rows, together):
@@ -183,14 +211,14 @@ def test_prompts_of_different_lengths_in_one_batch_are_each_continued_as_alone()
         assert new[len(row) - 3 :][:2] == alone[:2]
         if len(row) < 40:
             assert new[len(row) - 3 :][:5] == alone
-    stop = together[0][4]  # met by the first row, and in the prompt of the others it stops nothing
+    stop = together[0][4]  # the first row samples it; in the prompt of the second it stops nothing
     rows[1][5] = stop
     idx = torch.tensor([r + [-1] * (11 - len(r)) for r in rows[:2]])
     first, second = collect(model.generate(idx, 8, temperature=0, stop_tokens=(stop,))).tolist()
     assert first[4:] == [stop] * (len(first) - 4) and second[:8] == rows[1][3:]
 
 
-def test_beams_enough_for_every_text_find_the_likeliest_of_all():
+def test_beam_search_with_enough_beams_finds_the_most_likely_texts():
     torch.manual_seed(2)
     model = GPT(GPTConfig(vocab_size=5, n_layer=1, n_head=2, n_embd=16, block_size=8)).eval()
     for p in model.parameters():
@@ -208,11 +236,11 @@ def test_beams_enough_for_every_text_find_the_likeliest_of_all():
     for penalty in (0.0, 1.0):
         best = sorted(((score(t) / len(t) ** penalty, t) for t in texts), reverse=True)[:3]
         found = beam_search(model, prompt, 4, 200, (stop,), penalty)[:3]
-        for (want, text), (got, ids) in zip(best, found):
-            assert abs(want - got) < 1e-4 and ids == [i for i in text if i != stop]
+        for (expected, text), (got, ids) in zip(best, found):
+            assert abs(expected - got) < 1e-4 and ids == [i for i in text if i != stop]
 
 
-def test_beams_are_those_of_transformers():
+def test_beam_search_equals_transformers():
     import transformers
 
     model = new_model()
@@ -220,46 +248,39 @@ def test_beams_are_those_of_transformers():
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
     ours = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     ours["transformer.wte.weight"] = ours["transformer.wte.weight"][:203]
-    turned = ("c_attn.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight")
-    theirs.load_state_dict({k: v.t() if k.endswith(turned) else v for k, v in ours.items()}, strict=False)
+    theirs.load_state_dict({k: v.t() if k.endswith(GPT2_CONV1D) else v for k, v in ours.items()}, strict=False)
     idx = torch.randint(200, (1, 6), generator=torch.Generator().manual_seed(4))
     for beams in (1, 4):
-        want = theirs.generate(
-            idx,
-            attention_mask=torch.ones_like(idx),
-            num_beams=beams,
-            do_sample=False,
-            max_new_tokens=20,
-            pad_token_id=202,
-        )[0, 6:].tolist()
+        options = dict(num_beams=beams, do_sample=False, max_new_tokens=20, pad_token_id=202)
+        expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), **options)[0, 6:].tolist()
         ((_, got), *_) = beam_search(model, idx[0].tolist(), 20, beams, (202,))
-        assert got == [i for i in want if i != 202]
+        assert got == [i for i in expected if i != 202]
 
 
-def test_a_beam_goes_on_past_the_context():
+def test_beam_search_continues_past_the_context():
     model = new_model(pos="rope")
     ((_, ids), *_) = beam_search(model, [5, 6, 7], 70, 1)
     assert ids == collect(model.generate(torch.tensor([[5, 6, 7]]), 70, temperature=0))[0].tolist()
 
 
-def test_a_chats_prompt_keeps_the_latest_turns_that_fit():
+def test_a_chat_prompt_keeps_the_latest_exchanges_that_fit():
     class Letters:
         eot = 0
 
         def encode(self, text):
             return [ord(c) for c in text]
 
-    def asked(room, turns=True, system="", eot=0):
+    def prompt(room, is_chat=True, system="", eot=0):
         letters.eot = eot
-        ids, kept = chat_prompt(letters, [("a", "b"), ("c", "d")], "e", room, turns, system)
+        ids, kept = chat_prompt(letters, [("a", "b"), ("c", "d")], "e", room, is_chat, system)
         return "".join(chr(i) if i else "|" for i in ids), kept
 
     letters = Letters()
     past = "|User: a\nAssistant: b|User: c\nAssistant: d"
-    assert asked(1000) == (past + "|User: e\nAssistant:", 2)
-    assert asked(1000, system="S") == ("|S" + past + "|User: e\nAssistant:", 2)
-    assert asked(50, system="S") == ("|S|User: c\nAssistant: d|User: e\nAssistant:", 1)
-    assert asked(10) == ("Assistant:", 0)
-    assert asked(1000, eot=None) == (past[1:].replace("|", "\n") + "\nUser: e\nAssistant:", 2)
-    assert asked(1000, turns=False) == ("|ab\ncd\ne", 2)
-    assert asked(3, turns=False) == ("d\ne", 2)
+    assert prompt(1000) == (past + "|User: e\nAssistant:", 2)
+    assert prompt(1000, system="S") == ("|S" + past + "|User: e\nAssistant:", 2)
+    assert prompt(50, system="S") == ("|S|User: c\nAssistant: d|User: e\nAssistant:", 1)
+    assert prompt(10) == ("Assistant:", 0)
+    assert prompt(1000, eot=None) == (past[1:].replace("|", "\n") + "\nUser: e\nAssistant:", 2)
+    assert prompt(1000, is_chat=False) == ("|ab\ncd\ne", 2)
+    assert prompt(3, is_chat=False) == ("d\ne", 2)

@@ -1,4 +1,4 @@
-"""Weights of other projects: Hugging Face folders, a hub (one on this machine), nanoGPT's checkpoints."""
+"""Weights of other projects: Hugging Face folders, a hub (on this machine), nanoGPT's checkpoints."""
 
 import json
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ import transformers
 from conftest import SMALL, TEXT, make_nanogpt_chars
 from hub import start_hub
 
-from common.pretrained import llama_to_gpt, pretrained_arguments
+from common.checkpoint import load_model
+from common.pretrained import arguments_from, from_llama, to_hugging_face, to_our_names
 from common.tokenizer import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
-from model import GPT, clean_state_dict
+from configurator import UserError
 
 LLAMA = dict(
     hidden_size=64, intermediate_size=144, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -53,14 +54,14 @@ def save_gpt2_tokenizer(folder: Path, vocabulary: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [save_gpt2, save_llama])
-def test_a_saved_model_gives_transformers_logits_loss_and_greedy_text(save, tmp_path):
+def test_a_hugging_face_folder_gives_transformers_logits_loss_and_greedy_text(save, tmp_path):
     theirs = save(tmp_path / "m")
-    ours = GPT.from_pretrained(str(tmp_path / "m")).eval()
+    ours, _ = load_model(tmp_path / "m")
     idx = torch.randint(1, 200, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = theirs(idx, labels=idx)
-        torch.testing.assert_close(ours(idx)[0], found.logits, atol=1e-4, rtol=0)
-        torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:])[1], found.loss, atol=1e-4, rtol=0)
+        expected = theirs(idx, labels=idx)
+        torch.testing.assert_close(ours(idx)[0], expected.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:])[1], expected.loss, atol=1e-4, rtol=0)
         greedy = theirs.generate(idx, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.stack(list(ours.generate(idx, 12, temperature=0)), 1).tolist() == greedy[:, 24:].tolist()
 
@@ -79,47 +80,47 @@ def test_a_saved_model_gives_transformers_logits_loss_and_greedy_text(save, tmp_
         ({"model_type": "gemma"}, "model_type 'gemma'"),
     ],
 )
-def test_a_feature_that_is_not_ours_is_refused_by_name(changes, words):
+def test_an_unsupported_feature_is_refused_by_name(changes, words):
     plain = transformers.LlamaConfig(**LLAMA).to_dict()
-    assert pretrained_arguments(plain, "m")["rope_base"] == 500
-    with pytest.raises(ValueError, match="is not supported") as e:
-        pretrained_arguments({**plain, **changes}, "m")
+    assert arguments_from(plain, "m")["rope_base"] == 500
+    with pytest.raises(UserError, match="is not supported") as e:
+        arguments_from({**plain, **changes}, "m")
     assert words in str(e.value)
-    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True"):
-        pretrained_arguments({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "m")
+    with pytest.raises(UserError, match="scale_attn_by_inverse_layer_idx=True"):
+        arguments_from({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "m")
 
 
-def test_damaged_folders_are_refused_in_a_line(refused, tmp_path):
+def test_damaged_folders_are_refused_in_one_line(refused, tmp_path):
     theirs = save_llama(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    more = {**theirs.state_dict(), "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
-    ask = ("sample.py", "--device=cpu", "--init_from=m")
-    assert "tokenizer" in refused(*ask)
+    with_bias = {**theirs.state_dict(), "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
+    command = ("sample.py", "--device=cpu", "--init_from=m")
+    assert "tokenizer" in refused(*command)
     shard = sorted((tmp_path / "m").glob("*.safetensors"))[1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000])
-    assert "cannot be read" in refused(*ask)
+    assert "cannot be read" in refused(*command)
     shard.unlink()
-    assert "the weights do not fit this model" in refused(*ask)
+    assert "the weights do not fit this model" in refused(*command)
     shard.write_bytes(whole)
-    theirs.save_pretrained(tmp_path / "m", state_dict=more)
+    theirs.save_pretrained(tmp_path / "m", state_dict=with_bias)
     (tmp_path / "m" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rms_norm_eps"}))
-    assert "config.json lacks rms_norm_eps" in refused(*ask)
+    assert "config.json lacks rms_norm_eps" in refused(*command)
     assert "there is no checkpoint gone" in refused("sample.py", "--init_from=gone")
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    assert "the hub does not give openai-community/gpt2-xl" in refused("sample.py", "--init_from=gpt2-xl", env=hub)
+    assert "the hub does not have openai-community/gpt2-xl" in refused("sample.py", "--init_from=gpt2-xl", env=hub)
 
 
-def test_a_weight_without_a_place_is_refused(tmp_path):
+def test_a_weight_that_is_missing_or_has_no_place_is_refused(tmp_path):
     theirs = save_llama(tmp_path / "m").state_dict()
-    with pytest.raises(ValueError, match="no place for model.layers.0.self_attn.q_proj.bias"):
-        llama_to_gpt({**theirs, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, 3)
+    with pytest.raises(UserError, match="no place for model.layers.0.self_attn.q_proj.bias"):
+        from_llama({**theirs, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, 3)
     del theirs["model.norm.weight"]
-    with pytest.raises(ValueError, match="model.norm.weight is missing"):
-        llama_to_gpt(theirs, 3)
+    with pytest.raises(UserError, match="model.norm.weight is missing"):
+        from_llama(theirs, 3)
 
 
-def test_gpt2s_tokenizer_json_is_gpt2(tmp_path, gpt2_vocabulary):
+def test_gpt2s_tokenizer_json_is_read_as_our_gpt2_tokenizer(tmp_path, gpt2_vocabulary):
     save_gpt2_tokenizer(tmp_path, gpt2_vocabulary)
     found, known = read_tokenizer(tmp_path), gpt2_tokenizer()
     text = "Héllo wörld's 1234   tabs\t\n\n  <|endoftext|> 你好 🙂 don't"
@@ -158,7 +159,7 @@ def other_tokenizer(folder: Path, sentencepiece: bool):
 
 
 @pytest.mark.parametrize("sentencepiece", [False, True])
-def test_other_tokenizers_run_as_they_are(sentencepiece, tmp_path):
+def test_other_tokenizers_are_used_as_they_are(sentencepiece, tmp_path):
     other_tokenizer(tmp_path, sentencepiece)
     found = read_tokenizer(tmp_path)
     assert isinstance(found, PretrainedTokenizer)
@@ -172,25 +173,18 @@ def test_other_tokenizers_run_as_they_are(sentencepiece, tmp_path):
     assert b"".join(found.token_bytes(i) for i in ids).decode() == found.decode(ids)
 
 
-def test_a_pretrained_folder_is_prepared_for_fine_tuned_and_sampled(run, tmp_path):
+def test_text_is_tokenized_for_a_pretrained_folder_which_is_fine_tuned_and_sampled(run, tmp_path):
     save_llama(tmp_path / "m")
     other_tokenizer(tmp_path / "m", sentencepiece=False)
     (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in TEXT.splitlines()))
-    run("prepare_text.py", "--input=docs.jsonl", "--dataset=d", "--tokenizer=m")
-    run(
-        "train.py",
-        *SMALL,
-        "--dataset=d",
-        "--init_from=m",
-        "--max_iters=30",
-        "--eval_interval=30",
-        "--learning_rate=1e-2",
-    )
+    run("prepare_text.py", "--inputs=docs.jsonl", "--dataset=d", "--tokenizer=m")
+    options = ["--dataset=d", "--init_from=m", "--max_iters=30", "--eval_interval=30", "--learning_rate=1e-2"]
+    run("train.py", *SMALL, *options)
     found = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
     losses = [m["val_loss"] for m in found if "val_loss" in m]
     assert losses[-1] < losses[0] - 0.5
-    payload = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
-    assert payload["model_args"]["norm"] == "rmsnorm" and payload["tokenizer"]["kind"] == "pretrained"
+    checkpoint = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert checkpoint["model_args"]["norm"] == "rmsnorm" and checkpoint["tokenizer"]["kind"] == "pretrained"
     assert run("sample.py", "--start=line 1", "--max_new_tokens=5", "--device=cpu").startswith("line 1")
 
 
@@ -209,7 +203,7 @@ SHORTER = ["--device=cpu", "--compile=False", "--block_size=16", "--eval_iters=2
 
 
 def test_nanogpts_fine_tuning_and_evaluation_configs_run_unmodified(run, hub, tmp_path):
-    """The keys of its config/finetune_shakespeare.py and eval_gpt2.py; only sizes are cut on the command line."""
+    """The keys of its config/finetune_shakespeare.py and eval_gpt2.py; the command line only makes them shorter."""
     (tmp_path / "finetune.py").write_text(
         "import time\nout_dir = 'out-shakespeare'\neval_interval = 5\neval_iters = 40\nwandb_log = False\n"
         "wandb_project = 'shakespeare'\nwandb_run_name = 'ft-' + str(time.time())\ndataset = 'shakespeare'\n"
@@ -228,23 +222,35 @@ def test_nanogpts_fine_tuning_and_evaluation_configs_run_unmodified(run, hub, tm
     assert "1 x 16 tokens x 32 micro-batches" in printed
     assert torch.load(tmp_path / "out-shakespeare" / "ckpt.pt", weights_only=True)["model_args"]["bias"]
     printed = run("train.py", "evaluate.py", *SHORTER, env=hub)
-    assert "trains on data/openwebtext" in printed and "val loss" in printed
+    assert "training on data/openwebtext" in printed and "val loss" in printed
     assert run("sample.py", "--init_from=gpt2", "--start=What", "--max_new_tokens=3", env=hub).startswith("What")
 
 
-def test_wrappers_names_are_dropped_in_whatever_order_they_were_put_on():
+def test_prefixes_of_compile_and_ddp_are_dropped_in_any_order():
     for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
-        assert clean_state_dict({f"{prefix}transformer.ln_f.weight": torch.ones(2)}).keys() == {
-            "transformer.ln_f.weight"
-        }
+        assert [*to_our_names({f"{prefix}transformer.ln_f.weight": torch.ones(2)})] == ["transformer.ln_f.weight"]
+
+
+@pytest.mark.parametrize("save", [save_gpt2, save_llama])
+def test_reading_and_writing_hugging_face_weights_are_inverse(save, tmp_path):
+    theirs = save(tmp_path / "m")
+    ours, _ = load_model(tmp_path / "m")
+    _, config, weights = to_hugging_face(ours)
+    stored, original = theirs.state_dict(), theirs.config.to_dict()
+    assert weights.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(weights[name][: len(tensor)], tensor), name
+    differing = {k for k, v in config.items() if k in original and original[k] != v}
+    assert differing <= {"architectures", "n_inner", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+    assert arguments_from(config, "ours") == arguments_from(original, "theirs") | {"mlp_hidden": ours.config.mlp_hidden}
 
 
 def nanogpt_checkpoint(folder: Path, steps: int) -> None:
-    """What its train.py saves: model with compile's prefixes, AdamW's state in its order, counters, a tensor among them."""
-    model = GPT.from_pretrained(str(folder / "m"))
+    """What its train.py saves: weights with compile's prefix, AdamW's state in its order, iter_num, best_val_loss as a tensor."""
+    model, _ = load_model(folder / "m")
     arguments = dict(n_layer=2, n_head=2, n_embd=32, block_size=48, bias=True, vocab_size=211, dropout=0.0)
     groups = [[p for p in model.parameters() if (p.dim() >= 2) == matrices] for matrices in (True, False)]
-    # Theirs has no padding: its embedding is cut to the vocabulary.
+    # nanoGPT does not pad the vocabulary.
     groups = [[p[:211] if len(p) == 256 else p for p in g] for g in groups]
     groups = [[p.detach().clone().requires_grad_() for p in g] for g in groups]
     theirs = torch.optim.AdamW(
@@ -267,7 +273,7 @@ def nanogpt_checkpoint(folder: Path, steps: int) -> None:
     )
 
 
-def test_nanogpts_checkpoint_samples_evaluates_and_trains_on(run, refused, tmp_path):
+def test_nanogpts_checkpoint_is_sampled_evaluated_and_resumed(run, refused, tmp_path):
     save_gpt2(tmp_path / "m")
     make_nanogpt_chars(tmp_path / "data" / "chars", TEXT)
     (tmp_path / "out").mkdir()
@@ -277,15 +283,17 @@ def test_nanogpts_checkpoint_samples_evaluates_and_trains_on(run, refused, tmp_p
     assert "val loss" in run("train.py", *common, "--init_from=resume", "--eval_only")
     printed = run("train.py", *common, "--init_from=resume", "--max_iters=43", "--eval_interval=0")
     assert " 41/43 " in printed and " 43/43 " in printed
-    payload = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
-    state = payload["optimizers"][0]["state"]
-    assert payload["step"] == 43 and {int(s["step"]) for s in state.values()} == {4}  # one of theirs, three of ours
-    assert payload["model_args"]["mlp"] == "gelu_erf"
+    checkpoint = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    state = checkpoint["optimizers"][0]["state"]
+    assert checkpoint["step"] == 43 and {int(s["step"]) for s in state.values()} == {
+        4
+    }  # one step of theirs, three of ours
+    assert checkpoint["model_args"]["mlp"] == "gelu_erf"
 
 
 @dataclass
 class Config:
-    """A class that the checkpoint below pickles, as build-nanogpt's does with its GPTConfig."""
+    """A class that is pickled into the checkpoint below, as build-nanogpt pickles its GPTConfig."""
 
     block_size: int = 48
     vocab_size: int = 211
@@ -294,10 +302,10 @@ class Config:
     n_embd: int = 32
 
 
-def test_a_pickled_config_is_refused_with_the_way_to_convert_it(run, refused, tmp_path):
+def test_a_pickled_config_is_refused_with_the_code_that_converts_it(run, refused, tmp_path):
     theirs = save_gpt2(tmp_path / "m")
     make_nanogpt_chars(tmp_path / "data" / "chars", TEXT)
-    weights = clean_state_dict(theirs.state_dict())
+    weights = to_our_names(theirs.state_dict())
     torch.save({"model": weights, "config": Config(), "step": 7, "val_loss": 3.0}, tmp_path / "old.pt")
     message = refused("sample.py", "--init_from=old.pt")
     assert "holds the Python object test_pretrained.Config" in message

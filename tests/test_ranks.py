@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -118,7 +119,7 @@ def test_ranks_greet_train_one_run_and_only_the_first_writes(chars, tmp_path_fac
             else:
                 done = two_ranks(*more, cwds=(chars, chars))
             assert all(d.returncode == 0 for d in done), [d.stderr for d in done]
-        assert "sequences a step" not in done[0].stdout
+        assert "sequences per step" not in done[0].stdout
         assert losses(chars / out) == pytest.approx(losses(chars / "one"), abs=1e-4)
     assert losses(chars / "two") == pytest.approx(losses(chars / "one"), abs=1e-4)
 
@@ -141,7 +142,23 @@ def test_a_rank_that_does_not_come_is_told_within_the_timeout(chars):
     (alone,) = two_ranks(*JOB, "--timeout=3", cwds=(chars,), ranks=(0,))
     assert alone.returncode == 2 and time.monotonic() - start < 40
     message = alone.stderr.strip().splitlines()[-1]
-    assert message.startswith("error: rank 0 of 2: the ranks do not find together") and "--timeout" in message
+    assert message.startswith("error: rank 0 of 2: the ranks cannot connect") and "--timeout" in message
+
+
+def test_a_gradient_that_is_not_finite_is_blamed_on_its_rank(chars):
+    """The losses are finite on both ranks, and the averaged gradient is bad on both."""
+    (chars / "broken.py").write_text(
+        "import os\n\nimport model\n\n_forward = model.MLP.forward\n\ndef forward(self, x):\n    y = _forward(self, x)\n"
+        "    if y.requires_grad and os.environ['RANK'] == '1':\n        y.register_hook(lambda g: g / 0)\n    return y\n\n"
+        "model.MLP.forward = forward\n"
+    )
+    first, second = two_ranks("broken.py", *JOB, "--out_dir=bad", cwds=(chars, chars))
+    assert first.returncode == second.returncode == 2, first.stderr + second.stderr
+    message = first.stderr.strip().splitlines()[-1]
+    assert re.search(
+        r"error: step 1: loss [\d.]+, gradient norm (nan|inf). It comes from rank 1, micro-batch 0: train.bin", message
+    )
+    assert "rank 0" not in message
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(chars):

@@ -31,14 +31,14 @@ def sample(folder, *arguments, code=0, **options):
     return done.stdout if code == 0 else done.stderr.strip().splitlines()[-1]
 
 
-def test_the_run_folder_is_all_it_takes(trained, tmp_path):
+def test_a_runs_folder_is_enough_to_sample(trained, tmp_path):
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "best.pt").write_bytes((trained / "out" / "best.pt").read_bytes())
     text = sample(tmp_path, "--out_dir=alone", "--start=abc", "--temperature=0", "--max_new_tokens=10")
     assert text == "abcdefghijklm\n"
 
 
-def test_streamed_and_batched_samples_and_a_prompt_file(trained, tmp_path):
+def test_one_sample_several_samples_and_a_prompt_from_a_file(trained, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("xyzab")
     one = sample(trained, f"--start=FILE:{prompt}", "--temperature=0", "--max_new_tokens=4")
@@ -47,7 +47,7 @@ def test_streamed_and_batched_samples_and_a_prompt_file(trained, tmp_path):
     assert three == "mnopqrs\n---------------\n" * 3
 
 
-def test_the_seed_decides_and_another_gives_another_text(trained):
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(trained):
     options = ("--start=a", "--temperature=3.0", "--max_new_tokens=40", "--top_k=0")
     first, again = sample(trained, *options), sample(trained, *options)
     assert first == again != sample(trained, *options, "--seed=7")
@@ -57,18 +57,18 @@ def test_a_stop_text_ends_the_sample_and_is_not_part_of_it(trained):
     assert sample(trained, "--start=abc", "--temperature=0", "--max_new_tokens=20", "--stop=hij") == "abcdefg\n"
 
 
-def test_settings_narrow_the_choice(trained):
+def test_top_k_top_p_and_min_p_can_leave_one_token(trained):
     for setting in ("--top_k=1", "--top_p=0.0", "--min_p=1.0"):
         assert sample(trained, "--start=abc", setting, "--temperature=1.0", "--max_new_tokens=5") == "abcdefgh\n"
 
 
-def test_every_precision_writes_the_alphabet(trained):
+def test_every_dtype_and_int8_write_the_alphabet(trained):
     for setting in ("--dtype=float32", "--dtype=bfloat16", "--quantize=int8"):
         text = sample(trained, "--start=abc", "--temperature=0", "--max_new_tokens=12", setting)
         assert text == "abcdefghijklmno\n", setting
 
 
-def test_text_longer_than_the_context_is_written(trained):
+def test_a_text_longer_than_the_context_is_written(trained):
     text = sample(trained, "--start=abc", "--temperature=0", "--max_new_tokens=100")
     assert len(text) == 104
 
@@ -77,32 +77,32 @@ def test_text_longer_than_the_context_is_written(trained):
     ("arguments", "words"),
     [
         (["--start=ABC"], "character 'A' is not among the 26"),
-        (["--start=abc", "--top_k=27"], "--top_k=27: must be between 0 (all) and the vocabulary, 26"),
+        (["--start=abc", "--top_k=27"], "--top_k=27: must be between 0 (all) and the vocabulary size, 26"),
         (["--start=" + "abc" * 20], "60 tokens, the model's context is 32"),
         (["--temperature=-1", "--start=abc"], "--temperature=-1.0"),
         (["--num_samples=0"], "--num_samples=0"),
         (["--start=FILE:gone.txt"], "gone.txt"),
         (["--out_dir=gone"], "there is no checkpoint gone: there is out"),
         (["--device=tpu"], "--device=tpu"),
-        (["--quantize=int4"], "--quantize=int4: choose int8"),
+        (["--quantize=int4"], "--quantize=int4: choose one of nothing, int8"),
         (["--temprature=1"], "did you mean temperature"),
-        (["--chat", "--explain"], "--chat and --explain: one of them at a time"),
+        (["--chat", "--explain"], "--chat and --explain: give one of them"),
         (["--beams=2", "--num_samples=3"], "--beams=2 finds no more than 2"),
         (["--beams=-1"], "--beams=-1: must be at least 0"),
-        (["--prompts=gone.txt"], "gone.txt"),
+        (["--prompts=gone.txt"], "--prompts=gone.txt: no such file"),
         (["--prompts=empty.txt"], "there is no prompt in it"),
         (["--prompts=bad.jsonl"], 'bad.jsonl, line 2: not an object with a text "prompt"'),
         (["--prompts=odd.txt"], "--prompts=odd.txt, line 3: character 'A' is not among the 26"),
-        (["--prompts=good.txt", "--output=out"], "--output=out: a folder"),
-        (["--prompts=good.txt", "--start=a"], "--start=a: not with --prompts"),
-        (["--chat", "--start=a"], "--start=a: not with --chat"),
+        (["--prompts=good.txt", "--output=out"], "--output=out is a folder"),
+        (["--prompts=good.txt", "--start=a"], "--start=a: --prompts has its own prompts"),
+        (["--chat", "--start=a"], "--start=a: --chat has its own prompts"),
         (["--start=a", "--seed=1180591620717411303424"], "less than 2^63"),
         (["--start=a", "--beams=2", "--length_penalty=1000"], "must be between -10 and 10"),
         (["--prompts=good.txt", "--output=gone/x.jsonl"], "there is no folder gone"),
-        (["--chat", "--turns=perhaps"], "--turns=perhaps: choose auto, True or False"),
+        (["--chat", "--turns=perhaps"], "--turns=perhaps: choose one of auto, True, False"),
     ],
 )
-def test_bad_input_is_told_in_one_line(trained, arguments, words):
+def test_bad_input_is_refused_in_one_line(trained, arguments, words):
     for name, text in (
         ("empty.txt", "\n\n"),
         ("bad.jsonl", '{"prompt": "a"}\n["b"]\n'),
@@ -114,7 +114,7 @@ def test_bad_input_is_told_in_one_line(trained, arguments, words):
     assert message.startswith("error: ") and words in message
 
 
-def test_without_a_run_the_command_that_makes_one_is_named(tmp_path):
+def test_without_a_run_the_message_names_the_command_that_trains_one(tmp_path):
     assert "config/quickstart.py" in sample(tmp_path, code=2)
 
 
@@ -128,11 +128,11 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_nanogpts_checkpoint_is_sampled_with_its_datasets_alphabet(trained, tmp_path):
-    payload = torch.load(trained / "out" / "ckpt.pt", weights_only=True)
-    ours = payload["model_args"]
+def test_nanogpts_checkpoint_is_sampled_with_the_alphabet_of_its_dataset(trained, tmp_path):
+    checkpoint = torch.load(trained / "out" / "ckpt.pt", weights_only=True)
+    ours = checkpoint["model_args"]
     args = {k: ours[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
-    weights = {"_orig_mod." + n: t for n, t in payload["model"].items()}
+    weights = {"_orig_mod." + n: t for n, t in checkpoint["model"].items()}
     for name in ("_orig_mod.transformer.wte.weight", "_orig_mod.lm_head.weight"):
         weights[name] = weights[name][:26].clone()  # nanoGPT's are not padded
     theirs = {
@@ -147,13 +147,13 @@ def test_nanogpts_checkpoint_is_sampled_with_its_datasets_alphabet(trained, tmp_
     assert "data/abc/meta.pkl" in sample(tmp_path, "--out_dir=out-abc", code=2)
 
 
-def test_until_holds_back_what_may_be_the_stop_text():
+def test_until_holds_back_text_that_may_begin_the_stop_text():
     assert "".join(until(iter(["ab", "c", "de", "f"]), "cd")) == "ab"
     assert "".join(until(iter(["ab", "c", "c", "x"]), "cd")) == "abccx"
     assert "".join(until(iter(["a", "b"]), "")) == "ab"
 
 
-def test_a_character_spread_over_tokens_appears_when_it_is_whole():
+def test_a_character_of_several_tokens_appears_when_it_is_complete():
     class Bytes:
         def token_bytes(self, i):
             return bytes([i])
@@ -161,7 +161,7 @@ def test_a_character_spread_over_tokens_appears_when_it_is_whole():
     assert list(text_pieces(Bytes(), "é🙂".encode())) == ["", "é", "", "", "", "🙂", ""]
 
 
-def test_what_was_completed_before_a_batch_failed_is_kept(tmp_path, monkeypatch):
+def test_completions_made_before_a_batch_failed_are_kept(tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a\nbb\nccc\n")
     for name, value in dict(prompts=str(tmp_path / "p.txt"), output=str(tmp_path / "o.jsonl"), batch_size=2).items():
         monkeypatch.setattr(script, name, value)
@@ -179,42 +179,38 @@ def test_what_was_completed_before_a_batch_failed_is_kept(tmp_path, monkeypatch)
     assert kept == [{"prompt": p, "completion": "x", "tokens": 1} for p in ("a", "bb")]
 
 
-def test_many_prompts_of_any_length_are_completed_in_batches_as_they_would_be_alone(trained, tmp_path):
+def test_prompts_of_a_file_are_completed_in_batches_as_they_would_be_alone(trained, tmp_path):
     prompts = ["x", "abc", "mnopqrstuvwxyzabcdefg", "b", "hijkl"]
     (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n\n", encoding="utf-8-sig", newline="\r\n")
-    rows = [{"prompt": p, "told": "a\u2028b"} for p in prompts]
+    rows = [{"prompt": p, "note": "a\u2028b"} for p in prompts]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     greedy = ("--temperature=0", "--max_new_tokens=7")
     alone = [sample(trained, f"--start={p}", *greedy)[len(p) : -1] for p in prompts]
+    expected = [{"prompt": p, "completion": c, "tokens": 7} for p, c in zip(prompts, alone)]
     for name, size in (("p.txt", 2), ("p.jsonl", 16)):
-        made = sample(trained, f"--prompts={tmp_path / name}", f"--batch_size={size}", *greedy)
-        assert [json.loads(line) for line in made.splitlines()] == [
-            {"prompt": p, "completion": c, "tokens": 7} for p, c in zip(prompts, alone)
-        ]
+        printed = sample(trained, f"--prompts={tmp_path / name}", f"--batch_size={size}", *greedy)
+        assert [json.loads(line) for line in printed.splitlines()] == expected
     out = tmp_path / "made.jsonl"
-    printed = sample(
-        trained, f"--prompts={tmp_path / 'p.txt'}", f"--output={out}", "--num_samples=2", "--stop=h", *greedy
-    )
+    options = (f"--prompts={tmp_path / 'p.txt'}", f"--output={out}", "--num_samples=2", "--stop=h")
+    printed = sample(trained, *options, *greedy)
     assert "made.jsonl: 10 completions" in printed and len(out.read_text().splitlines()) == 10
     assert json.loads(out.read_text().splitlines()[2]) == {"prompt": "abc", "completion": "defg", "tokens": 7}
 
 
-def test_explain_shows_the_ten_likeliest_tokens_of_each_step(trained):
+def test_explain_shows_the_ten_most_likely_tokens_of_each_step(trained):
     text = sample(trained, "--start=abc", "--explain", "--temperature=0", "--max_new_tokens=3")
     blocks = text.split("\n\n")
     assert [b.splitlines()[0] for b in blocks[:3]] == ["abc|", "abcd|", "abcde|"] and blocks[3] == "abcdef\n"
-    for block, taken in zip(blocks, "def"):
-        rows = re.findall(r"^ *([\d.]+)% (#*) *'(.)'(  <- taken)?$", block, re.M)
-        chances = [float(p) for p, *_ in rows]
-        assert len(rows) == 10 and chances == sorted(chances, reverse=True) and sum(chances) < 100.6
-        assert [t for _, _, t, mark in rows if mark] == [taken] and max(map(len, block.splitlines())) <= 80
-    rare = sample(
-        trained, "--start=abc", "--explain", "--temperature=50", "--top_k=0", "--max_new_tokens=20", "--seed=3"
-    )
-    assert rare.count("<- taken") == 20
+    for block, sampled in zip(blocks, "def"):
+        rows = re.findall(r"^ *([\d.]+)% (#*) *'(.)'(  <- sampled)?$", block, re.M)
+        percent = [float(p) for p, *_ in rows]
+        assert len(rows) == 10 and percent == sorted(percent, reverse=True) and sum(percent) < 100.6
+        assert [t for _, _, t, mark in rows if mark] == [sampled] and max(map(len, block.splitlines())) <= 80
+    unlikely = ("--temperature=50", "--top_k=0", "--max_new_tokens=20", "--seed=3")
+    assert sample(trained, "--start=abc", "--explain", *unlikely).count("<- sampled") == 20
 
 
-def test_the_likeliest_texts_of_a_beam_search(trained):
+def test_beam_search_prints_the_most_likely_texts(trained):
     options = ("--start=abc", "--beams=3", "--max_new_tokens=5")
     assert sample(trained, *options) == "abcdefgh\n"
     two = sample(trained, *options, "--num_samples=2")
@@ -226,9 +222,9 @@ def chat(folder, typed, *arguments):
     return sample(folder, "--chat", "--temperature=0", "--max_new_tokens=4", *arguments, stdin=typed)
 
 
-def test_a_plain_model_goes_on_with_what_is_typed(trained):
+def test_a_chat_with_a_plain_model_continues_the_text(trained):
     text = chat(trained, "abc\nwxy\n")
-    assert "by going on with your text" in text
+    assert "continues your text (it is no chat model)" in text
     assert re.findall(r"assistant> (.*)", text) == ["defg", "zabc"]
 
 
@@ -237,7 +233,7 @@ def test_the_commands_of_a_chat(trained, tmp_path):
     text = chat(trained, typed)
     answers = re.findall(r"assistant> (.*)", text)
     assert len(answers) == 3 and answers[0] == answers[1] and answers[2] == "de"
-    assert "/system TEXT" in text and "error: /nonsense is no command" in text
+    assert "/system TEXT" in text and "error: /nonsense is not a command" in text
     assert "error: /top_p 7: a number from 0 to 1" in text and "character 'A' is not among" in text
 
 
@@ -247,11 +243,11 @@ TURNS = "".join(f"User: Is {n} even?\nAssistant: {ANSWERS[n % 2]}\n<|endoftext|>
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
-    """A folder with a run that has learned to answer in turns."""
+    """A folder with a run that was trained on conversations."""
     folder = tmp_path_factory.mktemp("chatty")
     (folder / "even.txt").write_text(TURNS)
     for argv in (
-        ["prepare_text.py", "--input=even.txt", "--dataset=even", "--tokenizer=char", "--val_fraction=0.1"],
+        ["prepare_text.py", "--inputs=even.txt", "--dataset=even", "--tokenizer=char", "--val_fraction=0.1"],
         ["train.py", *SMALL, "--dataset=even", "--max_iters=300", "--block_size=64", "--n_embd=64", "--eval_interval=0"]
         + ["--batch_size=16", "--learning_rate=1e-2", "--pos=rope", "--sample_prompt=User: Is 1 even?\nAssistant:"],
     ):
@@ -260,7 +256,7 @@ def chatty(tmp_path_factory):
     return folder
 
 
-def test_a_chat_model_answers_in_turns_remembers_and_is_saved(chatty):
+def test_a_chat_model_answers_in_turns_remembers_and_saves_the_conversation(chatty):
     typed = (
         'Is 12 even?\n"""\nIs\n7 even?\n"""\nIs \\\n31 even?\n/save talk.txt\n/save talk.txt\n/reset\n'
         "/system It is so.\nIs 44 even?\n/save two.txt\nexit\n"
@@ -268,26 +264,27 @@ def test_a_chat_model_answers_in_turns_remembers_and_is_saved(chatty):
     for name in ("talk.txt", "two.txt"):
         (chatty / name).unlink(missing_ok=True)
     text = sample(chatty, "--chat", "--turns=True", "--temperature=0", "--max_new_tokens=30", stdin=typed)
-    assert "in turns, as the chat mix has them" in text
+    assert "answers in turns, as in the chat mix" in text
     answers = re.findall(r"assistant> (.*)", text)
     assert answers[0] == ANSWERS[0] and len(answers) == 4, text
-    assert "there is such a file already" in text and "no longer fits the context of 64 tokens" in text
+    assert "the file exists already" in text and "no longer fit the context of 64 tokens" in text
     saved = (chatty / "talk.txt").read_text().split("\n<|endoftext|>\n")
-    asked = ("Is 12 even?", "Is\n7 even?", "Is \n31 even?")  # all of it, not what the context has room for
+    asked = ("Is 12 even?", "Is\n7 even?", "Is \n31 even?")  # the whole conversation, not only what fits the context
     assert [s.partition("\nAssistant: ")[0] for s in saved] == [f"User: {q}" for q in asked]
     assert saved[0].endswith(ANSWERS[0])
     two = (chatty / "two.txt").read_text()
     assert two.startswith("It is so.\n<|endoftext|>\nUser: Is 12 even?") and "User: Is 44 even?\nAssistant: " in two
 
 
-def test_whether_it_answers_in_turns_is_known_from_its_dataset(chatty):
+def test_whether_a_model_is_a_chat_model_is_known_from_its_dataset(chatty):
     plain = sample(chatty, "--chat", stdin="/quit\n")
     assert "it is no chat model" in plain
     run = torch.load(chatty / "out" / "best.pt", weights_only=True)
-    assert run["turns"] is False
+    assert run["is_chat"] is False
     (chatty / "marked").mkdir(exist_ok=True)
-    torch.save(run | {"turns": True}, chatty / "marked" / "best.pt")
-    assert "in turns, as the chat mix" in sample(chatty, "--chat", "--out_dir=marked", stdin="exit\n")
+    for marked in (run | {"is_chat": True}, {k: v for k, v in run.items() if k != "is_chat"} | {"turns": True}):
+        torch.save(marked, chatty / "marked" / "best.pt")  # the latter is an older checkpoint's
+        assert "answers in turns" in sample(chatty, "--chat", "--out_dir=marked", stdin="exit\n")
 
 
 def test_on_a_terminal_ctrl_d_leaves(trained):
@@ -297,11 +294,11 @@ def test_on_a_terminal_ctrl_d_leaves(trained):
     assert done.returncode == 0 and "assistant> defg" in shown, shown
 
 
-def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(trained):
+def test_ctrl_c_stops_an_answer_and_the_chat_continues(trained):
     options = ("--device=cpu", "--chat", "--max_new_tokens=1000000")
     talk = Script("sample.py", *options, cwd=trained, stdin="abc\n/max 3\n/temp 0\n/reset\nabc\n/quit\n")
-    until_it = time.monotonic() + 60
-    while "assistant> " not in talk.stdout and time.monotonic() < until_it:
+    deadline = time.monotonic() + 60
+    while "assistant> " not in talk.stdout and time.monotonic() < deadline:
         time.sleep(0.05)
     talk.kill(signal.SIGINT)
     assert talk.wait().returncode == 0 and "(stopped)" in talk.stdout and "assistant> def\n" in talk.stdout
@@ -312,8 +309,8 @@ def test_ctrl_c_keeps_the_completions_that_are_done(trained, tmp_path):
     out = tmp_path / "made.jsonl"
     options = (f"--prompts={tmp_path / 'p.txt'}", f"--output={out}", "--max_new_tokens=500", "--batch_size=4")
     writing = Script("sample.py", "--device=cpu", *options, cwd=trained)
-    until_it = time.monotonic() + 60
-    while "set:" not in writing.stderr and time.monotonic() < until_it:
+    deadline = time.monotonic() + 60
+    while "set:" not in writing.stderr and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(3)
     writing.kill(signal.SIGINT)
@@ -321,13 +318,13 @@ def test_ctrl_c_keeps_the_completions_that_are_done(trained, tmp_path):
     assert "completions of 4,000" in writing.stdout and 0 < len(out.read_text().splitlines()) < 4000
 
 
-def test_stop_holds_for_every_way_to_write(trained, chatty):
+def test_stop_applies_to_explain_and_chat(trained, chatty):
     explained = sample(trained, "--start=abc", "--explain", "--temperature=0", "--stop=f", "--max_new_tokens=9")
     assert explained.endswith("\nabcdef\n")
     talk = ("--chat", "--turns=True", "--temperature=0", "--stop=,", "--max_new_tokens=20")
     assert "assistant> Yes\n" in sample(chatty, *talk, stdin="Is 12 even?\n/quit\n")
 
 
-def test_a_chat_survives_what_is_no_text_and_saves_nothing_of_nothing(trained):
+def test_a_chat_survives_odd_settings_and_does_not_save_an_empty_conversation(trained):
     text = chat(trained, "/save x.txt\n/temp 1e-44\nabc\n/temp 0\nabc\n/quit\n")
-    assert "nothing was said yet" in text and "assistant> " in text.splitlines()[-2] or "defg" in text
+    assert "there is no conversation yet" in text and "defg" in text

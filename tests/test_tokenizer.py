@@ -1,4 +1,4 @@
-"""tokenizer.py: what each tokenizer encodes and decodes, beside tiktoken and the tokenizers library."""
+"""common/tokenizer.py: encoding and decoding, compared with tiktoken and the tokenizers library."""
 
 import json
 
@@ -13,15 +13,17 @@ from common.tokenizer import (
     CharTokenizer,
     gpt2_tokenizer,
     read_tokenizer,
+    same_vocabulary,
     tokenizer_from_dict,
     train_bpe,
     word_tokenizer,
 )  # fmt: skip
+from configurator import UserError
 
 STRANGE = "naïve café — “quotes” 日本語 🙂\t\n\r\n  spaces   " + EOT
 
 
-def test_gpt2_tokenizer_is_tiktokens():
+def test_gpt2_tokenizer_equals_tiktoken():
     import tiktoken
 
     ours, theirs = gpt2_tokenizer(), tiktoken.get_encoding("gpt2")
@@ -31,7 +33,7 @@ def test_gpt2_tokenizer_is_tiktokens():
     assert ours.decode(ours.encode(STRANGE)) == STRANGE
 
 
-def test_trained_bpe_decodes_every_byte_string_it_encodes():
+def test_trained_bpe_round_trips_any_text():
     tokenizer = train_bpe([TEXT], 300)
     assert tokenizer.n_vocab == 300
     rng = np.random.default_rng(0)
@@ -58,17 +60,15 @@ def test_trained_bpe_equals_the_tokenizers_library():
     assert ours.encode(TEXT + STRANGE) == theirs.encode(TEXT + STRANGE).ids
 
 
-@pytest.mark.parametrize("texts", [[], [""], ["  \n"]])
-def test_bpe_refuses_to_train_on_nothing(texts):
-    with pytest.raises(ValueError, match="no text"):
+@pytest.mark.parametrize("texts", [[], [""], ["  \n"], ["ab ab"]])
+def test_bpe_refuses_a_vocabulary_larger_than_the_text_supports(texts):
+    with pytest.raises(UserError, match="--vocab_size=300 is more than this text supports, which is at most 2"):
         train_bpe(texts, 300)
 
 
-def test_bpe_vocabulary_out_of_reach_is_refused():
-    with pytest.raises(ValueError, match="257"):
+def test_bpe_refuses_a_vocabulary_smaller_than_the_bytes():
+    with pytest.raises(UserError, match="--vocab_size=100: the 256 bytes and the special tokens need 257"):
         train_bpe([TEXT], 100)
-    with pytest.raises(ValueError, match="at most"):
-        train_bpe(["ab ab"], 300)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_bpe_vocabulary_out_of_reach_is_refused():
     ],
     ids=["char", "char+eot", "word", "bpe+special"],
 )
-def test_a_tokenizer_survives_json(tokenizer):
+def test_a_tokenizer_round_trips_through_json(tokenizer):
     again = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     assert again.to_dict() == tokenizer.to_dict() and again.n_vocab == tokenizer.n_vocab and again.eot == tokenizer.eot
     ids = again.encode("abc cab\n")
@@ -91,8 +91,10 @@ def test_a_tokenizer_survives_json(tokenizer):
 
 
 def test_a_character_outside_the_vocabulary_is_named():
-    with pytest.raises(ValueError, match="'é' is not among the 3"):
+    with pytest.raises(UserError, match="'é' is not among the 3"):
         CharTokenizer("abc").encode("abcé")
+    with pytest.raises(UserError, match="'é' is not among the 3"):
+        CharTokenizer("abc").encode_batch(["abc", "abcé"])
 
 
 def test_an_incomplete_byte_vocabulary_is_refused():
@@ -100,7 +102,7 @@ def test_an_incomplete_byte_vocabulary_is_refused():
         BPETokenizer("bpe", ".", [b"a"])
 
 
-def test_special_tokens_are_never_split_and_never_learned():
+def test_special_tokens_are_never_split_and_not_part_of_the_training_text():
     text = "<|user|>" + TEXT[:50] + "<|bot|>" + TEXT[50:90]
     tokenizer = train_bpe([text * 20, TEXT], 300, ["<|user|>", "<|bot|>"])
     assert tokenizer.n_vocab == 300 and tokenizer.eot == 297
@@ -108,12 +110,12 @@ def test_special_tokens_are_never_split_and_never_learned():
     assert ids[0] == 298 and ids.count(299) == 1 and tokenizer.decode(ids) == text
     assert tokenizer.encode_batch([text]).tolist() == [297, *ids]
     assert not any(b"user" in t or b"bot" in t for t in tokenizer.tokens)
-    with pytest.raises(ValueError, match="need 259"):
+    with pytest.raises(UserError, match="need 259"):
         train_bpe([TEXT], 258, ["<|user|>", "<|bot|>"])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe", "bpe+special", "word", "char", "char+eot"])
-def test_the_tokenizers_library_reads_what_we_write(kind, tmp_path):
+def test_tokenizer_json_works_in_the_tokenizers_library(kind, tmp_path):
     from tokenizers import Tokenizer
 
     makers = {
@@ -138,3 +140,17 @@ def test_the_tokenizers_library_reads_what_we_write(kind, tmp_path):
     assert again.encode(text) == ours.encode(text) and again.decode(again.encode(text)) == text
     if kind in ("gpt2", "bpe"):
         assert again.to_dict() | {"pattern": 0} == ours.to_dict() | {"pattern": 0}
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"model": {"vocab": {}}, "added_tokens": []}'])
+def test_a_missing_or_damaged_tokenizer_json_is_a_user_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="has no tokenizer.json" if content is None else "tokenizer.json is damaged"):
+        read_tokenizer(tmp_path)
+
+
+def test_vocabularies_are_compared_by_content_except_gpt2():
+    gpt2, ab, abc = gpt2_tokenizer().to_dict(), CharTokenizer("ab").to_dict(), CharTokenizer("abc").to_dict()
+    assert same_vocabulary(gpt2, {"kind": "gpt2"}) and same_vocabulary({"kind": "gpt2"}, gpt2)
+    assert same_vocabulary(ab, dict(ab)) and not same_vocabulary(ab, abc) and not same_vocabulary(gpt2, ab)

@@ -1,8 +1,11 @@
 """train.py as a user runs it: a few steps on a small dataset, then what it left on disk."""
 
+import contextlib
+import csv
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,7 +18,8 @@ import torch
 from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
 
 import train
-from common.logger import Log
+from common import setup
+from common.logger import Logger
 from common.shards import load_dataset
 
 
@@ -189,33 +193,27 @@ def test_compile_that_fails_falls_back_under_auto_and_raises_under_true(monkeypa
 
         return call
 
-    monkeypatch.setattr(torch, "compile", broken)
-    model = torch.nn.Linear(1, 1)
-
     class FakeRun:
-        device, world = torch.device("cuda"), 1
+        device, world_size, model = torch.device("cuda"), 1, train.GPT(train.GPTConfig(8, 8, 1, 1, 8))
 
-        def batch(self, *a):
-            return 0, 0
+        class batches:
+            first_sequence, load = (lambda *a: 0), (lambda *a: (0, 0))
 
         def autocast(self):
-            return train.contextlib.nullcontext()
+            return contextlib.nullcontext()
 
     run = FakeRun()
-    run.model = model
-    monkeypatch.setattr(train, "compile", "auto")
-    assert train.prepare_step(run) is model
-    assert "going on without it (no compiler)" in capsys.readouterr().out
-    monkeypatch.setattr(train, "compile", True)
+    monkeypatch.setattr(torch, "compile", broken)
+    assert setup.compile_and_wrap(run, "auto", 0.0) is run.model
+    assert "continuing without it (no compiler)" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="no compiler"):
-        train.prepare_step(run)
-    # Of several ranks one fails, and the others go on without as well.
-    run.world = 2
-    monkeypatch.setattr(train, "compile", "auto")
+        setup.compile_and_wrap(run, True, 0.0)
+    # When one of several ranks fails, all continue without it.
+    run.world_size = 2
     monkeypatch.setattr(torch, "compile", lambda model, **k: lambda *a, **k: (None, None))
-    monkeypatch.setattr(train, "in_ddp", lambda run, model: model)
-    monkeypatch.setattr(train.dist, "all_reduce", lambda failed: failed.add_(1))
-    assert train.prepare_step(run) is model and not capsys.readouterr().out
+    monkeypatch.setattr(setup, "wrap_in_ddp", lambda run, model: model)
+    monkeypatch.setattr(setup, "all_reduce", lambda failed: failed.add_(1))
+    assert setup.compile_and_wrap(run, "auto", 0.0) is run.model and not capsys.readouterr().out
 
 
 def test_fp16_scales_the_loss_and_trains(run, chars):
@@ -227,7 +225,14 @@ def test_fp16_scales_the_loss_and_trains(run, chars):
 
 def test_epochs_and_tokens_a_step_set_steps_and_accumulation(run, chars):
     printed = run(
-        "train.py", *SMALL, "--dataset=chars", "--total_batch_tokens=512", "--max_epochs=0.5", "--eval_interval=0"
+        "train.py",
+        *SMALL,
+        "--dataset=chars",
+        "--gradient_accumulation_steps=0",
+        "--total_batch_tokens=512",
+        "--max_iters=0",
+        "--max_epochs=0.5",
+        "--eval_interval=0",
     )
     assert "4 x 32 tokens x 4 micro-batches = 512 tokens" in printed
     windows = (int(len(TEXT) * 0.9) - 1) // 32 - 1
@@ -236,14 +241,14 @@ def test_epochs_and_tokens_a_step_set_steps_and_accumulation(run, chars):
 
 
 def test_a_budget_of_flops_sets_the_steps(run, chars):
-    printed = run("train.py", *SMALL, "--dataset=chars", "--max_flops=1e9", "--dry_run")
-    flops = float(re.search(r"FLOPs: ([\d.e+]+) a token", printed).group(1))
+    printed = run("train.py", *SMALL, "--dataset=chars", "--max_iters=0", "--max_flops=1e9", "--dry_run")
+    flops = float(re.search(r"FLOPs: ([\d.e+]+) per token", printed).group(1))
     assert f"; {round(1e9 / (flops * 128)):,} steps" in printed.replace("tokens; ", "; ")
 
 
 def test_the_clock_ends_the_run_and_the_schedule_lands_with_it(run, chars):
     clocked = ["--max_minutes=0.05", "--schedule=linear", "--min_lr=0.0", "--log_interval=1", "--eval_interval=50"]
-    run("train.py", *SMALL, "--dataset=chars", *clocked, "--warmup_iters=3", "--max_iters=1")
+    run("train.py", *SMALL, "--dataset=chars", *clocked, "--warmup_iters=3", "--max_iters=0")
     results = json.loads((chars / "out" / "results.json").read_text())
     found = [m for m in metrics(chars / "out") if "train_loss" in m]
     assert results["total_steps"] == found[-1]["step"] > 20 and results["max_minutes"] == 0.05
@@ -253,13 +258,15 @@ def test_the_clock_ends_the_run_and_the_schedule_lands_with_it(run, chars):
     assert all(b < a * 1.05 for a, b in zip(lrs, lrs[1:]))
     # A run that was stopped goes on with what is left of its minutes, here nothing, and says what it reached.
     payload = torch.load(chars / "out" / "ckpt.pt", weights_only=True)
-    assert payload["spent"] >= 3
-    run("train.py", *SMALL, "--dataset=chars", *clocked, "--resume")
+    assert payload["total_seconds"] >= 3
+    run("train.py", *SMALL, "--dataset=chars", *clocked, "--max_iters=0", "--resume")
     assert json.loads((chars / "out" / "results.json").read_text())["total_steps"] == results["total_steps"]
 
 
 def test_two_ranks_stop_by_one_clock(chars):
-    torchrun(2, *SMALL, "--dataset=chars", "--max_minutes=0.1", "--gradient_accumulation_steps=2", cwd=chars)
+    torchrun(
+        2, *SMALL, "--dataset=chars", "--max_minutes=0.1", "--max_iters=0", "--gradient_accumulation_steps=2", cwd=chars
+    )
     results = json.loads((chars / "out" / "results.json").read_text())
     assert results["total_steps"] == metrics(chars / "out")[-1]["step"] > 5
 
@@ -267,7 +274,7 @@ def test_two_ranks_stop_by_one_clock(chars):
 def test_patience_ends_a_run_that_learns_no_more(run, chars):
     keys = ["--learning_rate=0.0", "--min_lr=0.0", "--eval_interval=2", "--max_iters=50", "--patience=3"]
     printed = run("train.py", *SMALL, "--dataset=chars", *keys)
-    assert "stopped at step 6: no lower loss in 3 evaluations" in printed
+    assert "stopping at step 6: no lower loss in 3 evaluations" in printed
     assert json.loads((chars / "out" / "results.json").read_text())["total_steps"] == 6
     assert torch.load(chars / "out" / "ckpt.pt", weights_only=True)["step"] == 6
 
@@ -276,7 +283,7 @@ def test_patience_counts_alike_on_all_ranks_after_a_resume(chars):
     keys = [*SMALL, "--dataset=chars", "--gradient_accumulation_steps=2", "--learning_rate=1e-2", "--patience=1"]
     torchrun(2, *keys, cwd=chars)
     printed = torchrun(2, *keys, "--max_iters=9", "--resume", cwd=chars)
-    assert "stopped at step 6" not in printed
+    assert "stopping at step 6" not in printed
     assert json.loads((chars / "out" / "results.json").read_text())["total_steps"] == 9
 
 
@@ -285,7 +292,7 @@ def test_rates_may_change_on_resume_but_not_begin(run, refused, chars):
     run("train.py", *keys)
     run("train.py", *keys, "--resume", "--max_iters=8", "--head_lr=5e-4")
     message = refused("train.py", *keys, "--resume", "--max_iters=9", "--embedding_lr=0")
-    assert "--vector_lr: a rate can change when a run goes on, but not begin or end" in message
+    assert "--vector_lr may change when a run resumes, but not from or to 0" in message
 
 
 def test_one_dial_sets_a_whole_run_and_each_value_can_be_given(run, chars):
@@ -430,15 +437,16 @@ BAD = [
     (["--batch_size=0"], "--batch_size=0: must be at least 1"),
     (["--device=cuda:77"], "--device=cuda:77: this machine has"),
     (["--device=tpu"], "--device=tpu: choose auto"),
-    (["--dtype=int8"], "--dtype=int8: choose auto"),
+    (["--dtype=int8"], "--dtype=int8: choose one of auto"),
     (["--optimizer=adamax"], "--optimizer=adamax: choose one of"),
     (["--schedule=step"], "--schedule=step: choose one of"),
     (["--norm=batch"], "--norm=batch: choose one of"),
     (["--compile=maybe"], "--compile=maybe: choose"),
-    (["--total_batch_tokens=100"], "not a multiple of batch_size x block_size"),
+    (["--total_batch_tokens=100", "--gradient_accumulation_steps=0"], "not a multiple of batch_size x block_size"),
     (["--data_fraction=0.0"], "--data_fraction=0.0"),
     (["--seed=-1"], "--seed=-1"),
-    (["--max_minutes=1", "--max_epochs=1"], "each say when to stop"),
+    (["--max_iters=0"], "--max_iters=0: give --max_iters, --max_epochs"),
+    (["--total_batch_tokens=512"], "--gradient_accumulation_steps=1 and --total_batch_tokens=512 differ"),
     (["--learning_rate=0", "--head_lr=0.1"], "multiples of it"),
     (["--depth=-1"], "--depth=-1: must be at least 0"),
     (["--depth=2", "--n_embd=0"], "--n_embd=0: must be at least 1"),
@@ -528,7 +536,7 @@ def test_a_full_disk_costs_tensorboards_files_alone(capsys):
         def flush(self):
             raise OSError(28, "No space left on device")
 
-    log = Log.__new__(Log)
+    log = Logger.__new__(Logger)
     log.board = Full()
     for _ in range(2):
         log.to_board(lambda board: None)
@@ -536,12 +544,12 @@ def test_a_full_disk_costs_tensorboards_files_alone(capsys):
 
 
 def test_numbers_of_a_line_are_short():
-    from common.logger import duration, short
+    from common.logger import format_duration, short_number
 
     assert [
-        short(x) for x in (52_917, 1_370_000, 999_960, 7.5, 812, 4_012)
+        short_number(x) for x in (52_917, 1_370_000, 999_960, 7.5, 812, 4_012)
     ] == "52.9k 1.37M 1.00M 7.5 812 4.01k".split()
-    assert [duration(s) for s in (38, 754, 7272, 186_000)] == ["0:38", "12:34", "2:01:12", "2d 03h"]
+    assert [format_duration(s) for s in (38, 754, 7272, 186_000)] == ["0:38", "12:34", "2:01:12", "2d 03h"]
 
 
 def test_tensorboard_has_the_metrics_of_the_run_and_of_its_resumption(run, chars):
@@ -556,3 +564,72 @@ def test_tensorboard_has_the_metrics_of_the_run_and_of_its_resumption(run, chars
         wanted = {m["step"]: m[key] for m in metrics(chars) if key in m}
         assert told.keys() == wanted.keys() and all(abs(told[s] - wanted[s]) < 1e-6 for s in wanted)
     assert "sample/text_summary" in board.Tags()["tensors"]
+
+
+def test_resuming_with_another_batch_size_continues_at_the_next_sequence(run, chars):
+    """Without a learning rate a step's loss depends on its text alone."""
+    frozen = [*SMALL, "--dataset=chars", "--learning_rate=0.0", "--min_lr=0.0", "--eval_interval=0"]
+    run("train.py", *frozen, "--batch_size=4", "--max_iters=6", "--out_dir=whole")
+    run("train.py", *frozen, "--batch_size=8", "--max_iters=2", "--out_dir=parts")
+    run("train.py", *frozen, "--batch_size=4", "--max_iters=4", "--out_dir=parts", "--resume")
+    whole, parts = losses(chars / "whole"), losses(chars / "parts")
+    assert parts[1] == pytest.approx((whole[1] + whole[2]) / 2) and [parts[3], parts[4]] == [whole[5], whole[6]]
+    assert [m["tokens"] for m in metrics(chars / "parts") if "train_loss" in m] == [256, 512, 640, 768]
+    checkpoint = torch.load(chars / "parts" / "ckpt.pt", weights_only=True)
+    assert (checkpoint["sequences"], checkpoint["tokens"]) == (24, 768)
+    assert json.loads((chars / "parts" / "results.json").read_text())["tokens"] == 768
+
+
+def test_eval_only_makes_no_optimizer_and_compiles_nothing(run, chars):
+    run("train.py", *SMALL, "--dataset=chars")
+    (chars / "broken.py").write_text(
+        "import torch\n\ndef broken(*a, **k):\n    raise SystemExit('not needed to evaluate')\n\n"
+        "torch.optim.AdamW.__init__ = torch.compile = torch.Tensor.backward = broken\n"
+    )
+    last = [m["val_loss"] for m in metrics(chars) if "val_loss" in m][-1]
+    printed = run(
+        "train.py", "broken.py", *SMALL, "--dataset=chars", "--init_from=out/ckpt.pt", "--eval_only", "--compile=True"
+    )
+    assert f"val loss {last:.4f}" in printed and not (chars / "out" / "previous-1").exists()
+
+
+def test_safetensors_in_the_working_directory_are_not_taken_for_the_run(run, chars):
+    run("train.py", *SMALL, "--dataset=chars", "--sample_prompt=line")
+    (chars / "other.safetensors").write_bytes(b"not weights")
+    (chars / "config.json").write_text("{}")
+    assert run("sample.py", "--start=line", "--max_new_tokens=3").startswith("line")
+    assert "chars" in run("evaluate.py", "--num_samples=0")
+
+
+def test_the_seconds_of_steps_without_a_log_line_are_counted(run, chars):
+    keys = [
+        "--learning_rate=0.0",
+        "--min_lr=0.0",
+        "--eval_interval=5",
+        "--max_iters=50",
+        "--patience=1",
+        "--log_interval=1000",
+    ]
+    run("train.py", *SMALL, "--dataset=chars", *keys)
+    results = json.loads((chars / "out" / "results.json").read_text())
+    assert results["total_steps"] == 5 and results["train_seconds"] > 0
+
+
+def test_what_the_version_before_left_resumes_samples_and_evaluates(run, tmp_path):
+    """A dataset, a config and a run of three steps, made before the position was counted in sequences."""
+    shutil.copytree(ROOT / "tests" / "previous_version", tmp_path, dirs_exist_ok=True)
+    assert run("sample.py", "--start=line", "--max_new_tokens=5").startswith("line")
+    run("evaluate.py", "--checkpoints=out/ckpt.pt", "--num_samples=0")
+    with open(tmp_path / "evaluation" / "evaluation_results.csv") as f:
+        evaluated = float(next(csv.DictReader(f))["loss"])
+    assert evaluated == pytest.approx(
+        json.loads((tmp_path / "out" / "results.json").read_text())["final_val_loss"], abs=1e-5
+    )
+    run("train.py", "keys.py", "--max_iters=6", "--resume")
+    assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["sequences"] == 6 * 8
+    whole = [json.loads(line) for line in open(tmp_path / "whole_metrics.jsonl")]
+    for key in ("train_loss", "val_loss", "lr", "tokens"):
+        want = {(m["step"], "val_loss" in m): m[key] for m in whole if key in m}
+        found = {(m["step"], "val_loss" in m): m[key] for m in metrics(tmp_path) if key in m}
+        found.pop((3, True), None)  # an evaluation where the short run ended
+        assert found == pytest.approx(want, abs=1e-5), key

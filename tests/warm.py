@@ -1,7 +1,8 @@
-"""Runs our scripts in children forked from a process that has imported torch already: a start takes no time.
+"""Runs scripts in forks of a process that has imported torch already, which saves seconds per script.
 
-Reads a request a line: {"argv", "cwd", "env", "limits", "in", "out", "err"} starts a script and answers its pid, {"wait": pid} answers
-its exit status. What a child does is what `python script ...` does, exit code, handlers at exit and threads included.
+Reads one JSON request per line from stdin and answers each with one line. {"argv", "cwd", "env", "limits", "in", "out", "err"}
+starts a script: its pid. {"wait": pid}: its exit status. A script behaves as under `python script ...`, including its exit
+code, exit handlers and threads.
 """
 
 import atexit
@@ -47,10 +48,10 @@ def child(request: dict) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import pandas  # noqa: F401, part of `datasets`, which itself would read the environment once for all
+    import pandas  # noqa: F401  (of `datasets`, which itself reads the environment at import)
     import pyarrow.dataset  # noqa: F401
     import requests  # noqa: F401
-    import torch._dynamo  # noqa: F401, an optimizer imports it
+    import torch._dynamo  # noqa: F401  (imported by optimizers)
     import tqdm  # noqa: F401
 
     import build_fineweb_shards  # noqa: F401

@@ -1,4 +1,4 @@
-# From nothing to a scaling law in six minutes on two cores: stories, widths x data, fits, pictures, scores, an export.
+# A scaling law from start to end, in six minutes on two CPU cores: data, sweep, fits, figures, evaluation, export.
 #
 #     python research/pipeline.py config/pipeline/reproduce_small.py
 name = "reproduce_small"

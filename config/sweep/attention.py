@@ -1,4 +1,4 @@
-# Heads: how many, shared keys and values, normalised queries and keys, and the formula beside the fused kernel.
+# Attention: the number of heads, shared keys and values, QK-norm, and the explicit formula against the fused kernel.
 #
 #     python research/sweep.py config/sweep/attention.py
 name = "attention"
@@ -9,5 +9,5 @@ arms = {
     "8 heads": {"n_head": 8},
     "1 key/value head": {"n_kv_head": 1},
     "no qk_norm": {"qk_norm": False},
-    "written out": {"attn": "manual"},
+    "explicit formula": {"attn": "manual"},
 }

@@ -1,4 +1,4 @@
-# Tokens a step, at equal tokens in all: few large steps or many small ones?
+# Batch size at equal training tokens: many small steps, or few large ones?
 #
 #     python research/sweep.py config/sweep/batch_size.py
 name = "batch_size"

@@ -1,4 +1,4 @@
-# Loss against context, at equal tokens a step.
+# Loss against context length, at equal tokens per step.
 #
 #     python research/sweep.py config/sweep/context.py
 #     python research/scaling.py --results=out/context

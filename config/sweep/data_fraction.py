@@ -1,4 +1,4 @@
-# How much data is enough? The same steps on ever larger parts of it, so small parts are seen often.
+# How much data is enough? All runs have the same number of steps, so a smaller part of the data is seen more often.
 #
 #     python research/sweep.py config/sweep/data_fraction.py
 #     python research/scaling.py --results=out/data_fraction

@@ -1,5 +1,5 @@
-# GPT-2's blocks beside what came after GPT-3 (RMSNorm, SwiGLU, rotary positions), at equal tokens. Learned positions are 6 % of
-# the parameters at this size, which the study's fairness check says.
+# The blocks of GPT-2 against later ones (RMSNorm, SwiGLU, rotary positions), at equal tokens. The study reports that the
+# parameters differ: at this size, learned positions are 6 % of them.
 #
 #     python research/sweep.py config/sweep/gpt2_vs_gpt3.py
 name = "gpt2_vs_gpt3"

@@ -1,4 +1,4 @@
-# Which MLP, at equal parameters? (swiglu's width is two thirds.)
+# Activation of the MLP, at equal parameters: SwiGLU has three matrices, so its width is two thirds.
 #
 #     python research/sweep.py config/sweep/mlp.py
 name = "mlp"

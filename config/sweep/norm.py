@@ -1,4 +1,4 @@
-# LayerNorm or RMSNorm?
+# LayerNorm against RMSNorm.
 #
 #     python research/sweep.py config/sweep/norm.py
 name = "norm"

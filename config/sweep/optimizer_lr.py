@@ -1,4 +1,4 @@
-# Each optimizer at several learning rates: compare them at their best, not at one rate.
+# Each optimizer at several learning rates, because optimizers must be compared at their best rates, not at one rate.
 #
 #     python research/sweep.py config/sweep/optimizer_lr.py
 name = "optimizer_lr"

@@ -1,4 +1,4 @@
-# Positions: rotary, learned, or none at all?
+# Positions: rotary, learned, or none.
 #
 #     python research/sweep.py config/sweep/pos.py
 name = "pos"

@@ -1,4 +1,4 @@
-# What each part of the modern recipe is worth: Shakespeare by characters, one part taken out or put in at a time.
+# What each part of the modern recipe is worth, on Shakespeare by characters: each arm changes one part.
 #
 #     python prepare_text.py --source=shakespeare --dataset=shakespeare_char --tokenizer=char
 #     python research/sweep.py config/sweep/recipe.py
@@ -15,14 +15,14 @@ arms = {
     "LayerNorm": {"norm": "layernorm"},
     "GELU": {"mlp": "gelu"},
     "SwiGLU": {"mlp": "swiglu"},
-    "queries and keys not normalised": {"qk_norm": False},
+    "no QK-norm": {"qk_norm": False},
     "twice the learning rate": {"learning_rate": 0.04},
-    "twice the rate, not normalised": {"learning_rate": 0.04, "qk_norm": False},
+    "twice the learning rate, no QK-norm": {"learning_rate": 0.04, "qk_norm": False},
     "GPT-2's initialisation": {"init": "gpt2"},
     "tied head": {"tie_weights": True},
     "softcap 15": {"logit_softcap": 15.0},
     "cosine": {"schedule": "cosine"},
-    "stable, then a fall in the last 0.4": {"schedule": "wsd", "decay_fraction": 0.4},
+    "wsd, decay over the last 0.4": {"schedule": "wsd", "decay_fraction": 0.4},
     "weight decay 0.1": {"weight_decay": 0.1},
     "momentum 0.95": {"momentum": 0.95},
     "gradient clipping at 1": {"grad_clip": 1.0},

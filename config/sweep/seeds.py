@@ -1,4 +1,4 @@
-# How much does luck matter? One model, eight seeds: any other difference should be larger than this.
+# The spread over seeds: one model, eight seeds. A difference between arms has to be larger than this spread.
 #
 #     python research/sweep.py config/sweep/seeds.py
 name = "seeds"

@@ -1,4 +1,4 @@
-# Widths x steps on the embedded stories, small enough for two cores in six minutes: a grid for L(N, D).
+# A grid of widths and numbers of steps for L(N, D), on the synthetic stories: six minutes on two CPU cores.
 #
 #     python research/sweep.py config/sweep/small_scaling.py
 #     python research/scaling.py --results=out/small_scaling

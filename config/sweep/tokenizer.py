@@ -1,4 +1,4 @@
-# One text cut in two ways. Losses a token of different tokenizers do not compare: look at evaluate.py's bits a byte.
+# One text with two tokenizers. Their losses per token are not comparable; evaluate.py's bits per byte are.
 #
 #     python prepare_text.py --input=my.txt --dataset=mine_char --tokenizer=char
 #     python prepare_text.py --input=my.txt --dataset=mine_bpe --tokenizer=bpe --vocab_size=1024

@@ -1,0 +1,175 @@
+"""What makes a CPU fast and no other device needs: a fused loss, packed and 8-bit linear layers, memory settings."""
+
+import contextlib
+import ctypes
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+def manual_attention_is_faster(q, S: int, training: bool) -> bool:
+    """Whether to write attention out: in bfloat16 the fused kernel's backward pass is slow up to 512 positions (BENCHMARKS.md)."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) and S <= (512 if training else 256)
+
+
+def fused_loss_is_faster(x, vocab_size: int) -> bool:
+    """Whether to use fused_linear_cross_entropy for the head's input x: training on a CPU, with more than a few hundred ids."""
+    training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and training and vocab_size >= 512 and head_dtype(x) != torch.float16
+
+
+def head_dtype(x) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def fused_linear_cross_entropy(x, weight, targets, vocab_size: int, label_smoothing=0.0):
+    """Mean cross-entropy of the logits x W^T, without ever holding all of them.
+
+    x (N, C), weight (at least vocab_size, C), targets integer (N,), -1 is ignored. Returns a scalar in nats.
+    torch.nn.functional.linear_cross_entropy (torch 2.13) takes 2.1 times as long on this (BENCHMARKS.md).
+    """
+    return FusedLinearCrossEntropy.apply(x.to(head_dtype(x)), weight, targets, vocab_size, label_smoothing)
+
+
+class FusedLinearCrossEntropy(torch.autograd.Function):
+    """Computes loss and gradients together, in chunks of 2048 rows, so the (N, V) logits are never materialised.
+
+    Within a chunk the logits become their softmax and then their gradient in place.
+    """
+
+    CHUNK = 2048
+    buffers: dict[str, torch.Tensor] = {}
+
+    @staticmethod
+    def buffer(name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """A scratch buffer that is reused: page-faulting a fresh one costs more than the arithmetic, and freeing it
+        fragments the heap."""
+        found = FusedLinearCrossEntropy.buffers.get(name)
+        if found is None or found.shape != shape or found.dtype != dtype:
+            found = FusedLinearCrossEntropy.buffers[name] = torch.empty(shape, dtype=dtype)
+        return found
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x, weight, targets, vocab_size: int, smoothing: float):
+        CHUNK, buffer = FusedLinearCrossEntropy.CHUNK, FusedLinearCrossEntropy.buffer
+        w = weight[:vocab_size].to(x.dtype)  # (V, C)
+        valid = targets >= 0
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        dx, dw = torch.empty_like(x), weight.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
+        logits_buffer = buffer("logits", x.dtype, min(CHUNK, len(x)), vocab_size)
+        dw_buffer = buffer("dw", x.dtype, x.size(1), vocab_size)  # (C, V)
+        for start in range(0, len(x), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            rows, mask = x[chunk], valid[chunk]
+            at_target = torch.arange(len(rows)), targets[chunk].clamp(min=0)
+            p = torch.mm(rows, w.t(), out=logits_buffer[: len(rows)])  # (chunk, V)
+            if smoothing:
+                mean_minus_target = p.mean(-1).float() - p[at_target]
+            torch.softmax(p, -1, out=p)
+            p_target, p[at_target] = p[at_target].float(), 0
+            p_rest = p.sum(-1).float()  # 1 - p_target, but accurate where p_target is close to 1
+            losses = torch.where(p_rest < 0.5, -torch.log1p(-p_rest), -p_target.log())
+            if (underflow := (p_target < 1e-30) & mask).any():
+                logits = torch.mm(rows[underflow], w.t()).float()
+                losses[underflow] = F.cross_entropy(logits, targets[chunk][underflow], reduction="none")
+            p[at_target] = -p_rest.to(p.dtype)  # p is now d(loss) / d(logits)
+            if smoothing:
+                losses -= smoothing * mean_minus_target
+                p -= smoothing / vocab_size
+                p[at_target] += smoothing
+            if not mask.all():
+                p[~mask] = 0
+            loss_sum += losses.where(mask, 0).sum()
+            torch.mm(p, w, out=dx[chunk])
+            if dw is not None:
+                torch.mm(rows.t(), p, out=dw_buffer)
+                if start:
+                    dw[:vocab_size] += dw_buffer.t()
+                else:
+                    dw[:vocab_size] = dw_buffer.t()
+        if dw is not None:
+            dw[vocab_size:] = 0
+        ctx.count = valid.sum()
+        ctx.save_for_backward(dx, dw)
+        return (loss_sum / ctx.count).float()
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        scale = grad / ctx.count
+        return dx * scale, None if dw is None else dw.mul_(scale), None, None, None
+
+
+# -----------------------------------------------------------------------------
+# Decoding
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with its weights in oneDNN's layout, which streams 1.5x faster than a plain matrix for one row.
+
+    gelu: "tanh" or "none" also applies that approximation of GELU, in the same kernel.
+    """
+
+    def __init__(self, layer: nn.Linear, gelu: str = ""):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 1)
+        self.bias, self.epilogue = layer.bias, ("gelu", [], gelu) if gelu else ("none", [], "")
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, self.bias, *self.epilogue)
+
+
+def packed_linear_is_available(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights and one scale per output row; activations keep their dtype. For decoding.
+
+    Symmetric rounding to 255 levels, as LLM.int8()'s vector-wise weights (https://arxiv.org/abs/2208.07339). On a CPU in
+    bfloat16 up to four rows read half the bytes; otherwise the weights are widened for the product, which saves memory only.
+    """
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        weight = layer.weight.float()
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale[:, 0].to(dtype))
+        self.bias = layer.bias
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.size(-1))
+        # The int8 kernel reads whole blocks of 32 columns, past the end of a row that is no multiple of it.
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= 4 and x.size(-1) % 32 == 0:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+def tune_malloc() -> None:
+    """Make glibc keep freed memory for large tensors, and back the first 1.9 GB of it with huge pages.
+
+    By default malloc maps each large tensor anew and the kernel zeroes its pages, a sixth of a training step; 4 KiB pages
+    cost a tenth of decoding (BENCHMARKS.md). No memory is taken before it is used. Does nothing where glibc is missing.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError, RuntimeError):  # musl, macOS, Windows, a memory limit
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        room = torch.empty(1900 * 2**20, dtype=torch.uint8)  # freed on return, but the advice stays on its pages
+        begin, size = -(-room.data_ptr() // 2**21) * 2**21, 1898 * 2**20
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), 14)  # MADV_HUGEPAGE

@@ -1,0 +1,180 @@
+"""What train.py does before its first step: the --depth dial, the range of its keys, datasets, the number of steps.
+
+`keys` is always train.py's globals().
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from common.cpu import tune_malloc
+from common.runtime import all_reduce, init_distributed, is_out_of_memory, pick_dtype, pick_local_device
+from common.shards import Dataset, load_mixture
+from configurator import UserError, check_bounds, check_choice, first_line
+from model import GPT
+
+
+def from_depth(keys: dict, explicit: set[str]) -> dict:
+    """The keys that --depth=N stands for: the modern recipe with N blocks of width 64 N. Explicit keys enter the formulas.
+
+    1. Tokens: 20 per weight in the blocks' matrices, 12 N (64 N)^2 of them (https://arxiv.org/abs/2203.15556).
+    2. Tokens per step grow as weights^(2/3), from 2^14 at depth 2 to 2^19 at depth 12.
+    3. The head's rate falls as 1 / width; the others suit any width (tests/test_recipe.py).
+    4. Weight decay averages over the length of the run (https://arxiv.org/abs/2405.13698).
+    """
+    check_bounds(keys, at_least_0="depth max_iters", at_least_1="n_layer n_embd block_size batch_size")
+
+    def given(key: str, otherwise):
+        return keys[key] if key in explicit and keys[key] else otherwise
+
+    T, width = keys["block_size"], given("n_embd", 64 * keys["depth"])
+    weights = 12 * given("n_layer", keys["depth"]) * width**2
+    sequences = 2 ** max(0, round(math.log2(2**19 * (weights / 85e6) ** (2 / 3) / T)))  # per step
+    cuda = keys["device"].startswith("cuda") or (keys["device"] == "auto" and torch.cuda.is_available())
+    rows = 2 ** max(0, int(math.log2((2**16 if cuda else 2**13) / T)))  # what fits
+    rows = given("batch_size", max(1, min(rows, sequences // int(os.environ.get("WORLD_SIZE", 1)))))
+    tokens_per_step = given("total_batch_tokens", sequences * T)
+    if "gradient_accumulation_steps" in explicit:
+        tokens_per_step = rows * T * keys["gradient_accumulation_steps"]
+    steps = given("max_iters", max(1, round(20 * weights / max(1, tokens_per_step))))
+    return {
+        "n_layer": keys["depth"], "n_embd": width,
+        "n_head": max(d for d in range(1, max(1, width // 64) + 1) if width % d == 0),
+        "norm": "rmsnorm", "mlp": "relu2", "pos": "rope", "qk_norm": True, "init": "zero_proj", "tie_weights": False,
+        "optimizer": "muon", "learning_rate": 0.02, "embedding_lr": 0.03, "head_lr": 1.28 / width, "vector_lr": 0.01,
+        "weight_decay": 1 / (given("learning_rate", 0.02) * steps), "schedule": "wsd", "decay_fraction": 0.5,
+        "min_lr": 0.0, "warmup_iters": 20, "total_batch_tokens": tokens_per_step, "batch_size": rows, "max_iters": steps,
+    }  # fmt: skip
+
+
+def check_keys(keys: dict, optimizers: tuple[str, ...], schedules: tuple[str, ...]) -> None:
+    """Raise UserError for a key that is out of range, before anything is loaded."""
+    for key, value in keys.items():
+        if type(value) is float and key.islower() and not math.isfinite(value):
+            raise UserError(f"--{key}={value}: must be a finite number")
+    check_bounds(
+        keys,
+        at_least_1="batch_size block_size log_interval eval_iters timeout",
+        at_least_0="depth learning_rate embedding_lr head_lr vector_lr min_lr weight_decay warmup_iters grad_clip norm_eps "
+        "patience max_iters max_epochs max_flops max_minutes total_batch_tokens gradient_accumulation_steps eval_interval "
+        "final_eval_tokens sample_interval sample_temperature checkpoint_interval keep_checkpoints hellaswag_interval "
+        "hellaswag_limit seed",
+        below_1="beta1 beta2 momentum label_smoothing",
+    )
+    if keys["seed"] >= 2**63:
+        raise UserError(f"--seed={keys['seed']}: must be less than 2^63")
+    if not keys["learning_rate"] and (keys["embedding_lr"] or keys["head_lr"] or keys["vector_lr"]):
+        raise UserError("--learning_rate=0: the other learning rates are multiples of it")
+    check_choice("optimizer", keys["optimizer"], optimizers)
+    check_choice("schedule", keys["schedule"], schedules)
+
+
+def set_up_device(keys: dict) -> tuple[torch.device, torch.dtype, int, int]:
+    """Device, dtype of autocast, rank and world size."""
+    device = pick_local_device(keys["device"])
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+    elif device.type == "cpu":
+        tune_malloc()
+    rank, world_size = init_distributed(device, keys["backend"], keys["timeout"])
+    return device, pick_dtype(keys["dtype"], device), rank, world_size
+
+
+def load_datasets(keys: dict, rank: int) -> list[tuple[Dataset, float]]:
+    """The datasets of --dataset with their weights, which sum to 1."""
+    root = Path(keys["data_dir"])
+    missing = keys["dataset"] == "edu_fineweb10B" and not (root / "edu_fineweb10B").is_dir()
+    if missing and (root / "openwebtext").is_dir():
+        keys["dataset"] = "openwebtext"  # nanoGPT's default, which its config files rely on
+        if rank == 0:
+            print(f"{root}/edu_fineweb10B is missing, training on {root}/openwebtext; --dataset chooses another")
+    name = keys["dataset"].partition(":")[0]
+    if keys["dry_run"] and "," not in keys["dataset"] and not (root / name).is_dir():
+        print(f"{root / name} does not exist: sizes are for GPT-2's vocabulary")
+        return [(Dataset(keys["dataset"], [], [], None, 50257), 1.0)]
+    return load_mixture(keys["dataset"], root, keys["verify_data"] and rank == 0)
+
+
+def resolve_limits(keys: dict, state, windows, model: GPT, world_size: int) -> None:
+    """Set gradient_accumulation_steps from total_batch_tokens, and max_iters to the first limit of steps, epochs and FLOPs."""
+    micro_batch = keys["batch_size"] * keys["block_size"]
+    if total := keys["total_batch_tokens"]:
+        if total % (micro_batch * world_size):
+            raise UserError(
+                f"--total_batch_tokens={total} is not a multiple of batch_size x block_size x ranks = "
+                f"{keys['batch_size']} x {keys['block_size']} x {world_size} = {micro_batch * world_size}"
+            )
+        accumulation = total // micro_batch
+        if keys["gradient_accumulation_steps"] not in (0, accumulation):
+            raise UserError(
+                f"--gradient_accumulation_steps={keys['gradient_accumulation_steps']} and --total_batch_tokens={total} differ "
+                f"(that is {accumulation} micro-batches): give one of them"
+            )
+        keys["gradient_accumulation_steps"] = accumulation
+    accumulation = keys["gradient_accumulation_steps"]
+    if accumulation < 1:
+        raise UserError(f"--gradient_accumulation_steps={accumulation}: must be at least 1")
+    if accumulation % world_size:
+        raise UserError(f"--gradient_accumulation_steps={accumulation} is not divisible by the {world_size} ranks")
+    sequences_per_step = accumulation * keys["batch_size"]
+    goals = []  # sequences to have seen at the end
+    if keys["max_epochs"] and windows:
+        goals.append(keys["max_epochs"] * windows.per_epoch)
+    if keys["max_flops"]:
+        goals.append(keys["max_flops"] / (model.flops_per_token(keys["block_size"]) * keys["block_size"]))
+    limits = [max(1, state.step + round((goal - state.sequences) / sequences_per_step)) for goal in goals]
+    limits += [keys["max_iters"]] * bool(keys["max_iters"])
+    if not limits and not keys["max_minutes"]:
+        raise UserError("--max_iters=0: give --max_iters, --max_epochs, --max_flops or --max_minutes")
+    keys["max_iters"] = min(limits, default=0)
+    if 0 < keys["max_iters"] < state.step and not keys["eval_only"]:
+        raise UserError(f"--max_iters={keys['max_iters']}: the run to resume is at step {state.step:,} already")
+
+
+def compile_and_wrap(run, compile: bool | str, label_smoothing: float) -> torch.nn.Module:
+    """run.model as a step calls it: compiled if --compile says so, and wrapped in DDP if there are several ranks.
+
+    run: train.py's Run. With "auto" it is compiled on a GPU only, and stays uncompiled where that fails.
+    """
+    check_choice("compile", compile, ("auto", True, False))
+    if compile is False or (compile == "auto" and run.device.type != "cuda"):
+        return wrap_in_ddp(run, run.model)
+    # Activation checkpoints cannot be split into DDP's buckets.
+    torch._dynamo.config.optimize_ddp = not run.model.config.activation_checkpointing
+    if run.world_size > 1:  # the backward graph cannot be tried below without reducing: build it with the forward graph
+        torch._functorch.config.force_non_lazy_backward_lowering = True
+    step_model, failure = wrap_in_ddp(run, torch.compile(run.model, dynamic=False)), ""
+    x, y = run.batches.load(run.batches.first_sequence(0, 0))
+    try:  # torch compiles at the first call: make it here, where an error is the compiler's and not training's
+        if run.world_size > 1:
+            step_model.require_backward_grad_sync = False
+        with run.autocast():
+            _, loss = step_model(x, y, return_logits=False, label_smoothing=label_smoothing)
+        if run.world_size == 1:
+            run.scaler.scale(loss).backward()
+    except Exception as e:
+        if compile is True or is_out_of_memory(e):
+            raise
+        failure = first_line(e)
+    run.model.zero_grad(set_to_none=True)
+    if not all_reduce(torch.tensor(float(bool(failure)))):  # all ranks continue without it, or none
+        return step_model
+    if failure:
+        print(f"torch.compile failed, continuing without it ({failure}); --compile=True shows the whole error")
+    del step_model  # and DDP's hooks on the gradients, before new ones are added
+    return wrap_in_ddp(run, run.model)
+
+
+def wrap_in_ddp(run, model: torch.nn.Module) -> torch.nn.Module:
+    if run.world_size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        [run.device.index] if run.device.type == "cuda" else None,
+        broadcast_buffers=False,  # they are constants
+        gradient_as_bucket_view=True,
+        static_graph=run.grad_accum_steps == 1,  # deadlocks when gradient sync is skipped for accumulation
+    )
