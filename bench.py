@@ -555,7 +555,7 @@ if __name__ == "__main__":
         mine, theirs = split_arguments(sys.argv[1:])
         configure(globals(), mine, aliases={"input": "inputs"})
         if mode not in ("data", "startup"):
-            configure(KEYS, default_arguments(theirs), dial=("depth", setup.from_depth), one_of=train.LIMITS)
+            configure(KEYS, default_arguments(theirs), dial=("depth", setup.from_depth), one_of=train.ALTERNATIVES)
         elif theirs:
             raise UserError(f"{theirs[0]}: --mode={mode} takes no key of train.py")
         main()

@@ -41,8 +41,9 @@ class UserError(Exception):
 def add_keys(namespace: dict, config_class: type, skip: tuple[str, ...] = ()) -> None:
     """Make every field of a dataclass a key of the script, with the field's default, unless the script sets it itself."""
     for field in fields(config_class):
-        if field.name not in skip:
-            namespace.setdefault(field.name, field.default)
+        if field.name not in skip and field.name not in namespace:
+            namespace[field.name] = field.default
+            namespace.setdefault("__annotations__", {})[field.name] = field.type
 
 
 def read_keys(script: str | Path) -> dict[str, str]:
@@ -129,7 +130,7 @@ def parse(text: str, default: object, annotation: object) -> object:
 
 
 class Overrides:
-    """Sets keys in a script's globals and remembers when each was set: levels[key] grows from argument to argument."""
+    """Sets keys in a script's globals. levels[key] says when: whole numbers for config files, halves for flags after them."""
 
     def __init__(self, namespace: dict, aliases: dict[str, str]):
         self.namespace, self.aliases = namespace, aliases
@@ -190,11 +191,12 @@ class Overrides:
         return derived
 
     def clear_alternatives(self, group: tuple[str, ...]) -> None:
-        """Of keys that say the same thing in different ways only those set last count: the others become 0."""
-        last = max(self.levels.get(key, 0.0) for key in group)
+        """Keep the keys with the highest level; the others become 0."""
+        highest = max(self.levels.get(key, 0.0) for key in group)
         for key in group:
-            if self.levels.get(key, 0.0) < last:
+            if self.levels.get(key, 0.0) < highest:
                 self.namespace[key] = type(self.defaults[key])(0)
+                self.levels.pop(key, None)  # not printed as set
 
 
 def configure(

@@ -33,7 +33,7 @@ class GPTConfig:
     mlp: str = "gelu"  # gelu (tanh approximation, GPT-2) | gelu_erf (exact, nanoGPT) | swiglu | relu2
     mlp_hidden: int = 0  # width inside the MLP; 0: 4 n_embd (swiglu: 8/3 n_embd, for the same number of parameters)
     pos: str = "learned"  # position encoding: learned | rope | none
-    rope_base: float = 10000.0  # RoPE's theta: the longest wavelength over 2 pi
+    rope_base: float = 10000.0  # RoPE's theta
     n_kv_head: int = 0  # key/value heads, shared by groups of query heads; 0: n_head
     qk_norm: bool = False  # RMS-normalise queries and keys
     tie_weights: bool = True  # share one matrix between the embedding and the head
@@ -79,7 +79,7 @@ def swiglu(x):
     return F.silu(gate) * value
 
 
-ACTIVATIONS = {  # --mlp: a new activation is one line here
+ACTIVATIONS = {  # --mlp: a new activation is one line here; a gated one is named in GATED too
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_erf": F.gelu,
     "relu2": lambda x: F.relu(x).square(),
@@ -113,7 +113,7 @@ class Norm(nn.Module):
 class KVCache:
     """Keys and values of every layer, (B, K, length, D) each, allocated once. The first kv_len positions are filled."""
 
-    mask = None  # bool (T, S), True where attended to; None: causal
+    mask = None  # bool (T, S), True where attended to; None: causal. Set by StaticKVCache in common/inference.py
 
     def __init__(self, config: GPTConfig, batch: int, length: int, device, dtype):
         shape = (batch, config.n_kv_head, length, config.head_size)
@@ -187,7 +187,7 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def attend(self, q, k, v, mask=None):
-        """Attention of T queries, the last of S positions, each to itself and the positions before it, or by a mask.
+        """Causal attention: the T queries are the last T of S positions. A mask replaces the causal one.
 
         q (B, H, T, D), k and v (B, K, S, D), mask bool (T, S), True where attended to. Returns (B, H, T, D).
         """
@@ -272,8 +272,8 @@ class GPT(nn.Module):
         other matrices          0.02                      0.5 / sqrt(fan_in)
 
         gpt2: section 2.3 of the GPT-2 paper; the residual stream sums 2 n_layer projections. zero_proj: every block starts
-        as the identity; 1 / sqrt(fan_in) keeps the scale of activations independent of the width, and half of it is
-        measured better with Muon, which never shrinks what was drawn (BENCHMARKS.md).
+        as the identity, and 1 / sqrt(fan_in) keeps the scale of activations independent of the width. The 0.5 was better
+        in our runs with Muon (BENCHMARKS.md).
         """
         zero_proj = self.config.init == "zero_proj"
         for name, p in self.named_parameters():

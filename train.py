@@ -34,11 +34,11 @@ from prepare_tinystories import ensure_synthetic
 
 # Run
 out_dir = "out"  # folder of the run: checkpoints, logs, results
-init_from = "scratch"  # scratch | resume | a run's folder or checkpoint | gpt2, gpt2-medium, ... | a Hugging Face model
+init_from = "scratch"  # scratch | resume | a run (its best.pt) or checkpoint | gpt2, gpt2-xl, ... | Hugging Face
 resume = False  # continue from out_dir's checkpoint, or start if there is none; --init_from=resume insists on one
 seed = 1337  # of the weights, the batch order and dropout
 dry_run = False  # print sizes, FLOPs and memory, and stop before training
-eval_only = False  # evaluate once and stop
+eval_only = False  # evaluate eval_iters batches and stop
 # Data
 dataset = "edu_fineweb10B"  # folder under data_dir, or several with weights: tinystories:0.7,chat:0.3
 data_dir = "data"  # where datasets are
@@ -49,7 +49,7 @@ block_size = 1024  # tokens in a sequence, the context
 gradient_accumulation_steps = 8  # micro-batches in a step, over all ranks together
 total_batch_tokens = 0  # tokens in a step; sets gradient_accumulation_steps (0: off)
 # Model
-depth = 0  # number of layers; derives width, batch size, learning rates and steps; explicit keys win (0: off)
+depth = 0  # build the recipe for N layers: sizes, batch, learning rates and steps follow; keys you give win (0: off)
 n_layer = 12  # number of blocks
 n_head = 12  # attention heads
 n_embd = 768  # width
@@ -57,7 +57,7 @@ dropout = 0.0  # 0 for pretraining; 0.1 or more for small datasets
 bias = False  # biases in linear layers and LayerNorms
 lora_rank = 0  # fine-tune low-rank additions to the blocks' matrices only (0: all weights)
 lora_alpha = 16.0  # the additions are scaled by lora_alpha / lora_rank
-add_keys(globals(), GPTConfig, skip=("vocab_size",))  # every other field of GPTConfig, see model.py
+add_keys(globals(), GPTConfig, skip=("vocab_size",))  # norm, mlp, pos, n_kv_head, attn, ...: see GPTConfig in model.py
 # Optimization
 optimizer = "adamw"  # adamw | adam | sgd | adafactor | muon
 learning_rate = 6e-4  # peak learning rate
@@ -72,15 +72,15 @@ patience = 0  # stop after this many evaluations in a row without a lower loss (
 weight_decay = 0.1  # on matrices only
 beta1 = 0.9  # Adam's decay rate of the mean gradient
 beta2 = 0.95  # Adam's decay rate of the mean squared gradient
-momentum = 0.95  # of muon and sgd, Nesterov (0: none)
+momentum = 0.95  # Nesterov momentum of muon and sgd (0: plain SGD)
 grad_clip = 1.0  # clip the gradient to this norm (0: off)
 label_smoothing = 0.0  # probability spread over the other ids in the training loss
 schedule = "cosine"  # after a linear warmup: cosine | linear | wsd (warmup-stable-decay) | constant
 decay_lr = True  # False: learning_rate throughout
 warmup_iters = 715  # steps of linear warmup
 lr_decay_iters = 0  # step at which the schedule reaches min_lr (0: max_iters)
-decay_fraction = 0.2  # of wsd: the last part of the run, in which the rate falls
-min_lr = 6e-5  # final learning rate
+decay_fraction = 0.2  # wsd: fraction of the run, at its end, in which the rate falls
+min_lr = 6e-5  # final learning rate; other groups' rates fall in proportion
 # Evaluation, logs, checkpoints
 eval_interval = 250  # steps between evaluations, each with a checkpoint (0: only at the end)
 eval_iters = 20  # batches of validation windows in an evaluation, evenly spaced, the same every time
@@ -108,11 +108,16 @@ backend = "nccl"  # of torchrun's ranks on GPUs; CPUs use gloo
 timeout = 600  # seconds a rank waits for the others
 peak_tflops = 0.0  # the device's peak, for MFU (0: from a table)
 
-# Groups of keys that set the same thing: of those the command line wins over a config file, a config file over the defaults.
-STOP_KEYS = ("max_iters", "max_epochs", "max_flops", "max_minutes")
-LIMITS = (STOP_KEYS, ("gradient_accumulation_steps", "total_batch_tokens"))
+# Alternatives: when a key of a group is set on the command line, the others, from a config file or the defaults, become 0.
+RUN_LENGTH = ("max_iters", "max_epochs", "max_flops", "max_minutes")
+ALTERNATIVES = (RUN_LENGTH, ("gradient_accumulation_steps", "total_batch_tokens"))
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+SCHEDULES = {  # part of the decay so far, 0 to 1 -> part of the rate that is left
+    "cosine": lambda decayed: 0.5 * (1 + math.cos(math.pi * decayed)),
+    "linear": lambda decayed: 1 - decayed,
+    "wsd": lambda decayed: 1 - decayed,
+    "constant": lambda decayed: 1.0,
+}
 
 # -----------------------------------------------------------------------------
 # The state of a run and the batches it trains on
@@ -133,11 +138,11 @@ class State:
 
 
 class Batches:
-    """This rank's micro-batches. Sequence i is a function of the seed and i; the ranks take turns through a step's sequences."""
+    """This rank's micro-batches. Sequence i depends on the seed and i only; in a step the ranks take micro-batches in turn."""
 
     def __init__(self, windows: TrainingWindows | MixedWindows, device: torch.device, rank: int, world_size: int):
         self.windows, self.device, self.rank, self.world_size = windows, device, rank, world_size
-        self.prefetched = (-1, None)
+        self.prefetched = (-1, None)  # first sequence, batch
 
     def first_sequence(self, position: int, micro: int) -> int:
         """The first sequence of this rank's micro-batch `micro`, in a step that starts at sequence `position`."""
@@ -192,31 +197,32 @@ class Run:
 def get_lr(step: int, minutes: float = 0.0) -> float:
     """Learning rate of a step (counted from 0), `minutes` after the start: a linear warmup, then --schedule down to min_lr.
 
-    Progress runs from 0 to 1 by step or by the clock, whichever is ahead.
+    The progress of a run, 0 to 1, is by step or by the clock, whichever is ahead.
     """
+    if not decay_lr:
+        return learning_rate
     decay_iters = lr_decay_iters or max_iters
     by_step = step / decay_iters if decay_iters else 0.0
     by_clock = minutes / max_minutes if max_minutes else 0.0
-    if not decay_lr:
-        return learning_rate
     if step < warmup_iters and by_clock < 0.1:  # by the clock, warmup takes a tenth of the time at most
         return learning_rate * max((step + 1) / (warmup_iters + 1), by_clock / 0.1)
-    if schedule == "constant":
-        return learning_rate
+    progress = min(1.0, max(by_step, by_clock))
     start = warmup_iters / decay_iters if decay_iters else 0.0  # progress at which the decay starts
     if schedule == "wsd":
         start = max(start, 1 - decay_fraction)
-    progress = min(1.0, max(by_step, by_clock))
-    decayed = max(0.0, progress - start) / (1 - start) if start < 1 else 1.0  # 0 to 1
-    left = 0.5 * (1 + math.cos(math.pi * decayed)) if schedule == "cosine" else 1 - decayed
-    return min_lr + left * (learning_rate - min_lr)
+    if progress < start:
+        return learning_rate
+    decayed = (progress - start) / (1 - start) if start < 1 else 1.0
+    lowest = min(min_lr, learning_rate)
+    return lowest + SCHEDULES[schedule](decayed) * (learning_rate - lowest)
 
 
 def make_optimizers(model: GPT, amp_dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
     """The optimizers that together update every trainable parameter exactly once.
 
     Muon takes the blocks' matrices; embeddings, head, norms and biases go to AdamW. Weight decay applies to matrices only.
-    A group's "lr_scale" is its peak rate over learning_rate. amp_dtype: of Muon's matrix products.
+    A group's "lr_scale" is its peak rate over learning_rate. amp_dtype: of Muon's matrix products. An optimizer with
+    defaults["fused"] must read found_inf, as torch's fused ones do (see train_step); others are skipped with a GPU sync.
     """
     hidden, groups = [], {}
     peak_lr = {"embedding": embedding_lr, "head": head_lr, "vector": vector_lr}
@@ -233,11 +239,12 @@ def make_optimizers(model: GPT, amp_dtype: torch.dtype = torch.float32) -> list[
         else:
             kind = "head" if name == "lm_head.weight" else "hidden"
         lr = peak_lr.get(kind) or learning_rate
-        # Without rates of their own there are two groups, matrices and vectors, as in nanoGPT's checkpoints.
-        key = (p.dim() < 2, kind if peak_lr.get(kind) else "")
-        decay = weight_decay if p.dim() >= 2 else 0.0
+        is_vector = p.dim() < 2
+        # Kinds without a rate of their own share two groups, matrices and vectors, as in nanoGPT's checkpoints.
+        key = (is_vector, kind if peak_lr.get(kind) else "")
+        decay = 0.0 if is_vector else weight_decay
         groups.setdefault(key, dict(params=[], lr=lr, weight_decay=decay))["params"].append(p)
-    groups = [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+    groups = [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # matrices first
 
     optimizers = []
     if hidden:
@@ -251,11 +258,14 @@ def make_optimizers(model: GPT, amp_dtype: torch.dtype = torch.float32) -> list[
     elif groups and optimizer == "sgd":
         # Not fused: torch's fused SGD uses an uninitialised momentum buffer after a skipped first step.
         optimizers.append(torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0))
-    elif groups:
+    elif groups and optimizer == "adafactor":
         optimizers.append(torch.optim.Adafactor(groups))
 
     params = [p for each in optimizers for group in each.param_groups for p in group["params"]]
-    assert sorted(map(id, params)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sorted(map(id, params)) == sorted(map(id, trainable)), (
+        f"--optimizer={optimizer} misses or repeats parameters"
+    )
     for each in optimizers:
         for group in each.param_groups:
             group["lr_scale"] = group["lr"] / learning_rate if learning_rate else 1.0
@@ -269,10 +279,10 @@ def make_optimizers(model: GPT, amp_dtype: torch.dtype = torch.float32) -> list[
 def train_step(run: Run, state: State, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
     """One update. Returns this rank's mean loss and the gradient norm, on the device, without waiting for them.
 
-    A gradient that is not finite never reaches the weights, nor does any after it: the loop learns of it a step late.
+    After a gradient that is not finite no update is applied any more; the loop notices one step later and stops.
     """
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
+    for each in run.optimizers:
+        for group in each.param_groups:
             group["lr"] = lr * group["lr_scale"]
     run.seed_dropout(state.step)
     mean_loss = torch.zeros((), device=run.device)
@@ -288,24 +298,26 @@ def train_step(run: Run, state: State, lr: float) -> tuple[torch.Tensor, torch.T
         mean_loss += loss.detach()
         if not last:  # load the next micro-batch while the device works on this one
             x, y = run.batches.load(run.batches.first_sequence(state.sequences, micro + 1))
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
+    for each in run.optimizers:
+        run.scaler.unscale_(each)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip or math.inf)
 
-    # float16 overflows now and then while the loss is finite on all ranks; then the scaler skips this step and adapts.
-    skip_update = ~torch.isfinite(grad_norm)
-    all_losses = runtime.all_reduce(mean_loss.clone()) if run.scaler.is_enabled() else mean_loss
-    run.diverged |= skip_update & ~(torch.isfinite(all_losses) & run.scaler.is_enabled())
-    skip_update = skip_update | run.diverged
-    for optimizer in run.optimizers:
-        if optimizer.defaults.get("fused") and run.device.type != "mps":
-            optimizer.found_inf = skip_update.float()  # fused optimizers check it on the device
-            optimizer.step()
-        elif not skip_update:  # syncs
-            optimizer.step()
+    # In float16 a gradient that overflows while all losses are finite is normal: the scaler skips the step and adapts.
+    # Any other gradient that is not finite means that the run has diverged.
+    not_finite = diverged = ~torch.isfinite(grad_norm)
+    if run.scaler.is_enabled():
+        diverged = not_finite & ~torch.isfinite(runtime.all_reduce(mean_loss.clone()))
+    run.diverged |= diverged
+    skip_update = not_finite | run.diverged
+    for each in run.optimizers:
+        if each.defaults.get("fused") and run.device.type != "mps":
+            each.found_inf = skip_update.float()  # fused optimizers check it on the device
+            each.step()
+        elif not skip_update:  # syncs with a GPU
+            each.step()
     run.scaler.update()
-    for optimizer in run.optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    for each in run.optimizers:
+        each.zero_grad(set_to_none=True)
     state.step += 1
     state.sequences += run.sequences_per_step
     state.tokens += run.sequences_per_step * block_size
@@ -320,16 +332,16 @@ def evaluate(run: Run, datasets: list, n_windows: int, interrupted=lambda: False
     """
     result = {"loss": 0.0, "accuracy": 0.0, "by_source": {}}
     run.model.eval()  # the plain model: compiling it again for evaluation would take longer than it saves
-    for dataset, weight in datasets:
-        windows = validation_windows(dataset.val, block_size, n_windows)
-        batches = validation_batches(windows, block_size, dataset.vocab_size, batch_size, run.rank, run.world_size)
+    for each, weight in datasets:
+        windows = validation_windows(each.val, block_size, n_windows)
+        batches = validation_batches(windows, block_size, each.vocab_size, batch_size, run.rank, run.world_size)
         sums = sum_losses(run.model, batches, run.autocast, interrupted)
         sums = torch.cat((sums, torch.tensor([float(interrupted())])))
         loss_sum, correct, tokens, stopped = runtime.all_reduce(sums).tolist()
         if stopped:
             result = None
             break
-        result["by_source"][dataset.name] = loss_sum / tokens
+        result["by_source"][each.name] = loss_sum / tokens
         result["loss"] += weight * loss_sum / tokens
         result["accuracy"] += weight * correct / tokens
     run.model.train()
@@ -364,7 +376,8 @@ def make_windows(datasets: list) -> TrainingWindows | MixedWindows:
 
 def is_finished(state: State, minutes: float) -> bool:
     """The first limit reached ends the run."""
-    out_of_steps, out_of_time = 0 < max_iters <= state.step, 0 < max_minutes <= minutes
+    out_of_steps = 0 < max_iters <= state.step
+    out_of_time = 0 < max_minutes <= minutes
     return out_of_steps or out_of_time or 0 < patience <= state.evals_since_best
 
 
@@ -374,7 +387,8 @@ def is_due(interval: int, step: int) -> bool:
 
 def main(config: dict) -> None:
     global init_from
-    start_time, requested = time.perf_counter(), dict(config)
+    start_time = time.perf_counter()
+    requested = dict(config)  # keys as given; below, config becomes the keys as resolved
     setup.check_keys(globals(), OPTIMIZERS, SCHEDULES)
     run_device, amp_dtype, rank, world_size = setup.set_up_device(globals())
     master = rank == 0
@@ -402,7 +416,9 @@ def main(config: dict) -> None:
         return runtime.shutdown_distributed()
     eval_windows = eval_iters * batch_size
     if resuming and loaded.get("requested", {}).get("eval_iters") == eval_iters:
-        eval_windows = loaded["eval_windows"]  # the same windows as before, whatever the batch size is now
+        eval_windows = loaded[
+            "eval_windows"
+        ]  # unless --eval_iters changed, the same windows, also with another batch size
     scaler = torch.amp.GradScaler(run_device.type, enabled=amp_dtype == torch.float16)
     batches, accum = Batches(windows, run_device, rank, world_size), gradient_accumulation_steps // world_size
     run = Run(model, model, [], scaler, batches, run_device, amp_dtype, accum, rank, world_size)
@@ -435,7 +451,7 @@ def main(config: dict) -> None:
     evaluated, saved = None, state.step  # the steps evaluated and saved last
 
     while True:
-        # One round more than updates: the last round evaluates, scores and saves what the last update left.
+        # N updates take N + 1 rounds: a round starts with what is due after the update before it.
         step, last = state.step, is_finished(state, monitor.minutes)
         evaluate_now = (last or is_due(eval_interval, step)) and evaluated != step
         save_now = last or (always_save_checkpoint and evaluate_now) or is_due(checkpoint_interval, step)
@@ -468,7 +484,7 @@ def main(config: dict) -> None:
             log.evaluation(state, result)
             if is_finished(state, monitor.minutes) and not last:
                 log.out_of_patience(state)
-                continue
+                continue  # the next round is the last
         # 4. Once in a while: score on HellaSwag.
         if score_now:
             with run.autocast():
@@ -484,7 +500,7 @@ def main(config: dict) -> None:
         # 6. One update.
         lr = get_lr(step, monitor.minutes)
         loss, grad_norm = train_step(run, state, lr)
-        # 7. Log the update before it, which a GPU has finished by now, so it never waits.
+        # 7. Log: on a GPU the update before, while this one runs; elsewhere this one at once.
         log_step(run, state, log, monitor)
         monitor.submit(state, lr, loss, grad_norm)
         if run_device.type != "cuda":
@@ -493,7 +509,7 @@ def main(config: dict) -> None:
     # The end: a run that was stopped ends with its exit code, another with a longer evaluation and its results.
     saver.wait()
     monitor.signals.catch(False)  # everything that training made is on the disk
-    run.step_model = model  # DDP must go before its process group: as the group's last owner it would deadlock
+    run.step_model = model  # drops DDP: freed after its process group it would deadlock
     result = None if monitor.stop else evaluate(run, datasets, -(-final_eval_tokens // block_size))
     runtime.shutdown_distributed()  # all ranks together: torchrun ends the others when one exits
     if monitor.stop and "ckpt.pt" not in saver.failed:
@@ -518,4 +534,4 @@ def log_step(run: Run, state: State, log: logger.Logger, monitor: runtime.StepMo
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in a file too
     with short_errors(), runtime.explain_errors(globals()), logger.progress_bar_closed():
-        main(configure(globals(), dial=("depth", setup.from_depth), one_of=LIMITS))
+        main(configure(globals(), dial=("depth", setup.from_depth), one_of=ALTERNATIVES))

@@ -391,7 +391,7 @@ def load_to_resume(requested: dict, rank: int) -> dict | None:
         if checkpoint and not asked and any(checkpoint.get("requested", {}).get(k) != requested[k] for k in same_job):
             checkpoint = None
     checkpoint = broadcast_object(checkpoint)
-    if checkpoint is None and requested["init_from"] == "resume":
+    if checkpoint is None and asked and (requested["init_from"] == "resume" or requested["eval_only"]):
         raise UserError(f"there is no checkpoint {folder}/ckpt.pt: train first, or set --out_dir to a run's folder")
     if checkpoint is None and rank == 0:
         print(f"{folder} has no checkpoint to resume from: starting the run")
@@ -428,6 +428,11 @@ def restore_optimizers(optimizers: list, scaler, checkpoint: dict, config: dict,
     if "dataset" in checkpoint["config"]:  # the one that was found
         before["dataset"] = checkpoint["config"]["dataset"]
     fixed = {f.name for f in fields(GPTConfig)} - RUNTIME_FIELDS | {"optimizer"}
+    if before.get("init_from", "scratch") not in (
+        "scratch",
+        "resume",
+    ):  # its model came from other weights, not from keys
+        fixed = {"optimizer", "lora_rank"}
     start_again = f"keep it, or start a run with --init_from={config['out_dir']}"
     for key in sorted(fixed & before.keys() & now.keys()):
         if before[key] != now[key] and ("requested" in checkpoint or key in ("optimizer", "block_size")):

@@ -1,4 +1,4 @@
-"""What makes a CPU fast and no other device needs: a fused loss, packed and 8-bit linear layers, memory settings."""
+"""What makes a CPU fast: a fused loss, packed and 8-bit linear layers, memory settings."""
 
 import contextlib
 import ctypes
@@ -68,7 +68,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             rows, mask = x[chunk], valid[chunk]
             at_target = torch.arange(len(rows)), targets[chunk].clamp(min=0)
             p = torch.mm(rows, w.t(), out=logits_buffer[: len(rows)])  # (chunk, V)
-            if smoothing:
+            if smoothing:  # loss += smoothing * (target logit - mean logit)
                 mean_minus_target = p.mean(-1).float() - p[at_target]
             torch.softmax(p, -1, out=p)
             p_target, p[at_target] = p[at_target].float(), 0

@@ -361,7 +361,12 @@ def print_summary(model, datasets: list, config: dict, device: torch.device, dty
     c, B, T, max_minutes = model.config, config["batch_size"], config["block_size"], config["max_minutes"]
     micro_batches, steps = config["gradient_accumulation_steps"], config["max_iters"]
     tokens = micro_batches * B * T
-    print(f"model: {model.num_params():,} parameters: {model.describe()}")
+    source = (
+        ""
+        if config["init_from"] in ("scratch", "resume")
+        else f", from {config['init_from']}, which sets the model keys"
+    )
+    print(f"model: {model.num_params():,} parameters: {model.describe()}{source}")
     if c.lora_rank:
         print(f"LoRA: trains {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of the parameters")
     print(f"device: {device}, {dtype_name(dtype)}, torch {torch.__version__}")

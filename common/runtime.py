@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  imported after a process group exists, it would keep the group alive for ever
+import torch.distributed.nn  # noqa: F401  must come before init_process_group: imported later, it keeps the group alive
 
 from configurator import UserError, check_choice, first_line
 
@@ -208,8 +208,8 @@ class StepStats(NamedTuple):
 class StepMonitor:
     """Collects what the ranks must agree on: each step's loss and gradient norm, a request to stop, and the clock.
 
-    submit() sums a step's numbers over the ranks on the device. collect() reads them, on a GPU when the next step has
-    been launched, so that the GPU never waits. `stop` and `minutes` are as of the last collected step, equal on all ranks.
+    submit() sums a step's numbers over the ranks on the device. collect() reads them; on a GPU call it after the next step
+    was launched, so that the GPU never waits. `stop` and `minutes` are as of the last collected step, equal on all ranks.
     """
 
     def __init__(self, device: torch.device, world_size: int, start_time: float):
@@ -241,6 +241,7 @@ class StepMonitor:
         self.stop = stop > 0
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
+        # The gradient norm is equal on all ranks.
         return StepStats(*counts, loss / self.world_size, grad_norm / self.world_size, seconds)
 
     def end_pause(self) -> None:

@@ -18,7 +18,7 @@ from model import GPT
 
 
 def from_depth(keys: dict, explicit: set[str]) -> dict:
-    """The keys that --depth=N stands for: the modern recipe with N blocks of width 64 N. Explicit keys enter the formulas.
+    """The keys that --depth=N stands for: the modern recipe with N blocks of width 64 N. Keys you give are used in them.
 
     1. Tokens: 20 per weight in the blocks' matrices, 12 N (64 N)^2 of them (https://arxiv.org/abs/2203.15556).
     2. Tokens per step grow as weights^(2/3), from 2^14 at depth 2 to 2^19 at depth 12.
@@ -50,7 +50,7 @@ def from_depth(keys: dict, explicit: set[str]) -> dict:
     }  # fmt: skip
 
 
-def check_keys(keys: dict, optimizers: tuple[str, ...], schedules: tuple[str, ...]) -> None:
+def check_keys(keys: dict, optimizers, schedules) -> None:
     """Raise UserError for a key that is out of range, before anything is loaded."""
     for key, value in keys.items():
         if type(value) is float and key.islower() and not math.isfinite(value):
@@ -68,6 +68,9 @@ def check_keys(keys: dict, optimizers: tuple[str, ...], schedules: tuple[str, ..
         raise UserError(f"--seed={keys['seed']}: must be less than 2^63")
     if not keys["learning_rate"] and (keys["embedding_lr"] or keys["head_lr"] or keys["vector_lr"]):
         raise UserError("--learning_rate=0: the other learning rates are multiples of it")
+    if not 0 <= keys["decay_fraction"] <= 1:
+        raise UserError(f"--decay_fraction={keys['decay_fraction']}: must be between 0 and 1")
+    check_choice("compile", keys["compile"], ("auto", True, False))
     check_choice("optimizer", keys["optimizer"], optimizers)
     check_choice("schedule", keys["schedule"], schedules)
 
@@ -120,14 +123,15 @@ def resolve_limits(keys: dict, state, windows, model: GPT, world_size: int) -> N
     if accumulation % world_size:
         raise UserError(f"--gradient_accumulation_steps={accumulation} is not divisible by the {world_size} ranks")
     sequences_per_step = accumulation * keys["batch_size"]
-    goals = []  # sequences to have seen at the end
+    goals = []  # total sequences at which to stop
     if keys["max_epochs"] and windows:
         goals.append(keys["max_epochs"] * windows.per_epoch)
     if keys["max_flops"]:
         goals.append(keys["max_flops"] / (model.flops_per_token(keys["block_size"]) * keys["block_size"]))
     limits = [max(1, state.step + round((goal - state.sequences) / sequences_per_step)) for goal in goals]
-    limits += [keys["max_iters"]] * bool(keys["max_iters"])
-    if not limits and not keys["max_minutes"]:
+    if keys["max_iters"]:
+        limits.append(keys["max_iters"])
+    if not limits and not keys["max_minutes"] and not keys["eval_only"]:
         raise UserError("--max_iters=0: give --max_iters, --max_epochs, --max_flops or --max_minutes")
     keys["max_iters"] = min(limits, default=0)
     if 0 < keys["max_iters"] < state.step and not keys["eval_only"]:
@@ -139,7 +143,6 @@ def compile_and_wrap(run, compile: bool | str, label_smoothing: float) -> torch.
 
     run: train.py's Run. With "auto" it is compiled on a GPU only, and stays uncompiled where that fails.
     """
-    check_choice("compile", compile, ("auto", True, False))
     if compile is False or (compile == "auto" and run.device.type != "cuda"):
         return wrap_in_ddp(run, run.model)
     # Activation checkpoints cannot be split into DDP's buckets.
@@ -176,5 +179,5 @@ def wrap_in_ddp(run, model: torch.nn.Module) -> torch.nn.Module:
         [run.device.index] if run.device.type == "cuda" else None,
         broadcast_buffers=False,  # they are constants
         gradient_as_bucket_view=True,
-        static_graph=run.grad_accum_steps == 1,  # deadlocks when gradient sync is skipped for accumulation
+        static_graph=run.grad_accum_steps == 1,  # a static graph deadlocks when accumulation skips the sync
     )

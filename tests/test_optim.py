@@ -276,3 +276,14 @@ def test_unknown_names_are_refused(set_keys):
         set_keys(**{key: value})
         with pytest.raises(UserError, match=f"--{key}={value}: choose one of"):
             check_keys(vars(train), train.OPTIMIZERS, train.SCHEDULES)
+
+
+def test_a_learning_rate_below_min_lr_never_rises(monkeypatch):
+    for key, value in dict(learning_rate=1e-5, min_lr=6e-5, warmup_iters=2, max_iters=20, lr_decay_iters=0).items():
+        monkeypatch.setattr(train, key, value)
+    for schedule in train.SCHEDULES:
+        monkeypatch.setattr(train, "schedule", schedule)
+        assert max(train.get_lr(step) for step in range(30)) == pytest.approx(1e-5)
+    monkeypatch.setattr(train, "schedule", "wsd")
+    monkeypatch.setattr(train, "decay_fraction", 0.0)
+    assert {train.get_lr(step) for step in range(2, 20)} == {1e-5}

@@ -441,7 +441,9 @@ BAD = [
     (["--optimizer=adamax"], "--optimizer=adamax: choose one of"),
     (["--schedule=step"], "--schedule=step: choose one of"),
     (["--norm=batch"], "--norm=batch: choose one of"),
-    (["--compile=maybe"], "--compile=maybe: choose"),
+    (["--decay_fraction=2.0"], "--decay_fraction=2.0: must be between 0 and 1"),
+    (["--eval_only", "--resume", "--out_dir=nothing"], "there is no checkpoint nothing/ckpt.pt"),
+    (["--compile=maybe", "--dry_run"], "--compile=maybe: choose"),
     (["--total_batch_tokens=100", "--gradient_accumulation_steps=0"], "not a multiple of batch_size x block_size"),
     (["--data_fraction=0.0"], "--data_fraction=0.0"),
     (["--seed=-1"], "--seed=-1"),
@@ -633,3 +635,13 @@ def test_what_the_version_before_left_resumes_samples_and_evaluates(run, tmp_pat
         found = {(m["step"], "val_loss" in m): m[key] for m in metrics(tmp_path) if key in m}
         found.pop((3, True), None)  # an evaluation where the short run ended
         assert found == pytest.approx(want, abs=1e-5), key
+
+
+def test_a_run_from_other_weights_says_that_they_set_the_model_keys_and_resumes(run, chars):
+    run("train.py", *SMALL, "--dataset=chars")
+    tune = ["train.py", *SMALL, "--dataset=chars", "--init_from=out", "--out_dir=tuned", "--lr_decay_iters=6"]
+    printed = run(*tune, "--n_layer=3", "--mlp=relu2", "--max_iters=3")
+    assert "2 layers, 2 heads, width 32" in printed and "from out, which sets the model keys" in printed
+    run(*tune, "--n_layer=3", "--mlp=relu2", "--max_iters=4", "--resume")  # the same command again
+    run(*tune, "--max_iters=6", "--resume")
+    assert json.loads((chars / "tuned" / "config.json").read_text())["n_layer"] == 2
