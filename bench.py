@@ -15,6 +15,7 @@ product in the run's dtype, and the bandwidth of a copy. Figures are medians, wi
 
 import copy
 import json
+import math
 import os
 import random
 import statistics
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,40 +64,35 @@ KEYS = vars(train)  # train.py's globals
 # Timing
 
 
-def timed(work, device: torch.device | None = None) -> tuple:
-    """The result of work() and its seconds, with the device's work done."""
-    runtime.synchronize(device)
-    start = time.perf_counter()
-    result = work()
-    runtime.synchronize(device)
-    return result, time.perf_counter() - start
+def seconds_of(*works, device: torch.device | None = None, times=0, warmup=1) -> list[list[float]]:
+    """Of each work the seconds of `times` calls (0: `repeat`), after `warmup` calls. The works take turns."""
+    seconds = [[] for _ in works]
+    for _ in range(warmup + (times or repeat)):
+        for own, work in zip(seconds, works):
+            runtime.synchronize(device)
+            start = time.perf_counter()
+            work()
+            runtime.synchronize(device)
+            own.append(time.perf_counter() - start)
+    return [own[warmup:] for own in seconds]
 
 
-def median_seconds(work, device: torch.device, times: int) -> float:
-    """The median of `times` calls, after one that is not counted."""
-    work()
-    return statistics.median(timed(work, device)[1] for _ in range(times))
-
-
-def rates_in_turn(*works, device: torch.device | None = None) -> list[list[float]]:
-    """For each work, `repeat` values of the count it returns over its seconds. The works alternate; the first round is not counted."""
-    rates: list[list[float]] = [[] for _ in works]
-    for _ in range(repeat + 1):
-        for own, work in zip(rates, works):
-            count, seconds = timed(work, device)
-            own.append(count / seconds)
-    return [own[1:] for own in rates]
+def report(name: str, unit: str, count: float, seconds: list[float]) -> float:
+    """Print count / seconds with its range, and return its median."""
+    rate, slowest, fastest = (count / f(seconds) for f in (statistics.median, max, min))
+    print(f"{name:<38} {rate:>12,.2f}{unit} ({slowest:,.2f} to {fastest:,.2f})")
+    return rate
 
 
 def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """FLOP/s of a large matrix product and bytes/s of a copy (read and written) on this device."""
-    n = 8192 if device.type == "cuda" else 2048
+    n, size = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    product = median_seconds(lambda: a @ b, device, repeat)
-    source = torch.zeros((1 << 28 if device.type == "cuda" else 1 << 25), device=device)
-    target = torch.empty_like(source)
-    copying = median_seconds(lambda: target.copy_(source), device, repeat)
-    return 2 * n**3 / product, 2 * 4 * len(source) / copying
+    source, target = torch.zeros(size, device=device), torch.empty(size, device=device)
+    product, copying = seconds_of(lambda: a @ b, lambda: target.copy_(source), device=device)
+    flops, bandwidth = 2 * n**3 / statistics.median(product), 2 * 4 * size / statistics.median(copying)
+    print(f"this machine: {flops / 1e12:.2f} TFLOP/s in a large product, {bandwidth / 1e9:.0f} GB/s in a copy")
+    return flops, bandwidth
 
 
 # -----------------------------------------------------------------------------
@@ -109,55 +106,31 @@ class SyntheticWindows:
         self.tokens = np.random.default_rng(0).integers(vocab_size, size=2**20, dtype=np.int64)
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        T = train.block_size
-        starts = np.arange(first, first + count) * 977 % (len(self.tokens) - T - 1)
-        rows = np.lib.stride_tricks.sliding_window_view(self.tokens, T + 1)[starts]
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, train.block_size + 1)
+        rows = windows[np.arange(first, first + count) * 977 % len(windows)]
         return rows[:, :-1].copy(), rows[:, 1:].copy()
 
 
-def make_run() -> tuple[train.Run, float]:
-    """A run by train.py's keys, and the seconds its compilation took."""
-    setup.check_keys(KEYS, train.OPTIMIZERS, train.SCHEDULES)
+def make_run() -> train.Run:
+    """A run by train.py's keys."""
     device, dtype, rank, world_size = setup.set_up_device(KEYS)
-    torch.manual_seed(train.seed)
-    windows, ids = None, vocab_size
-    if real_data:
-        datasets = setup.load_datasets(KEYS, rank)
-        windows, ids = train.make_windows(datasets), datasets[0][0].vocab_size
-    model = new_model(ids).to(device).train()
-    c = model.config
-    if train.block_size > c.block_size or (windows and c.vocab_size < ids):
-        raise UserError(
-            f"--init_from={train.init_from}: its context is {c.block_size} and its vocabulary {c.vocab_size:,}: give "
-            f"--block_size={c.block_size}, or its own dataset"
-        )
+    synthetic = shards.Dataset("synthetic tokens", [], [], None, vocab_size)
+    datasets = setup.load_datasets(KEYS, rank) if real_data else [(synthetic, 1.0)]
+    loaded = None if train.init_from == "scratch" else checkpoint.read_model(train.init_from)
+    model = train.make_model(datasets[0][0], loaded).to(device).train()
+    windows = train.make_windows(datasets) if real_data else SyntheticWindows(model.config.vocab_size)
     setup.resolve_limits(KEYS, train.State(), None, model, world_size)
-    batches = train.Batches(windows or SyntheticWindows(c.vocab_size), device, rank, world_size)
+    batches, accum = train.Batches(windows, device, rank, world_size), train.gradient_accumulation_steps // world_size
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    accum = train.gradient_accumulation_steps // world_size
-    run = train.Run(model, model, [], scaler, batches, device, dtype, accum, rank, world_size)
-    run.optimizers = train.make_optimizers(model, dtype)
-    run.step_model, seconds = timed(lambda: setup.compile_and_wrap(run, train.compile, train.label_smoothing), device)
-    return run, 0.0 if getattr(run.step_model, "module", run.step_model) is model else seconds
+    optimizers = train.make_optimizers(model, dtype)
+    run = train.Run(model, model, optimizers, scaler, batches, device, dtype, accum, rank, world_size)
+    run.step_model = setup.compile_and_wrap(run, train.compile, train.label_smoothing)
+    return run
 
 
-def new_model(ids: int) -> GPT:
-    """train.py's model, new or with the weights of --init_from."""
-    return (
-        checkpoint.model_from_keys(KEYS, ids)
-        if train.init_from == "scratch"
-        else checkpoint.load_model(train.init_from)[0]
-    )
-
-
-def time_steps(run: train.Run, state: train.State) -> list[float]:
-    """Seconds of each of `steps` steps, after three that are not counted."""
-    times = []
-    for n in range(3 + steps):
-        if n == 3 and run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(run.device)
-        times.append(timed(lambda: train.train_step(run, state, train.learning_rate), run.device)[1])
-    return times[3:]
+def time_steps(run: train.Run) -> list[float]:
+    step = partial(train.train_step, run, train.State(), train.learning_rate)
+    return seconds_of(step, device=run.device, times=steps, warmup=3)[0]
 
 
 def attention_kernel(run: train.Run) -> str:
@@ -171,48 +144,40 @@ def attention_kernel(run: train.Run) -> str:
 
 def bench_train() -> dict:
     """train.py's step, its parts, and the roofline."""
-    run, compile_seconds = make_run()
-    device, model, state, master = run.device, run.model, train.State(), run.rank == 0
-    tokens_per_step = train.batch_size * train.block_size * run.grad_accum_steps * run.world_size
-    if master:
-        ranks = f" x {run.world_size} ranks" if run.world_size > 1 else ""
-        compiled = f"compiled in {compile_seconds:.1f} s" if compile_seconds else "not compiled"
-        print(
-            f"{model.num_params():,} parameters, {train.batch_size} x {train.block_size} tokens x {run.grad_accum_steps}{ranks}, "
-            f"{device}, {runtime.dtype_name(run.dtype)}, attention: {attention_kernel(run)}, {compiled}"
-        )
-    times = time_steps(run, state)
-    seconds, memory = statistics.median(times), runtime.peak_memory(device)
-    figures = {"tokens_per_second": tokens_per_step / seconds, "ms_per_step": 1e3 * seconds, "peak_memory_mib": memory}
-    figures["compile_seconds"] = compile_seconds or None
-    causal = model.flops_per_token(train.block_size, "causal") * tokens_per_step / run.world_size
-    if master:
-        span = f"({1e3 * min(times):.1f} to {1e3 * max(times):.1f})"
-        print(f"{figures['tokens_per_second']:,.0f} tokens/s, {1e3 * seconds:.1f} ms per step {span}")
-        print(f"peak memory {memory or float('nan'):,.0f} MiB")
-        if peak := runtime.peak_flops(device, train.peak_tflops):
-            palm = model.flops_per_token(train.block_size) * tokens_per_step / run.world_size
-            mfu = f"{palm / seconds / peak:.1%} (PaLM), {causal / seconds / peak:.1%} (causal)"
-            print(f"MFU {mfu} of {peak / 1e12:,.0f} TFLOP/s")
-    if run.world_size > 1:  # the parts below need one rank only
-        torch.distributed.barrier()
+    run = make_run()
+    device, model, plain = run.device, run.model, getattr(run.step_model, "module", run.step_model) is run.model
+    times = time_steps(run)
+    if run.world_size > 1:
         run.step_model = model  # DDP must go before its process group
-        torch.distributed.destroy_process_group()
-        return figures if master else {}
-    parts = time_parts(run)
-    figures |= {f"ms_{name.replace(' ', '_')}": 1e3 * s for name, s in parts.items()}
+    runtime.shutdown_distributed()
+    if run.rank:
+        return {}
+    ranks = f" x {run.world_size} ranks" if run.world_size > 1 else ""
+    batch = f"{train.batch_size} x {train.block_size} tokens x {run.grad_accum_steps}{ranks}"
+    kernel = f"attention: {attention_kernel(run)}, {'not compiled' if plain else 'compiled'}"
+    print(f"{model.num_params():,} parameters, {batch}, {device}, {runtime.dtype_name(run.dtype)}, {kernel}")
+    tokens_per_step = run.sequences_per_step * train.block_size
+    seconds, memory = statistics.median(times), runtime.peak_memory(device)
+    rate = report("a step", " tokens/s", tokens_per_step, times)
+    print(f"{1e3 * seconds:.1f} ms per step, peak memory {memory or math.nan:,.0f} MiB")
+    figures = {"tokens_per_second": rate, "ms_per_step": 1e3 * seconds, "peak_memory_mib": memory}
+    if peak := runtime.peak_flops(device, train.peak_tflops):
+        palm = model.flops_per_token(train.block_size) * tokens_per_step / run.world_size
+        print(f"MFU {palm / seconds / peak:.1%} (PaLM) of {peak / 1e12:,.0f} TFLOP/s")
+    if run.world_size > 1:
+        return figures
     print("where the time goes, each part timed by itself:")
-    for name, s in parts.items():
-        print(f"  {name:<28} {1e3 * s:>9.1f} ms  {s / seconds:>6.1%}")
+    for name, part in time_parts(run).items():
+        figures[f"ms_{name}"] = 1e3 * part
+        print(f"  {name:<12} {1e3 * part:>9.1f} ms  {part / seconds:>6.1%}")
     flops, bandwidth = roofline(device, run.dtype)
-    print(f"this machine: {flops / 1e12:.2f} TFLOP/s in a large product, {bandwidth / 1e9:.0f} GB/s in a copy")
-    optimizer_bytes = sum(p.numel() for p in model.parameters()) * 4 * 7  # AdamW reads 4 tensors and writes 3
-    figures["ms_roofline"] = 1e3 * (causal / flops + optimizer_bytes / bandwidth)
-    print(
-        f"roofline: {1e3 * causal / flops:.1f} ms for the products (causal), {1e3 * optimizer_bytes / bandwidth:.1f} ms for the "
-        f"optimizer's memory: the step takes {1e3 * seconds / figures['ms_roofline']:.1f} times that"
-    )
+    products = model.flops_per_token(train.block_size, "causal") * tokens_per_step / flops
+    traffic = sum(p.numel() for p in model.parameters()) * 4 * 7 / bandwidth  # AdamW reads 4 tensors and writes 3
+    figures["ms_roofline"] = 1e3 * (products + traffic)
+    bound = f"{1e3 * products:.1f} ms for the products, {1e3 * traffic:.1f} ms for the optimizer's memory"
+    print(f"roofline: {bound}: the step takes {seconds / (products + traffic):.1f} times that")
     if profile:
+        state = train.State()
         with torch.profiler.profile() as trace:
             for _ in range(3):
                 train.train_step(run, state, train.learning_rate)
@@ -224,12 +189,11 @@ def bench_train() -> dict:
 
 def time_parts(run: train.Run) -> dict[str, float]:
     """Seconds of a step's parts, each by itself."""
-    device, model, n = run.device, run.model, run.grad_accum_steps
     x, y = run.batches.load(0)
     with torch.no_grad(), run.autocast():
-        hidden = model.hidden(x).detach()
-    hidden.requires_grad_()
-    loss_of = model.loss_of if run.step_model is model else torch.compile(model.loss_of, dynamic=False)
+        hidden = run.model.hidden(x).detach().requires_grad_()
+    compiled = run.step_model is not run.model
+    loss_of = torch.compile(run.model.loss_of, dynamic=False) if compiled else run.model.loss_of
 
     def forward():
         with run.autocast():
@@ -240,28 +204,25 @@ def time_parts(run: train.Run) -> dict[str, float]:
             return loss_of(hidden, y)
 
     def optimize():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or float("inf"))
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), train.grad_clip or math.inf)
         for optimizer in run.optimizers:
             optimizer.step()
 
-    whole, loss_head = (median_seconds(work, device, repeat) * n for work in (forward, head))
-    both = median_seconds(lambda: run.scaler.scale(forward()).backward(), device, repeat) * n
-    return {
-        "batch": median_seconds(lambda: run.batches.load(0), device, repeat) * n, "loss head": loss_head,
-        "forward": max(0.0, whole - loss_head), "backward": both - whole,
-        "optimizer": median_seconds(optimize, device, repeat),
-    }  # fmt: skip
+    load = partial(run.batches.load, 0)
+    works = (load, forward, head, lambda: run.scaler.scale(forward()).backward(), optimize)
+    batch, whole, loss_head, both, optimizer = map(statistics.median, seconds_of(*works, device=run.device))
+    parts = {"batch": batch, "forward": max(0.0, whole - loss_head), "loss_head": loss_head, "backward": both - whole}
+    return {name: run.grad_accum_steps * part for name, part in parts.items()} | {"optimizer": optimizer}
 
 
 def bench_batches() -> dict:
-    """Micro-batches of 1, 2, 4, ... until memory ends or two in a row are not faster: tokens/s and memory of each."""
+    """Micro-batches of 1, 2, 4, ... until memory ends or two in a row are not faster: tokens/s of each."""
     figures, rows, slower, device = {}, 1, 0, runtime.pick_device(train.device)
     print(f"{'micro-batch':>12} {'tokens/s':>12} {'ms per step':>12} {'MiB':>8}")
     while slower < 2:
         train.batch_size, train.gradient_accumulation_steps, train.total_batch_tokens = rows, 1, 0
         try:
-            run, _ = make_run()
-            seconds = statistics.median(time_steps(run, train.State()))
+            seconds = statistics.median(time_steps(make_run()))
         except Exception as e:
             if not runtime.is_out_of_memory(e):
                 raise
@@ -269,19 +230,16 @@ def bench_batches() -> dict:
                 raise UserError(f"not even one sequence of {train.block_size} tokens fits") from None
             print(f"{rows:>12} does not fit")
             break
-        rate = rows * train.block_size / seconds
+        rate, memory = rows * train.block_size / seconds, runtime.peak_memory(device) or 0.0
         slower = 0 if rate > max(figures.values(), default=0) * 1.02 else slower + 1
         figures[f"tokens_per_second_batch_{rows}"] = rate
-        memory = runtime.peak_memory(device) or 0.0
         print(f"{rows:>12} {rate:>12,.0f} {1e3 * seconds:>12.1f} {memory:>8,.0f}")
-        del run
         rows *= 2
         available = psutil.virtual_memory().available / 2**20 + memory  # on a GPU torch raises instead
         if device.type == "cpu" and 2 * memory > available:
             print(f"{rows:>12} would not fit")
             break
-    best = max(figures, key=figures.get).rpartition("_")[2]
-    print(f"the fastest: --batch_size={best}")
+    print(f"the fastest: --batch_size={max(figures, key=figures.get).rpartition('_')[2]}")
     return figures
 
 
@@ -291,177 +249,134 @@ def bench_batches() -> dict:
 
 def bench_decode() -> dict:
     """Tokens/s of GPT.generate, for one text and for a batch of them."""
-    setup.check_keys(KEYS, train.OPTIMIZERS, train.SCHEDULES)
     device, dtype, _, _ = setup.set_up_device(KEYS)
-    model = new_model(vocab_size)
-    c, figures, params = model.config, {}, model.num_params()
-    if 16 + tokens > c.block_size:
-        raise UserError(f"--tokens={tokens}: with a prompt of 16, more than the context of {c.block_size}")
-    width = 1 if quantize else torch.finfo(dtype).bits // 8
-    size = sum(p.numel() for n, p in model.named_parameters() if ".wpe." not in n) * width
-    if not c.tie_weights:  # one row of the embedding is read
-        size -= model.transformer.wte.weight.numel() * width
+    from_scratch, cuda, figures = train.init_from == "scratch", device.type == "cuda", {}
+    model = checkpoint.model_from_keys(KEYS, vocab_size) if from_scratch else checkpoint.load_model(train.init_from)[0]
+    if 16 + tokens > model.config.block_size:
+        raise UserError(f"--tokens={tokens}: with a prompt of 16, more than the context of {model.config.block_size}")
+    weights = quantize or runtime.dtype_name(dtype)
+    print(f"{model.num_params():,} parameters, {device}, {weights}, {tokens} tokens after a prompt of 16")
     inference.for_inference(model, device, dtype, quantize)
-    _, bandwidth = roofline(device, dtype)
-    print(
-        f"{params:,} parameters, {device}, {quantize or runtime.dtype_name(dtype)}, {tokens} tokens after a prompt of 16"
-    )
+    make_step = (lambda *parts: inference.DecodeStep(*parts, compile=train.compile is True)) if cuda else None
+
+    def seconds_per_token(batch: int) -> float:
+        idx = torch.zeros(batch, 16, dtype=torch.long, device=device)
+        stream = model.generate(idx, tokens, top_k=min(200, model.config.vocab_size), make_step=make_step)
+        start, counted = time.perf_counter(), tokens
+        for n, _ in enumerate(inference.one_ahead(stream) if cuda else stream):
+            if n == 2 and cuda:  # the graph is captured by now
+                runtime.synchronize(device)
+                start, counted = time.perf_counter(), tokens - 3
+        runtime.synchronize(device)
+        return (time.perf_counter() - start) / counted
+
     for batch in (1, decode_batch):
-        idx, settings = torch.zeros(batch, 16, dtype=torch.long, device=device), dict(top_k=min(200, c.vocab_size))
-        if device.type == "cuda":
-            settings["make_step"] = lambda *parts: inference.DecodeStep(*parts, compile=train.compile is True)
-
-        def decode(idx=idx, settings=settings) -> float:
-            start, counted = time.perf_counter(), tokens
-            stream = model.generate(idx, tokens, **settings)
-            for n, _ in enumerate(inference.one_ahead(stream) if device.type == "cuda" else stream):
-                if n == 2 and device.type == "cuda":  # the graph is captured by now
-                    runtime.synchronize(device)
-                    start, counted = time.perf_counter(), tokens - 3
-            runtime.synchronize(device)
-            return len(idx) * counted / (time.perf_counter() - start)
-
-        decode()
-        rates = [decode() for _ in range(repeat)]
-        figures[f"decode_tokens_per_second_batch_{batch}"] = rate = statistics.median(rates)
-        print(f"batch {batch:<4} {rate:>10,.1f} tokens/s ({min(rates):,.1f} to {max(rates):,.1f})")
-    bound = f"batch 1 is bound to {bandwidth / size:,.0f} tokens/s"
-    print(f"reading the weights once per token at {bandwidth / 1e9:.0f} GB/s (a copy's rate), {bound}")
+        seconds = [seconds_per_token(batch) for _ in range(repeat + 1)]
+        figures[f"decode_tokens_per_second_batch_{batch}"] = report(f"batch {batch}", " tokens/s", batch, seconds[1:])
     return figures
 
 
 def bench_hellaswag() -> dict:
-    """Examples/s of eval_hellaswag.py, and of the same model one ending at a time, in turn."""
+    """Examples/s of eval_hellaswag.py, and of the same model one example at a time, in turn."""
     device, dtype, _, _ = setup.set_up_device(KEYS)
     if train.init_from == "scratch":
         tokenizer = gpt2_tokenizer()
-        model = new_model(tokenizer.n_vocab)
+        model = checkpoint.model_from_keys(KEYS, tokenizer.n_vocab)
     else:
         model, loaded = checkpoint.load_model(train.init_from)
         tokenizer = checkpoint.find_tokenizer(loaded, train.data_dir)
-    every = load_examples(inputs, train.data_dir, 0)
-    drawn = random.Random(train.seed).sample(every, min(examples, len(every)))
+    drawn = load_examples(inputs, train.data_dir, 0)
+    drawn = random.Random(train.seed).sample(drawn, min(examples, len(drawn)))
     questions = [classic_question(e, tokenizer) for e in drawn]
     few = questions[: -(-len(questions) // 10)]
     plain = copy.deepcopy(model).to(device).eval()
     inference.for_inference(model, device, dtype)
     print(f"{plain.num_params():,} parameters, {device}; {len(questions)} examples, {len(few)} of them one at a time")
-    choices, batched = [-1] * len(few), np.zeros((len(questions), 4))
+    alone, batched = np.zeros((len(few), 4)), np.zeros((len(questions), 4))
 
-    def one_at_a_time() -> int:
-        choices[:] = (int(plain_losses(plain, q).argmin()) for q in few)
-        return len(few)
+    def one_at_a_time() -> None:
+        for n, question in enumerate(few):
+            alone[n] = plain_losses(plain, question).cpu()
 
-    def together() -> int:
+    def together() -> None:
         for indices, losses in ending_losses(model, questions):
             batched[indices] = losses
-        return len(questions)
 
-    one, whole = rates_in_turn(one_at_a_time, together, device=device)
-    for name, rates in (("one at a time, float32", one), (f"together, {runtime.dtype_name(dtype)}", whole)):
-        print(f"{name:<24} {statistics.median(rates):9.2f} examples/s ({min(rates):.2f} to {max(rates):.2f})")
-    ratio = statistics.median(a / b for a, b in zip(whole, one))
-    same = sum(batched[: len(few)].argmin(1) == choices)
-    print(f"ratio {ratio:.2f}, the same choice in {same} of {len(few)}")
-    return {"hellaswag_examples_per_second": statistics.median(whole)}
+    one, whole = seconds_of(one_at_a_time, together, device=device)
+    baseline = report("one at a time, float32", " examples/s", len(few), one)
+    rate = report(f"together, {runtime.dtype_name(dtype)}", " examples/s", len(questions), whole)
+    same = (alone.argmin(1) == batched[: len(few)].argmin(1)).sum()
+    print(f"{rate / baseline:.2f} x that, the same choice in {same} of {len(few)}")
+    return {"hellaswag_examples_per_second": rate}
 
 
 @torch.no_grad()
 def plain_losses(model: GPT, question: Question) -> torch.Tensor:
     """The four endings' summed token losses, (4,): texts padded to one length, all logits computed."""
-    T, lengths = model.config.block_size, [len(e) for e in question.endings]
-    texts = [(question.context + e)[-T - 1 :] for e in question.endings]
-    ids = torch.zeros(4, max(map(len, texts)), dtype=torch.long)
-    mask = torch.zeros(4, ids.size(1) - 1)
-    for n, text in enumerate(texts):
-        ids[n, : len(text)], mask[n, len(text) - 1 - lengths[n] : len(text) - 1] = torch.tensor(text), 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    texts = [torch.tensor((question.context + e)[-model.config.block_size - 1 :]) for e in question.endings]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)  # (4, T + 1)
     logits, _ = model(ids[:, :-1])
-    per_token = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    return (per_token.view(mask.shape) * mask).sum(1)
+    per_token = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(4, -1)
+    ends = [len(text) - 1 for text in texts]
+    return torch.stack([row[end - len(e) : end].sum() for row, end, e in zip(per_token, ends, question.endings)])
 
 
 # -----------------------------------------------------------------------------
 # Data, start-up
 
 
-def print_rates(name: str, rates: list[float], baseline: list[float] | None = None, of: str = "") -> None:
-    ratio = f"{statistics.median(a / b for a, b in zip(rates, baseline)):8.2f} x {of}" if baseline else ""
-    span = f"({min(rates) / 1e6:,.2f} to {max(rates) / 1e6:,.2f})"
-    print(f"{name:<44} {statistics.median(rates) / 1e6:>9,.2f}M tokens/s {span:<22} {ratio}")
-
-
 def bench_data() -> dict:
-    """One core's encode_ordinary, the whole way from text to shards, and the reader of batches."""
+    """One core's encode_ordinary, the whole way from text to shards, and the reader of batches of 64 x 1024 tokens."""
     with tempfile.TemporaryDirectory() as name:
         folder, text = Path(name), Path(name) / "text.txt"
+        write_text(text)
+        documents = [document for document, _ in corpus.split_text(text)]
+        if not documents:
+            raise UserError(f"--inputs={inputs}: there is no text in it")
+        tokenizer, cores, counts = gpt2_tokenizer(), corpus.cores(), {}
+        print(f"text: {len(documents):,} documents, {text.stat().st_size / 1e6:.1f} MB")
+
+        def encode() -> None:
+            counts["encoded"] = sum(len(tokenizer.encoding.encode_ordinary(d)) for d in documents)
+
+        def write_shards() -> None:
+            writer = corpus.DatasetWriter(folder / "d", {}, lambda: tokenizer, overwrite=True)
+            writer.write(lambda position: corpus.split_text(text, position or 0), "train")
+            counts["written"] = writer.finish("")["train"]
+
+        one_core, whole = seconds_of(encode, write_shards)
+        baseline = report("tiktoken's encode_ordinary, one core", "M tokens/s", counts["encoded"] / 1e6, one_core)
+        tokenizing = report("from text to shards, all cores", "M tokens/s", counts["written"] / 1e6, whole)
+        print(f"{tokenizing / baseline / cores:.2f} x {cores} cores of that")
+
+        data, n_batches = shards.load_dataset("d", folder), 300
+        windows = shards.TrainingWindows(data.train, 1024, data.vocab_size)
+        rows = np.resize(data.train[0].map(), (64, 1025))
+
+        def copy_rows() -> None:  # the least any reader does
+            for _ in range(n_batches):
+                rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+
+        def read() -> None:
+            for n in range(n_batches):
+                windows.batch(n * 64, 64)
+
+        copying, reading = seconds_of(copy_rows, read)
+        millions = n_batches * 64 * 1024 / 1e6
+        report("copying tokens into inputs and targets", "M tokens/s", millions, copying)
+        rate = report("batches of shuffled windows, one core", "M tokens/s", millions, reading)
+    return {"tokenizing_tokens_per_second": 1e6 * tokenizing, "reading_tokens_per_second": 1e6 * rate}
+
+
+def write_text(path: Path) -> None:
+    """The first --megabytes of --inputs, or synthetic stories."""
+    size, rng = megabytes * 10**6, random.Random(1337)
+    with open(path, "w", encoding="utf-8") as f:
         if inputs:
-            with open(inputs, "rb") as f:
-                text.write_text(f.read(megabytes * 10**6).decode("utf-8", errors="replace"), encoding="utf-8")
-        else:
-            rng = random.Random(1337)
-            with open(text, "w", encoding="utf-8") as f:
-                while f.tell() < megabytes * 10**6:
-                    f.write("".join(f"{story(rng)}\n{EOT}\n" for _ in range(1000)))
-        tokenizing = bench_tokenizing(text, folder)
-        return {"tokenizing_tokens_per_second": tokenizing, "reading_tokens_per_second": bench_reading(folder)}
-
-
-def bench_tokenizing(text: Path, folder: Path) -> float:
-    """Tokens/s from a text to the shards of a dataset `d` in the folder."""
-    tokenizer = gpt2_tokenizer()
-    documents = [document for document, _ in corpus.split_text(text)]
-    if not documents:
-        raise UserError(f"--inputs={inputs}: there is no text in it")
-    size = sum(len(d.encode()) for d in documents)
-    print(f"text: {len(documents):,} documents, {size / 1e6:.1f} MB; {corpus.cores()} cores; medians of {repeat}")
-
-    def bare() -> int:
-        encode = tokenizer.encoding.encode_ordinary
-        return sum(len(encode(d)) for d in documents)
-
-    def ours() -> int:
-        writer = corpus.DatasetWriter(folder / "d", {}, lambda: tokenizer, overwrite=True)
-        writer.write(lambda position: corpus.split_text(text, position or 0), "train")
-        return writer.finish("")["train"]
-
-    one_core, whole = rates_in_turn(bare, ours)
-    print_rates("tiktoken's encode_ordinary, one core", one_core)
-    print_rates(
-        "from text to shards, all cores",
-        whole,
-        [r * corpus.cores() for r in one_core],
-        f"{corpus.cores()} corpus.cores of that",
-    )
-    return statistics.median(whole)
-
-
-def bench_reading(folder: Path) -> float:
-    """Tokens/s of TrainingWindows on the dataset `d` in the folder."""
-    data = shards.load_dataset("d", folder)
-    stream, need = np.concatenate([s.map() for s in data.train]), 64 * 1025
-    stream = np.resize(stream, max(len(stream), need))
-    windows, count = shards.TrainingWindows(data.train, 1024, data.vocab_size), max(1, 2 * 10**7 // (64 * 1024))
-
-    def read() -> int:
-        for n in range(count):
-            windows.batch(n * 64, 64)
-        return count * 64 * 1024
-
-    def convert() -> int:  # the least any reader does: inputs and targets as int64
-        for n in range(count):
-            start = n * 1000 % (len(stream) - need + 1)
-            part = stream[start : start + need].reshape(64, -1)
-            part[:, :-1].astype(np.int64), part[:, 1:].astype(np.int64)
-        return count * 64 * 1024
-
-    copying, reading = rates_in_turn(convert, read)
-    print_rates("copying tokens into inputs and targets", copying)
-    print_rates("batches of shuffled windows, one core", reading, copying, "that")
-    print(
-        f"8 GPUs at half a million tokens/s each need 4M: the reader gives {statistics.median(reading) / 4e6:.0f} times that"
-    )
-    return statistics.median(reading)
+            with open(inputs, encoding="utf-8", errors="replace") as given:
+                f.write(given.read(size))
+        while f.tell() < size and not inputs:
+            f.write("".join(f"{story(rng)}\n{EOT}\n" for _ in range(1000)))
 
 
 def process_seconds(*command: str, times: int = 3, **environment: str) -> list[float]:
@@ -478,28 +393,25 @@ def process_seconds(*command: str, times: int = 3, **environment: str) -> list[f
 
 def bench_startup() -> dict:
     """Whole processes: what a person waits for before anything is to be seen."""
-    figures, one = {}, ["--max_iters=1", "--eval_iters=1", "--final_eval_tokens=1000", "--eval_interval=0"]
-
-    def report(name: str, seconds: list[float]) -> None:
-        figures[f"seconds_{name.replace(' ', '_')}"] = value = statistics.median(seconds)
-        ratio = f"{value / figures['seconds_import_torch']:.2f} x import torch"
-        print(f"{name:<32} {value:>6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})  {ratio}")
-
-    report("import torch", process_seconds("-c", "import torch", times=repeat))
     with tempfile.TemporaryDirectory() as folder:
         out, data = f"--out_dir={folder}/run", f"--data_dir={folder}/data"
-        quickstart = [str(HERE / "train.py"), str(HERE / "config/quickstart.py"), data, out, *one]
-        process_seconds(*quickstart, times=1)  # makes its data
+        one_step = ["--max_iters=1", "--eval_iters=1", "--final_eval_tokens=1000", "--eval_interval=0"]
+        quickstart = [str(HERE / "train.py"), str(HERE / "config/quickstart.py"), data, out, *one_step]
+        compiled, cache = [*quickstart, "--compile=True"], {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
         sample = [str(HERE / "sample.py"), out, "--max_new_tokens=20"]
-        report("sample.py, a small run", process_seconds(*sample, times=repeat))
-        report("train.py, one step", process_seconds(*quickstart, times=repeat))
-        cache = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
-        for name, times in (("the same compiled, the first time", 1), ("again, from the cache on disk", 2)):
-            report(name, process_seconds(*quickstart, "--compile=True", times=times, **cache))
+        process_seconds(*quickstart, times=1)  # makes its data
+        seconds = {
+            "import torch": process_seconds("-c", "import torch", times=repeat),
+            "sample.py, a small run": process_seconds(*sample, times=repeat),
+            "train.py, one step": process_seconds(*quickstart, times=repeat),
+            "the same compiled, the first time": process_seconds(*compiled, times=1, **cache),
+            "again, from the cache on disk": process_seconds(*compiled, times=2, **cache),
+        }
+    figures = {f"seconds_{name.replace(' ', '_')}": statistics.median(values) for name, values in seconds.items()}
+    for (name, values), median in zip(seconds.items(), figures.values()):
+        ratio = f"{median / figures['seconds_import_torch']:.2f} x import torch"
+        print(f"{name:<34} {median:>6.2f} s ({min(values):.2f} to {max(values):.2f})  {ratio}")
     return figures
-
-
-# -----------------------------------------------------------------------------
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -509,24 +421,9 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     return mine, [a for a in argv if a not in mine]
 
 
-def default_arguments(argv: list[str]) -> list[str]:
-    """train.py's arguments; if there are none, on a CPU those of a model that it can train."""
-    if argv or mode in ("decode", "hellaswag") or torch.cuda.is_available():
-        return argv
-    return [str(HERE / "config" / "baby_cpu.py"), "--dropout=0.0"]
-
-
 BENCHES = {
     "train": bench_train, "decode": bench_decode, "hellaswag": bench_hellaswag, "data": bench_data, "startup": bench_startup,
 }  # fmt: skip
-
-
-def show_ratios(figures: dict, before: dict) -> None:
-    for name, value in figures.items():
-        if value and before.get(name):
-            ratio = value / before[name] if "per_second" in name else before[name] / value
-            note = "  slower" if ratio < 0.95 else ""
-            print(f"{name:<40} {before[name]:>12,.1f} -> {value:>12,.1f}  {ratio:5.2f} x as good{note}")
 
 
 def main() -> None:
@@ -536,16 +433,20 @@ def main() -> None:
         raise UserError(f"--find_batch is for --mode=train, not {mode}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (mode != "train" or find_batch):
         raise UserError("under torchrun only --mode=train runs, without --find_batch")
-    for path in filter(None, (inputs, compare)):
-        if not Path(path).is_file():
-            raise UserError(f"--{'inputs' if path == inputs else 'compare'}={path}: no such file")
+    for key, path in (("inputs", inputs), ("compare", compare)):
+        if path and not Path(path).is_file():
+            raise UserError(f"--{key}={path}: no such file")
     try:
         before = json.loads(Path(compare).read_text(encoding="utf-8")) if compare else {}
     except ValueError:
         raise UserError(f"--compare={compare}: not a file that --output wrote") from None
     figures = bench_batches() if find_batch else BENCHES[mode]()
-    if compare:
-        show_ratios(figures, before)
+    for name, new in figures.items():
+        if not (new and (old := before.get(name))):
+            continue
+        ratio = new / old if "per_second" in name else old / new
+        slower = "  slower" if ratio < 0.95 else ""
+        print(f"{name:<40} {old:>12,.1f} -> {new:>12,.1f}  {ratio:5.2f} x as good{slower}")
     if output and figures:
         atomic_write(Path(output), json.dumps(figures, indent=1))
 
@@ -554,8 +455,11 @@ if __name__ == "__main__":
     with short_errors(), runtime.explain_errors(KEYS):
         mine, theirs = split_arguments(sys.argv[1:])
         configure(globals(), mine, aliases={"input": "inputs"})
-        if mode not in ("data", "startup"):
-            configure(KEYS, default_arguments(theirs), dial=("depth", setup.from_depth), one_of=train.ALTERNATIVES)
-        elif theirs:
+        if mode in ("data", "startup") and theirs:
             raise UserError(f"{theirs[0]}: --mode={mode} takes no key of train.py")
+        if mode == "train" and not theirs and not torch.cuda.is_available():  # a model that a CPU can train
+            theirs = [str(HERE / "config" / "baby_cpu.py"), "--dropout=0.0"]
+        if mode not in ("data", "startup"):
+            configure(KEYS, theirs, dial=("depth", setup.from_depth), one_of=train.ALTERNATIVES)
+            setup.check_keys(KEYS, train.OPTIMIZERS, train.SCHEDULES)
         main()

@@ -12,14 +12,13 @@ interrupted run. FineWeb-Edu (https://arxiv.org/abs/2406.17557) is a set of educ
 """
 
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from common.corpus import DatasetWriter, check_replaceable, is_up_to_date, open_stream, stream_rows, text_of
+from common.corpus import DatasetWriter, find_files, is_up_to_date, open_stream, stream_documents
 from common.files import check_disk_space, download
 from common.shards import open_shard
-from common.tokenizer import learn_tokenizer
+from common.tokenizer import Tokenizer, learn_tokenizer
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
 
 sample = "10BT"  # sample of FineWeb-Edu: 10BT | 100BT | 350BT
@@ -38,30 +37,13 @@ overwrite = False  # replace an existing dataset
 
 HUB_ID = "HuggingFaceFW/fineweb-edu"
 TOKENS = {"10BT": 10e9, "100BT": 100e9, "350BT": 350e9}
-PRETOKENIZED = {  # name -> prefix of the files, number of training shards
-    "fineweb10B": ("fineweb", 103),
-    "fineweb100B": ("fineweb", 1030),
-    "finewebedu10B": ("finewebedu", 99),
-}
-
-
-def find_files(paths: str) -> list[Path]:
-    """The parquet or JSONL files of a comma-separated list. Raises UserError for no files, or files of both kinds."""
-    files = []
-    for path in map(Path, filter(None, paths.split(","))):
-        inside = sorted(p for p in path.rglob("*") if p.suffix in (".parquet", ".jsonl")) if path.is_dir() else [path]
-        if not inside or not inside[0].is_file():
-            raise UserError(f"--source={path}: there is no .parquet or .jsonl file")
-        files += inside
-    if len({p.suffix for p in files}) != 1 or files[0].suffix not in (".parquet", ".jsonl"):
-        raise UserError(f"--source={paths}: give files of one kind, .parquet or .jsonl")
-    return files
+PRETOKENIZED = {"fineweb10B": ("fineweb", 103), "fineweb100B": ("fineweb", 1030), "finewebedu10B": ("finewebedu", 99)}
 
 
 def open_documents(files: list[Path]):
     """This worker's share of the documents, as a stream of `datasets`. Raises UserError if they cannot be read."""
     if files:
-        kind = {".parquet": "parquet", ".jsonl": "json"}[files[0].suffix]
+        kind = "parquet" if files[0].suffix == ".parquet" else "json"
         stream = open_stream(kind, source, data_files=[str(p) for p in files], split="train")
     else:
         stream = open_stream(HUB_ID, name=f"sample-{sample}", split="train")
@@ -74,37 +56,33 @@ def open_documents(files: list[Path]):
 
 def build(folder: Path, files: list[Path]) -> None:
     """Tokenize the documents in their order into shards of equal size. Shard 0 is validation; worker 0 writes it."""
-    start = time.perf_counter()
     keys = ("text_field", "tokenizer", "max_tokens", "shard_tokens", "worker", "num_workers")
     arguments = {k: globals()[k] for k in keys}
     arguments |= {"files": [[str(p), p.stat().st_size] for p in files]} if files else {"hub": HUB_ID, "sample": sample}
-    if not overwrite and is_up_to_date(folder, arguments):
+    name, label = (folder.name, source) if source else ("edufineweb", HUB_ID)
+    if is_up_to_date(folder, arguments, overwrite, name):
         return
-    name = folder.name if source else "edufineweb"
-    check_replaceable(folder, overwrite, name)
     # An upper bound of what is written: tokens take fewer bytes than their text, and about as many as parquet.
     expected = sum(p.stat().st_size for p in files) if files else 2 * TOKENS[sample]
     expected = min(expected / num_workers, 2 * max_tokens or expected)
-    written = sum(p.stat().st_size for p in folder.glob(f"{name}_*.npy*"))
-    check_disk_space(folder, expected - written, ": set --max_tokens, or another --data_dir")
+    check_disk_space(folder, expected, ": set --max_tokens, or another --data_dir")
 
     def name_of(_, count: int) -> str:
         number = count * num_workers + worker
         return f"{name}_{'train' if number else 'val'}_{number:06d}.npy"
 
-    def documents(position) -> Iterator[tuple[str, object]]:
+    def documents(position) -> Iterator[tuple[str, Callable]]:
         stream = open_documents(files)
-        for row in stream_rows(stream, source or HUB_ID, position):
-            text = text_of(row, text_field, source or HUB_ID)
-            if text.strip():
-                yield text, stream.state_dict  # slow, so it is called only when the position is saved
+        texts = stream_documents(stream, text_field, label, position)
+        return ((text, stream.state_dict) for text in texts)  # slow, so it is called only when the position is saved
 
-    writer = DatasetWriter(
-        folder, arguments, lambda: learn_tokenizer(tokenizer, 0, lambda: ()), overwrite, name, shard_tokens, name_of
-    )
+    def make_tokenizer() -> Tokenizer:
+        return learn_tokenizer(tokenizer, 0, lambda: ())
+
+    writer = DatasetWriter(folder, arguments, make_tokenizer, overwrite, name, shard_tokens, name_of)
     writer.write(documents, "all", max_tokens=max_tokens)
     tokens = writer.finish(source or f"{HUB_ID} {sample}")
-    print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens, {time.perf_counter() - start:.0f} s")
+    print(writer.summary)
     last = writer.writers["all"].shards[-1] if writer.writers else {"tokens": shard_tokens}
     if last["tokens"] < shard_tokens and not max_tokens:
         print(f"the last shard, {last['file']}, is shorter than the others; training uses it like them")
@@ -145,7 +123,9 @@ def main() -> None:
     if num_workers > 1 and tokenizer != "gpt2":
         reason = "merged shards have no meta.json, so they are read as GPT-2's"
         raise UserError(f"--num_workers={num_workers} needs --tokenizer=gpt2: {reason}")
-    files = find_files(source) if source else []
+    files = find_files("source", source, (".parquet", ".jsonl"))
+    if source and {p.suffix for p in files} not in ({".parquet"}, {".jsonl"}):
+        raise UserError(f"--source={source}: give files of one kind, .parquet or .jsonl")
     default = re.sub(r"\W+", "_", Path(source.split(",")[0]).stem) if source else "edu_fineweb" + sample[:-1]
     folder = Path(data_dir) / (dataset or pretokenized or default)
     if pretokenized:

@@ -8,7 +8,7 @@
 Needs the extra: pip install -e '.[demo]'. The page loads nothing from other machines.
 """
 
-import json
+import contextlib
 import os
 import sys
 import threading
@@ -17,18 +17,9 @@ from pathlib import Path
 
 import torch
 
+from common import inference
 from common.checkpoint import find_checkpoint, find_runs
-from common.inference import (
-    END_OF_TURN,
-    chat_prompt,
-    load_for_inference,
-    prompt_ids,
-    stream_ids,
-    text_pieces,
-    token_repr,
-    top_tokens,
-    until,
-)
+from common.inference import END_OF_TURN, read_results, text_pieces, until
 from common.pretrained import is_pretrained
 from configurator import UserError, configure, short_errors
 
@@ -55,10 +46,8 @@ class Models:
     """The last three models used, in memory. A checkpoint that changed on disk is loaded again."""
 
     def __init__(self):
-        self.lock, self.loaded = (
-            threading.Lock(),
-            {},
-        )  # name -> [modification time, (model, tokenizer, checkpoint), warning]
+        self.lock = threading.Lock()
+        self.loaded = {}  # name -> [modification time, (model, tokenizer, checkpoint), warning]
         self.pretrained = ""  # the one model that is not a run of ours, if there is one
 
     def get(self, name: str, warn=lambda message: None) -> tuple:
@@ -68,12 +57,13 @@ class Models:
         """
         with self.lock:
             # A run's file, not its name: if the run is gone, its name could be taken for a hub id.
-            file = name if name == self.pretrained else find_checkpoint(name)
-            changed = 0 if name == self.pretrained else modification_time(file)
+            file = Path(name) if name == self.pretrained else find_checkpoint(name)
+            changed = file.stat().st_mtime if file.is_file() else None
             entry = self.loaded.pop(name, None)
             if entry is None or changed != entry[0]:
                 try:
-                    entry = [changed, load_for_inference(str(file), device, dtype, quantize, data_dir), ""]
+                    loaded = inference.load_for_inference(str(file), device, dtype, quantize, data_dir)
+                    entry = [changed, loaded, ""]
                 except (UserError, OSError, RuntimeError) as e:
                     if entry is None:
                         raise
@@ -86,67 +76,59 @@ class Models:
         return entry[1]
 
 
-def modification_time(file: Path) -> float | None:
-    """None if the file is gone."""
-    try:
-        return file.stat().st_mtime
-    except FileNotFoundError:
-        return None
-
-
 models = Models()
 step_lock = threading.Lock()  # whoever holds it has the whole machine for one token
 
 
 def label(name: str) -> str:
     """A run as the picker shows it: with its loss and size."""
-    try:
-        r = json.loads((Path(name) / "results.json").read_text(encoding="utf-8"))
-        return f"{name}: loss {r['final_val_loss']:.3f}, {r['model_parameters'] / 1e6:.2f}M parameters"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{name}: no results yet" if Path(name).is_dir() else name
+    results = read_results(Path(name))
+    loss, size = results.get("final_val_loss"), results.get("model_parameters")
+    if loss and size:
+        return f"{name}: loss {loss:.3f}, {size / 1e6:.2f}M parameters"
+    return f"{name}: no results yet" if Path(name).is_dir() else name
 
 
 def choices() -> list[tuple[str, str]]:
     """(label, name) of the models to choose from."""
-    given, root, names = out_dir if init_from == "resume" else init_from, Path().resolve(), {}
+    given, names = out_dir if init_from == "resume" else init_from, {}
     if given:
         names[given if given == models.pretrained else Path(given).resolve()] = given
     for run in find_runs():
-        names.setdefault(root / run, str(run))
-    return [(label(n), n) for n in names.values()]
+        names.setdefault(run.resolve(), str(run))
+    return [(label(name), name) for name in names.values()]
 
 
 def clamp(value, low, high, default):
     return default if value is None else min(max(value, low), high)
 
 
-def sample_ids(
-    model, tokenizer, ids: list[int], settings: tuple, on_logits=None, limit: int | None = None, on_end=lambda: None
-):
-    """Yields the ids that continue a prompt, up to the end-of-text token, for which on_end() is called.
-
-    Visitors take turns, token by token.
-    """
-    max_new_tokens, temperature, top_k, top_p, seed = settings
-    V, rng = model.config.vocab_size, torch.Generator(model.device)
-    rng.manual_seed(int(seed)) if seed.strip() else rng.seed()
-    stream = stream_ids(
-        model, tokenizer, [ids], limit or int(clamp(max_new_tokens, 10, 500, 200)), graph=False, rng=rng, on_logits=on_logits,
-        temperature=clamp(temperature, 0.1, 2.0, 0.8), top_k=int(clamp(top_k, 0, min(500, V), min(200, V))),
-        top_p=clamp(top_p, 0.0, 1.0, 1.0),
-    )  # fmt: skip
-    due = 0.0
+def paced(stream):
+    """The items of a stream: visitors take turns, token by token."""
     while True:
-        time.sleep(max(0.0, due - time.perf_counter()))
-        due = time.perf_counter() + pace
         with step_lock:
             new = next(stream, None)
         if new is None:
             return
-        if new.item() == tokenizer.eot:
-            return on_end()
-        yield new.item()
+        yield new
+        time.sleep(pace)
+
+
+def sample_ids(model, tokenizer, ids: list[int], settings: tuple, limit=None, on_end=lambda: None, on_logits=None):
+    """Yields the ids that continue a prompt, up to the end-of-text token, for which on_end() is called."""
+    max_new_tokens, temperature, top_k, top_p, seed = settings
+    rng, V = torch.Generator(model.device), model.config.vocab_size
+    rng.manual_seed(int(seed)) if seed.strip() else rng.seed()
+    stream = inference.stream_ids(
+        model, tokenizer, [ids], limit or answer_tokens(max_new_tokens), graph=False, rng=rng, on_logits=on_logits,
+        temperature=clamp(temperature, 0.1, 2.0, 0.8), top_k=int(clamp(top_k, 0, min(500, V), min(200, V))),
+        top_p=clamp(top_p, 0.0, 1.0, 1.0),
+    )  # fmt: skip
+    return inference.until_eot(paced(stream), tokenizer, on_end)
+
+
+def answer_tokens(max_new_tokens) -> int:
+    return int(clamp(max_new_tokens, 10, 500, 200))
 
 
 def build_page(gr):
@@ -155,126 +137,112 @@ def build_page(gr):
 
     shared = {"concurrency_id": "texts", "concurrency_limit": visitors, "show_progress": "hidden"}
 
-    def model_of(name: str | None, seed: str = "") -> tuple:
-        seed = seed.strip()
-        if seed and not (seed.isdecimal() and len(seed) < 20 and int(seed) < 2**63):
-            raise gr.Error(f"The seed {seed[:30]} is not a whole number below 2^63.")
-        if not name:
-            raise gr.Error("There is no trained model under out/ yet. Train one: python train.py config/quickstart.py")
+    @contextlib.contextmanager
+    def errors_on_page():
         try:
-            return models.get(name, gr.Warning)
+            yield
         except (UserError, OSError, RuntimeError) as e:
             raise gr.Error(str(e)) from None
 
-    def ids_of(name: str | None, prompt: str, seed: str) -> tuple:
-        if len(prompt) > max_prompt:
-            raise gr.Error(f"The prompt has {len(prompt):,} characters; at most {max_prompt:,} are taken.")
-        model, tokenizer, _ = model_of(name, seed)
-        try:
-            ids = prompt_ids(tokenizer, prompt)
-        except UserError as e:
-            raise gr.Error(str(e)) from None
-        return model, tokenizer, ids[-model.config.block_size :], len(ids)
-
-    def show_errors(stream):
-        """The items of a stream; an error in it becomes a message on the page."""
-        try:
-            yield from stream
-        except (UserError, RuntimeError) as e:
-            raise gr.Error(str(e)) from None
+    def model_of(name: str | None, text: str = "", seed: str = "") -> tuple:
+        """Model, tokenizer and checkpoint of a run. Raises UserError for a text or a seed that is out of range, too."""
+        seed = seed.strip()
+        if seed and not (seed.isdecimal() and len(seed) < 20 and int(seed) < 2**63):
+            raise UserError(f"The seed {seed[:30]} is not a whole number below 2^63.")
+        if len(text) > max_prompt:
+            raise UserError(f"The prompt has {len(text):,} characters; at most {max_prompt:,} are taken.")
+        if not name:
+            raise UserError("There is no trained model under out/ yet. Train one: python train.py config/quickstart.py")
+        return models.get(name, gr.Warning)
 
     def write(name, prompt, *settings):
         """The text as it is sampled, and the speed."""
-        model, tokenizer, ids, all_ids = ids_of(name, prompt, settings[-1])
-        note = f"; it sees the last {len(ids):,} of the prompt's {all_ids:,} tokens" if all_ids > len(ids) else ""
-        text, count, began = prompt, 0, time.perf_counter()
-        for piece in text_pieces(tokenizer, show_errors(sample_ids(model, tokenizer, ids, settings))):
-            text, count = text + piece, count + 1
-            yield text, f"{count} tokens, {count / (time.perf_counter() - began):.0f} a second{note}"
-        yield text, f"{count - 1} tokens, {count / (time.perf_counter() - began):.0f} a second{note}"
+        with errors_on_page():
+            model, tokenizer, _ = model_of(name, prompt, settings[-1])
+            all_ids = inference.prompt_ids(tokenizer, prompt)
+            ids = all_ids[-model.config.block_size :]
+            cut = len(all_ids) > len(ids)
+            note = f"; it sees the last {len(ids):,} of the prompt's {len(all_ids):,} tokens" if cut else ""
+            text, began = prompt, time.perf_counter()
 
-    def next_tokens(name, prompt, *settings, limit=None):
+            def speed(count: int) -> str:
+                return f"{count} tokens, {count / (time.perf_counter() - began):.0f} a second{note}"
+
+            for count, piece in enumerate(text_pieces(tokenizer, sample_ids(model, tokenizer, ids, settings)), 1):
+                text += piece
+                yield text, speed(count)
+            yield text, speed(count - 1)  # the last piece is no token, only the rest of an incomplete character
+
+    def next_tokens(name, text, *settings, limit=None):
         """The text as it is sampled, the most likely tokens of each step, and the one that was sampled."""
-        model, tokenizer, ids, _ = ids_of(name, prompt, settings[-1])
-        logits, text, new = [], prompt, []
-        for i in show_errors(sample_ids(model, tokenizer, ids, settings, lambda rows: logits.append(rows[0]), limit)):
-            top, new = dict(top_tokens(logits.pop(0), tokenizer)), [*new, i]
-            text, token = prompt + tokenizer.decode(new), token_repr(tokenizer, i)
-            yield text, top, f"sampled: `{token}`, {top.get(token, 0):.1%}"
-        if logits:  # the end of the text
-            yield text, dict(top_tokens(logits.pop(0), tokenizer)), "sampled: the end of the text"
+        with errors_on_page():
+            model, tokenizer, _ = model_of(name, text, settings[-1])
+            ids, logits, new = inference.prompt_ids(tokenizer, text)[-model.config.block_size :], [], []
+            stream = sample_ids(model, tokenizer, ids, settings, limit, on_logits=lambda rows: logits.append(rows[0]))
+            for i in stream:
+                new.append(i)
+                top, token = inference.top_tokens(logits.pop(0), tokenizer), inference.token_repr(tokenizer, i)
+                yield text + tokenizer.decode(new), top, f"sampled: `{token}`, {top.get(token, 0):.1%}"
+            if logits:
+                top = inference.top_tokens(logits.pop(0), tokenizer)
+                yield text + tokenizer.decode(new), top, "sampled: the end of the text"
 
-    def one_token(name, prompt, *settings):
-        yield from next_tokens(name, prompt, *settings, limit=1)
+    def one_token(name, text, *settings):
+        yield from next_tokens(name, text, *settings, limit=1)
 
     def talk(name, message, history, remembered, *settings):
         """The conversation as the answer is sampled. remembered: the exchanges (message, answer) in the model's context."""
-        if len(message) > max_prompt:
-            raise gr.Error(f"The message has {len(message):,} characters; at most {max_prompt:,} are taken.")
-        model, tokenizer, checkpoint = model_of(name, settings[-1])
-        if not message.strip():
-            yield history, message, remembered
-            return
-        limit, is_chat = model.config.block_size, bool(checkpoint.get("is_chat"))
-        room = max(1, limit - min(int(clamp(settings[0], 10, 500, 200)), limit // 2))
-        try:
-            ids, _ = chat_prompt(tokenizer, remembered, message, room, is_chat)
-        except UserError as e:
-            raise gr.Error(str(e)) from None
-        answer, ended = "", []
-        stream = sample_ids(model, tokenizer, ids, settings, on_end=lambda: ended.append(True))
-        pieces = text_pieces(tokenizer, show_errors(stream))
-        box = ""  # the first token clears the input; later ones leave what is typed meanwhile
-        for piece in until(pieces, END_OF_TURN if is_chat else ""):
-            answer += piece if answer or not is_chat else piece.lstrip()
-            exchange = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
-            yield history + exchange, box, [*remembered, (message, answer)]
-            box = gr.skip()
-        if ended and not is_chat:  # the text has ended: the next message starts another
-            yield gr.skip(), gr.skip(), []
+        with errors_on_page():
+            model, tokenizer, checkpoint = model_of(name, message, settings[-1])
+            if not message.strip():
+                yield history, message, remembered
+                return
+            limit, is_chat, answer, ended = model.config.block_size, bool(checkpoint.get("is_chat")), "", []
+            room = limit - min(answer_tokens(settings[0]), limit // 2)
+            ids, _ = inference.chat_prompt(tokenizer, remembered, message, room, is_chat)
+            stream = sample_ids(model, tokenizer, ids, settings, on_end=lambda: ended.append(True))
+            box = ""  # the first token clears the input; later ones leave what is typed meanwhile
+            for piece in until(text_pieces(tokenizer, stream), END_OF_TURN if is_chat else ""):
+                answer += piece if answer or not is_chat else piece.lstrip()
+                exchange = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+                yield history + exchange, box, [*remembered, (message, answer)]
+                box = gr.skip()
+            if ended and not is_chat:  # the text has ended: the next message starts another
+                yield gr.skip(), gr.skip(), []
 
     def choose(name, current):
         """The selected run and a new conversation, or the run before if it cannot be loaded."""
         try:
             model_of(name)
-        except gr.Error as e:
+        except (UserError, OSError, RuntimeError) as e:
             if current is None:
-                raise
-            gr.Warning(f"{e.message} {current} stays.")
+                raise gr.Error(str(e)) from None
+            gr.Warning(f"{e} {current} stays.")
             return gr.update(value=current), current, gr.skip(), gr.skip()
         return gr.update(), name, [], []
 
     def refresh():
-        """Refresh the list of models."""
         return gr.update(choices=choices())
 
     def about(name):
-        """The loss curve and results of a run."""
-        folder = Path(name or "")
-        picture = None
-        if name and (folder / "loss.png").exists():
+        """The loss curve and results of a run, and whether it is a chat model."""
+        if not name:
+            return None, "no results yet", ""
+        folder, picture, kind, rows = Path(name), None, "", []
+        if (folder / "loss.png").exists():
             with Image.open(folder / "loss.png") as file:
                 picture = file.copy()
-        try:
-            found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
+        results = read_results(folder)
         keys = "final_val_loss final_val_perplexity model_parameters tokens total_steps train_seconds device"
-        values = {k: found[k] for k in keys.split() if found.get(k) is not None}
-        texts = {
-            k: f"{v:,.5g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for k, v in values.items()
-        }
-        table = f"| {name} | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in texts.items())
-        return picture, table if found else "no results yet"
-
-    def kind_of(name):
-        try:
-            is_chat = bool(models.get(name)[2].get("is_chat")) if name else None
-        except (UserError, OSError, RuntimeError):
-            is_chat = None
-        if is_chat is None:
-            return ""
-        return "It was trained on conversations." if is_chat else "It is no chat model: it continues your text."
+        for key in keys.split():
+            if (value := results.get(key)) is not None:
+                number_format = {float: ",.5g", int: ","}.get(type(value), "")
+                rows.append(f"| {key} | {value:{number_format}} |")
+        table = "\n".join([f"| {name} | |", "|---|---|", *rows]) if rows else "no results yet"
+        with contextlib.suppress(UserError, OSError, RuntimeError):
+            is_chat = models.get(name)[2].get("is_chat")
+            kind = "It was trained on conversations." if is_chat else "It is no chat model: it continues your text."
+        return picture, table, kind
 
     found = choices()
     first = found[0][1] if found else None
@@ -295,7 +263,7 @@ def build_page(gr):
             with gr.Column(scale=3):
                 with gr.Tab("Write"):
                     prompt = gr.Textbox(
-                        "Once upon a time", lines=1, max_lines=8, label="Prompt (Enter writes)", elem_id="prompt"
+                        "Once upon a time", max_lines=8, label="Prompt (Enter writes)", elem_id="prompt"
                     )
                     with gr.Row():
                         go = gr.Button("Generate", variant="primary", elem_id="generate")
@@ -304,10 +272,9 @@ def build_page(gr):
                     speed = gr.Markdown(elem_id="speed")
                 with gr.Tab("Chat"):
                     kind = gr.Markdown(elem_id="kind")
-                    talked = gr.Chatbot(
-                        render_markdown=False, height=420, elem_id="talked", show_label=False, buttons=["copy"]
-                    )
-                    message = gr.Textbox(lines=1, max_lines=8, label="Message (Enter sends)", elem_id="message")
+                    style = {"render_markdown": False, "show_label": False, "buttons": ["copy"]}
+                    talked = gr.Chatbot(height=420, elem_id="talked", **style)
+                    message = gr.Textbox(max_lines=8, label="Message (Enter sends)", elem_id="message")
                     with gr.Row():
                         send = gr.Button("Send", variant="primary", elem_id="send")
                         halt = gr.Button("Stop")
@@ -324,28 +291,21 @@ def build_page(gr):
                     curve = gr.Image(interactive=False, show_label=False, buttons=[], elem_id="curve")
                     table = gr.Markdown(elem_id="results")
         settings = [max_new_tokens, temperature, top_k, top_p, seed]
-        written = [
-            event(write, [current, prompt, *settings], [text, speed], api_name=name, **shared)
-            for event, name in ((go.click, "write"), (prompt.submit, False))
-        ]
+        writes = [current, prompt, *settings], [text, speed]
+        written = [event(write, *writes, **shared) for event in (go.click, prompt.submit)]
         stop.click(None, cancels=written)
-        answers = [
-            event(talk, [current, message, talked, remembered, *settings], [talked, message, remembered], **shared)
-            for event in (send.click, message.submit)
-        ]
+        says = [current, message, talked, remembered, *settings], [talked, message, remembered]
+        answers = [event(talk, *says, **shared) for event in (send.click, message.submit)]
         halt.click(None, cancels=answers)
         cleared = talked.clear(None, cancels=answers)  # an event that cancels ignores the outputs of its own function
-        cleared.then(lambda: ([], []), None, [talked, remembered], api_name=False, show_progress="hidden")
-        steps = [
-            event(f, [current, grown, *settings], [grown, could, taken], api_name=False, **shared)
-            for event, f in ((one.click, one_token), (many.click, next_tokens))
-        ]
+        cleared.then(lambda: ([], []), None, [talked, remembered], show_progress="hidden")
+        grows = [current, grown, *settings], [grown, could, taken]
+        steps = [one.click(one_token, *grows, **shared), many.click(next_tokens, *grows, **shared)]
         still.click(None, cancels=steps)
-        picked = run.input(choose, [run, current], [run, current, talked, remembered], api_name=False)
-        picked.then(about, current, [curve, table], api_name=False).then(kind_of, current, kind, api_name=False)
-        again.click(refresh, None, run, api_name=False)
-        loss_tab.select(about, current, [curve, table], api_name=False)
-        page.load(refresh, None, run, api_name=False).then(kind_of, current, kind, api_name=False)
+        picked = run.input(choose, [run, current], [run, current, talked, remembered])
+        again.click(refresh, None, run)
+        for event in (picked.then, loss_tab.select, page.load(refresh, None, run).then):
+            event(about, current, [curve, table, kind])
     return page.queue(max_size=8 * visitors, default_concurrency_limit=4 * visitors, api_open=False)
 
 
@@ -362,17 +322,14 @@ def main() -> None:
     if given:
         models.pretrained = given if is_pretrained(given) else ""
         models.get(given)  # a model that cannot be loaded is an error now
-    own = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # fonts of the system, none is downloaded
-    theme = gr.themes.Default(font=own[0], font_mono=own[1])
+    # The system's fonts: none is downloaded.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    options = {"server_name": host, "server_port": port, "theme": theme, "ssr_mode": False, "footer_links": []}
     try:
-        build_page(gr).launch(
-            server_name=host, server_port=port, theme=theme, ssr_mode=False, footer_links=[], quiet=True,
-            prevent_thread_lock=True,
-        )  # fmt: skip
+        build_page(gr).launch(quiet=True, prevent_thread_lock=True, **options)
     except OSError:
-        raise UserError(
-            f"--host={host} --port={port}: cannot listen there: the port is in use, or the address is not this machine's"
-        ) from None
+        reason = "cannot listen there: the port is in use, or the address is not this machine's"
+        raise UserError(f"--host={host} --port={port}: {reason}") from None
     print(f"http://{host}:{port} shows the page; Ctrl-C ends it")
     threading.Event().wait()
 

@@ -54,15 +54,12 @@ backend = "nccl"  # of torchrun's ranks on GPUs; CPUs use gloo
 timeout = 600  # seconds a rank waits for the others
 
 SPLITS = {"train": 39905, "val": 10042, "test": 10003}
-SCORINGS = ("classic", "harness")
 
 # -----------------------------------------------------------------------------
 # Examples
 
 
 class Question(NamedTuple):
-    """An example in tokens. Each ending follows the context."""
-
     context: list[int]
     endings: list[list[int]]
     lengths: list[int]  # what acc_norm divides by
@@ -71,25 +68,23 @@ class Question(NamedTuple):
 def read_examples(path: Path, limit: int = 0) -> list[dict]:
     """The examples of a .jsonl file. Raises UserError naming the line that is not one."""
     examples = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if limit and len(examples) == limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                example = json.loads(line)
-                texts = [example["ctx"], *example["endings"]]
-                label = example.get("label", "")
-                if len(texts) != 5 or not all(isinstance(t, str) and t.strip() for t in texts):
-                    raise ValueError("it needs a ctx and four endings, as text")
-                example["label"] = int(label) if label not in ("", None) else None
-                if example["label"] not in (None, 0, 1, 2, 3):
-                    raise ValueError(f"the label is {label!r}")
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                reason = f"there is no {e}" if isinstance(e, KeyError) else e
-                raise UserError(f"{path}, line {number}: not a HellaSwag example: {reason}") from None
-            examples.append(example)
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+            texts, label = [example["ctx"], *example["endings"]], example.get("label", "")
+            if len(texts) != 5 or not all(isinstance(t, str) and t.strip() for t in texts):
+                raise ValueError("it needs a ctx and four endings, as text")
+            example["label"] = int(label) if label not in ("", None) else None
+            if example["label"] not in (None, 0, 1, 2, 3):
+                raise ValueError(f"the label is {label!r}")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            reason = f"there is no {e}" if isinstance(e, KeyError) else e
+            raise UserError(f"{path}, line {number}: not a HellaSwag example: {reason}") from None
+        examples.append(example)
+        if len(examples) == limit:
+            break
     if not examples:
         raise UserError(f"{path} holds no examples")
     return examples
@@ -163,28 +158,30 @@ def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) ->
     check_lengths(questions, T)
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].context))
     group_size = min(8 * batch_size, 256)  # questions in one cache
+    # The cache has the model's own dtype: here rows are copied more than they are attended to.
+    autocast_dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    kv_dtype = autocast_dtype or model.transformer.wte.weight.dtype
     for first in range(0, len(order), group_size):
         group = order[first : first + group_size]
-        contexts = []
-        for i in group:
-            room = T + 1 - max(map(len, questions[i].endings))
-            contexts.append(questions[i].context[-room:] or [0])
+        rooms = [T + 1 - max(map(len, questions[i].endings)) for i in group]
+        contexts = [questions[i].context[-room:] or [0] for i, room in zip(group, rooms)]
         shared = min(map(len, contexts)) - 1  # the token before an ending is read with it
-        cache = KVCache(model.config, len(group), shared, device, kv_dtype(model))
+        cache = KVCache(model.config, len(group), shared, device, kv_dtype)
         if shared:
             model.hidden(torch.tensor([c[:shared] for c in contexts], device=device), cache)
-        rows = [(n, c[shared:], e) for n, c in enumerate(contexts) for e in questions[group[n]].endings]
+        rows = [(n, c[shared:] + e, len(e)) for n, c in enumerate(contexts) for e in questions[group[n]].endings]
         losses = torch.zeros(len(rows), device=device)
-        remaining = sorted(range(len(rows)), key=lambda r: len(rows[r][1]) + len(rows[r][2]))
+        remaining = sorted(range(len(rows)), key=lambda r: len(rows[r][1]))
         while remaining:  # the longest first
-            width = max(1, len(rows[remaining[-1]][1]) + len(rows[remaining[-1]][2]) - 1)
+            width = max(1, len(rows[remaining[-1]][1]) - 1)
             # Each row copies its context's keys and values, so the number of rows is bounded too.
             count = max(1, min(64 * batch_size // width, 8 * batch_size))
             remaining, batch = remaining[:-count], remaining[-count:]
             x, y = np.zeros((len(batch), width), np.int64), np.full((len(batch), width), -1, np.int64)
             for row, r in enumerate(batch):
-                _, c, e = rows[r]
-                x[row, : len(c) + len(e) - 1], y[row, len(c) - 1 : len(c) + len(e) - 1] = (c + e)[:-1], e
+                _, ids, size = rows[r]
+                end = len(ids) - 1
+                x[row, :end], y[row, end - size : end] = ids[:-1], ids[len(ids) - size :]
             part = cache.select_rows(torch.tensor([rows[r][0] for r in batch], device=device), shared + width)
             x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
             in_ending = y >= 0
@@ -194,35 +191,20 @@ def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) ->
         yield group, losses.view(-1, 4).cpu().numpy()
 
 
-def kv_dtype(model: GPT) -> torch.dtype:
-    """Of the cache: the model's own, since here rows are copied more than attended to."""
-    device = model.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.transformer.wte.weight.dtype
-
-
 class Score:
-    """The number of examples so far, and of right choices by acc and acc_norm."""
-
     def __init__(self):
-        self.count = np.zeros(3)
+        self.counts = torch.zeros(3, dtype=torch.float64)  # examples with a label, right by acc, right by acc_norm
 
     def add(self, losses: np.ndarray, lengths: list[int], label: int | None) -> tuple[int, int]:
         """Count an example with losses (4,). Returns the choices by acc and acc_norm."""
-        choices = int(losses.argmin()), int((losses / np.array(lengths)).argmin())
+        acc, acc_norm = int(losses.argmin()), int((losses / np.array(lengths)).argmin())
         if label is not None:
-            self.count += (1, choices[0] == label, choices[1] == label)
-        return choices
+            self.counts += torch.tensor([1, acc == label, acc_norm == label])
+        return acc, acc_norm
 
-    def reduce(self) -> None:
-        """Add up the counts of all ranks."""
-        self.count = runtime.all_reduce(torch.from_numpy(self.count)).numpy()
-
-    @property
     def accuracy(self) -> tuple[float, float]:
-        return tuple(self.count[1:] / self.count[0]) if self.count[0] else (math.nan, math.nan)
-
-    def __str__(self):
-        return "acc {:.4f} acc_norm {:.4f}".format(*self.accuracy)
+        examples, right, right_norm = self.counts.tolist()
+        return (right / examples, right_norm / examples) if examples else (math.nan, math.nan)
 
 
 def classic_questions(examples: list[dict], tokenizer: Tokenizer, block_size: int) -> list[tuple[Question, int | None]]:
@@ -232,46 +214,46 @@ def classic_questions(examples: list[dict], tokenizer: Tokenizer, block_size: in
     return questions
 
 
-def classic_accuracy(
-    model: GPT, questions: list[tuple[Question, int | None]], rank=0, world_size=1
-) -> tuple[float, float]:
-    """acc and acc_norm of the classic scoring, for train.py. The ranks share the questions."""
+def classic_accuracy(model: GPT, questions: list[tuple], rank=0, world_size=1) -> tuple[float, float]:
+    """acc and acc_norm of classic_questions(), for train.py. The ranks share the questions."""
     own, score, training = questions[rank::world_size], Score(), model.training
     model.eval()
     for indices, losses in ending_losses(model, [q for q, _ in own]):
         for i, loss in zip(indices, losses):
             score.add(loss, own[i][0].lengths, own[i][1])
     model.train(training)
-    score.reduce()
-    return score.accuracy
+    runtime.all_reduce(score.counts)
+    return score.accuracy()
 
 
-def score_all(
-    name: str, model: GPT, examples: list[dict], tokenizer: Tokenizer, results: list[dict], n_total: int
-) -> Score:
+def score_all(name: str, model: GPT, examples: list[dict], tokenizer: Tokenizer, results: list[dict], total: int):
     """Score this rank's examples, print progress, and add each example's losses and choices to its result."""
+
+    def report(words: str, count: int) -> None:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"{words}  {count / (time.perf_counter() - start):.1f} examples/s")
+
+    def accuracy() -> str:
+        return "acc {:.4f} acc_norm {:.4f}".format(*score.accuracy()) if score.counts[0] else "no labels"
+
     questions, score, done = [QUESTIONS[name](e, tokenizer) for e in examples], Score(), 0
     start = printed = time.perf_counter()
-    master = not dist.is_initialized() or dist.get_rank() == 0
     for indices, losses in ending_losses(model, questions, batch_size):
         for i, loss in zip(indices, losses):
             acc, acc_norm = score.add(loss, questions[i].lengths, examples[i]["label"])
             results[i][name] = {"losses": [round(float(x), 6) for x in loss], "lengths": questions[i].lengths}
             results[i][name] |= {"acc": acc, "acc_norm": acc_norm}
         done += len(indices)
-        if master and time.perf_counter() - printed > 5:
+        if time.perf_counter() - printed > 5:
             printed = time.perf_counter()
-            print(f"{done:>7,}/{len(examples):,}  {name} {score}  {done / (printed - start):.1f} examples/s")
-    score.reduce()
-    if master:
-        speed = f"({n_total / (time.perf_counter() - start):.1f} examples/s)"
-        print(f"{name:<8} {score}  {speed}" if score.count[0] else f"{name:<8} no labels {speed}")
-    return score
+            report(f"{done:>7,}/{len(examples):,}  {name} {accuracy()}", done)
+    runtime.all_reduce(score.counts)
+    report(f"{name:<8} {accuracy()}", total)
 
 
 def main() -> None:
     check_choice("split", split, SPLITS)
-    check_choice("scoring", scoring, ("both", *SCORINGS))
+    check_choice("scoring", scoring, ("both", *QUESTIONS))
     check_bounds(globals(), at_least_0="limit batch_size")
     local = runtime.pick_local_device(device)
     if local.type == "cpu":
@@ -286,7 +268,7 @@ def main() -> None:
     if rank == 0:
         print(f"{len(examples):,} examples, {params:,} parameters, {local}, {runtime.dtype_name(weights_dtype)}")
     results, start = [{"ind": e.get("ind", n), "label": e["label"]} for n, e in enumerate(own)], time.perf_counter()
-    for name in SCORINGS if scoring == "both" else (scoring,):
+    for name in QUESTIONS if scoring == "both" else (scoring,):
         score_all(name, model, own, tokenizer, results, len(examples))
     if world_size > 1:
         per_rank = [None] * world_size

@@ -34,7 +34,7 @@ from common.logger import finite, perplexity
 from common.pretrained import is_pretrained
 from common.runtime import autocast, pick_device, pick_dtype
 from common.scoring import sum_losses
-from common.shards import Dataset, Shard, gather, load_dataset, split_shards, validation_batches, validation_windows
+from common.shards import Dataset, Shard, load_dataset, split_shards, validation_batches, validation_windows
 from common.tokenizer import Tokenizer, same_vocabulary
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
 from model import GPT
@@ -62,59 +62,35 @@ quantize = ""  # int8: evaluate with 8-bit weights, as sample.py --quantize=int8
 CORPUS_TOKENS = 5_000_000  # of the training split, for the corpus's frequencies
 
 
-def strided_batches(shards: list[Shard], T: int, step: int, limit: int, vocab_size: int) -> Iterator[tuple]:
-    """Inputs and targets (B, T) of windows `step` tokens apart; targets that an earlier window covers are -1.
-
-    limit: at most this many windows, evenly spaced; 0: all.
-    """
+def strided_windows(shards: list[Shard], T: int, step: int, limit: int) -> list[tuple[Shard, int]]:
+    """Windows of T tokens, `step` tokens apart, as (shard, start offset); with a limit, that many evenly spaced."""
     windows = [(s, start) for s in split_shards(shards) for start in range(0, s.tokens - T, step)]
     if not windows:
         raise UserError(f"the {split} text cannot fill a window of {T + 1:,} tokens: lower --block_size")
-    if limit and limit < len(windows):
-        windows = [windows[n * len(windows) // limit] for n in range(limit)]
-    for first in range(0, len(windows), batch_size):
-        chunk = windows[first : first + batch_size]
-        rows = np.stack([gather(shard, np.array([start]), T, vocab_size)[0] for shard, start in chunk])
-        x, y = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
-        for n, (_, start) in enumerate(chunk):
-            y[n, : T - step if start else 0] = -1
-        yield x, y
+    return [windows[n * len(windows) // limit] for n in range(limit)] if 0 < limit < len(windows) else windows
 
 
 def measure(model: GPT, data: Dataset, tokenizer: Tokenizer, amp) -> dict:
     """Loss, perplexity, bits per byte and accuracy on a dataset. amp: makes the autocast context."""
     T = block_size or model.config.block_size
     shards, step = data.val if split == "val" else data.train, stride or T
-    n_windows = -(-eval_tokens // step)
-    if step < T:
-        batches = strided_batches(shards, T, step, n_windows, data.vocab_size)
-    else:
-        batches = validation_batches(validation_windows(shards, T, n_windows), T, data.vocab_size, batch_size)
+    limit = -(-eval_tokens // step)
+    windows = strided_windows(shards, T, step, limit) if step < T else validation_windows(shards, T, limit)
     token_sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i)) for i in range(data.vocab_size)])
     n_bytes = 0
 
-    def counted():
+    def batches():
         nonlocal n_bytes
-        for x, y in batches:
+        for n, (x, y) in enumerate(validation_batches(windows, T, data.vocab_size, batch_size)):
+            for row, (_, start) in enumerate(windows[n * batch_size : (n + 1) * batch_size]):
+                y[row, : T - step if start else 0] = -1  # targets that the window before covers
             n_bytes += int(token_sizes[y[y >= 0]].sum())
             yield x, y
 
-    loss_sum, correct, tokens = sum_losses(model, counted(), amp).tolist()
-    return {
-        "loss": loss_sum / tokens,
-        "perplexity": perplexity(loss_sum / tokens),
-        "bits_per_byte": loss_sum / math.log(2) / n_bytes if n_bytes else None,
-        "accuracy": correct / tokens,
-        "tokens": int(tokens),
-    }
-
-
-def sample(model: GPT, tokenizer: Tokenizer, prompt: str, count: int, amp) -> list[list[int]]:
-    """`count` continuations of a prompt: the new ids, without the end-of-text token."""
-    settings = dict(temperature=temperature, top_k=min(top_k, model.config.vocab_size))
-    rng = torch.Generator(model.device).manual_seed(seed)
-    with amp():
-        return complete(model, tokenizer, [prompt_ids(tokenizer, prompt)] * count, max_new_tokens, rng=rng, **settings)
+    loss_sum, correct, tokens = sum_losses(model, batches(), amp).tolist()
+    loss, bits = loss_sum / tokens, loss_sum / math.log(2)
+    result = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits / n_bytes if n_bytes else None}
+    return result | {"accuracy": correct / tokens, "tokens": int(tokens)}
 
 
 def distinct(texts: list[str], n: int) -> float | None:
@@ -139,30 +115,39 @@ def divergence(rows: list[np.ndarray], corpus: np.ndarray, n: int) -> float | No
 
 def describe_samples(model: GPT, tokenizer: Tokenizer, data: Dataset, amp) -> dict:
     """Continued prompts and free samples, and statistics of the samples."""
-    result = {"prompts": {}, "samples": []}
+
+    def sample(prompt: str, count: int) -> list[list[int]]:
+        ids, rng = prompt_ids(tokenizer, prompt), torch.Generator(model.device).manual_seed(seed)
+        settings = {"temperature": temperature, "top_k": min(top_k, model.config.vocab_size), "rng": rng}
+        with amp():
+            return complete(model, tokenizer, [ids] * count, max_new_tokens, **settings)
+
+    continued, rows = {}, []
     for prompt in filter(None, prompts.split("|")):
         try:
-            result["prompts"][prompt] = tokenizer.decode(sample(model, tokenizer, prompt, 1, amp)[0])
+            continued[prompt] = tokenizer.decode(sample(prompt, 1)[0])
         except UserError as e:  # an unknown character, weights that are not finite
-            result["prompts"][prompt] = f"({e})"
+            continued[prompt] = f"({e})"
     try:
-        rows = sample(model, tokenizer, "", num_samples, amp)
+        rows = sample("", num_samples)
     except UserError as e:
         print(f"warning: nothing can be sampled ({e})")
-        rows = []
-    result["samples"] = [tokenizer.decode(row) for row in rows]
-    result |= {f"distinct_{n}": distinct(result["samples"], n) for n in (1, 2, 3)}
-    corpus, size = [], 0
-    for shard in data.train:
-        corpus.append(np.asarray(shard.map()[: CORPUS_TOKENS - size], np.int64))
-        size += len(corpus[-1])
-    corpus, arrays = np.concatenate(corpus), [np.array(row) for row in rows if row]
-    n_sampled = sum(map(len, arrays))
-    piece = np.concatenate([s.map()[:n_sampled] for s in data.val or data.train])[:n_sampled].astype(np.int64)
+    texts = [tokenizer.decode(row) for row in rows]
+    result = {"prompts": continued, "samples": texts} | {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)}
+    arrays = [np.array(row) for row in rows if row]
+    corpus = first_tokens(data.train, CORPUS_TOKENS)
+    piece = first_tokens(data.val or data.train, sum(map(len, arrays)))
     for name, n in (("unigram", 1), ("bigram", 2)):
         result[f"kl_{name}"] = divergence(arrays, corpus, n)
         result[f"kl_{name}_of_the_corpus"] = divergence([piece], corpus, n)
     return result
+
+
+def first_tokens(shards: list[Shard], count: int) -> np.ndarray:
+    parts = [np.zeros(0, np.int64)]
+    for shard in shards:
+        parts.append(shard.map()[: count - sum(map(len, parts))])
+    return np.concatenate(parts)
 
 
 def evaluate(name: str, target: torch.device, amp) -> Iterator[dict]:
@@ -179,44 +164,45 @@ def evaluate(name: str, target: torch.device, amp) -> Iterator[dict]:
     if not same_vocabulary(data.tokenizer, tokenizer.to_dict()):
         raise UserError(f"{path} has another vocabulary than {data_name}: prepare the text with its own, --tokenizer=")
     model = build_model(checkpoint)
-    models = [("", model)]
+    c, models = model.config, {path: model}
+    T = block_size or c.block_size
+    if T > c.block_size or stride > T:
+        raise UserError(f"--block_size={T} --stride={stride or T}: the context is {c.block_size}")
     if baseline:
         torch.manual_seed(seed)
-        models.insert(0, ("untrained", GPT(replace(model.config))))
-    for variant, model in models:
-        c, params = model.config, model.num_params()
-        T = block_size or c.block_size
-        if T > c.block_size or (stride or T) > T:
-            raise UserError(f"--block_size={T} --stride={stride or T}: the context is {c.block_size}")
+        models = {f"{path} untrained": GPT(replace(c)), path: model}
+    for title, model in models.items():
+        params, step = model.num_params(), checkpoint.get("step") if title == path else 0
         if quantize:
             for_inference(model, target, pick_dtype(dtype, target), quantize)
         model.to(target).eval()
         result = {
-            "path": f"{path} {variant}".strip(), "dataset": data_name, "split": split,
-            "step": 0 if variant else checkpoint.get("step"), "params": params, "n_embd": c.n_embd, "n_layer": c.n_layer,
-            "n_head": c.n_head, "block_size": T, "stride": stride or T, **measure(model, data, tokenizer, amp),
+            "path": title, "dataset": data_name, "split": split, "step": step, "params": params, "n_embd": c.n_embd,
+            "n_layer": c.n_layer, "n_head": c.n_head, "block_size": T, "stride": stride or T,
+            **measure(model, data, tokenizer, amp),
         }  # fmt: skip
-        c.vocab_size = min(c.vocab_size, tokenizer.n_vocab)  # ids that pad the vocabulary are not sampled
         if num_samples:
+            # Ids that pad the vocabulary are not sampled.
+            model.config.vocab_size = min(c.vocab_size, tokenizer.n_vocab)
             result |= describe_samples(model, tokenizer, data, amp)
         yield result
 
 
 COLUMNS = {  # of results: title and format in the printed table
-    "loss": ("loss", "{:.4f}"), "perplexity": ("perplexity", "{:,.2f}"), "bits_per_byte": ("bits/byte", "{:.4f}"),
-    "accuracy": ("accuracy", "{:.1%}"), "distinct_1": ("dist-1", "{:.3f}"), "distinct_2": ("dist-2", "{:.3f}"),
-    "kl_unigram": ("KL-1", "{:.3f}"), "kl_bigram": ("KL-2", "{:.3f}"),
+    "params": ("params", "{:,}"), "loss": ("loss", "{:.4f}"), "perplexity": ("perplexity", "{:,.2f}"),
+    "bits_per_byte": ("bits/byte", "{:.4f}"), "accuracy": ("accuracy", "{:.1%}"), "distinct_1": ("dist-1", "{:.3f}"),
+    "distinct_2": ("dist-2", "{:.3f}"), "kl_unigram": ("KL-1", "{:.3f}"), "kl_bigram": ("KL-2", "{:.3f}"),
 }  # fmt: skip
 
 
 def table(results: list[dict]) -> str:
     columns = {c: spec for c, spec in COLUMNS.items() if any(r.get(c) is not None for r in results)}
-    rows = [["", "params", *(title for title, _ in columns.values())]]
+    rows = [["", *(title for title, _ in columns.values())]]
     for r in results:
         numbers = [f.format(r[c]) if r.get(c) is not None else "" for c, (_, f) in columns.items()]
-        rows.append([r["path"].replace("/best.pt", ""), f"{r['params'] / 1e6:.2f}M", *numbers])
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = ("  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths))) for row in rows)
+        rows.append([r["path"].replace("/best.pt", ""), *numbers])
+    name_width, *widths = (max(map(len, column)) for column in zip(*rows))
+    lines = ("  ".join([name.ljust(name_width), *map(str.rjust, row, widths)]) for name, *row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -12,7 +12,6 @@ Biases that GPT-2 has and ours lacks are zeros. A key that neither can express i
 Writes config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json and README.md.
 """
 
-import contextlib
 import json
 import os
 import shlex
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from common.checkpoint import chosen_model, find_checkpoint, find_tokenizer, load_model, save_checkpoint
 from common.files import atomic_write
+from common.inference import read_results
 from common.lora import merge_lora
 from common.pretrained import is_pretrained, to_hugging_face
 from common.runtime import DTYPES
@@ -38,26 +38,27 @@ data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their data
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 FILES |= {"README.md", "model.pt"}
+COMMAND_KEYS = (  # of train.py, for the model card
+    "init_from seed dataset data_fraction batch_size block_size gradient_accumulation_steps max_iters optimizer "
+    "learning_rate min_lr embedding_lr head_lr vector_lr schedule warmup_iters lr_decay_iters decay_fraction decay_lr "
+    "weight_decay beta1 beta2 momentum grad_clip label_smoothing"
+)
+EXAMPLE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json, as AutoTokenizer reads them."""
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
-    if tokenizer.eot is not None:
-        eot = tokenizer.token_bytes(tokenizer.eot).decode()
-        pretrained = tokenizer.to_dict()["kind"] == "pretrained"  # its tokenizer.json says what a text begins with
-        config |= {"eos_token": eot} | ({} if pretrained else {"bos_token": eot, "unk_token": eot})
-    return {"tokenizer.json": tokenizer.to_json(), "tokenizer_config.json": json.dumps(config, indent=1)}
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
+```
+"""
 
 
 def model_card(name: str, model: GPT, config: dict, results: dict, target: str) -> str:
     """README.md: what the model is, how good, trained on what, and with which command."""
     base = {"resume": "scratch"}.get(config.get("init_from"), config.get("init_from"))
     origin = f"trained from {base}" if base else "converted"
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
-    lines += [f"A {target} model of {model.num_params():,} parameters ({model.describe()}), {origin} with flatgpt.", ""]
     facts = {
         "trained on": config.get("dataset"),
         "steps": results.get("total_steps"),
@@ -70,33 +71,18 @@ def model_card(name: str, model: GPT, config: dict, results: dict, target: str) 
         "torch": results.get("versions", {}).get("torch"),
         "commit": results.get("git_commit"),
     }
-
-    def show(value) -> str:
-        return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-
-    rows = [f"| {key} | {show(value)} |" for key, value in facts.items() if value]
-    lines += ["| | |", "|---|---|", *rows, ""] if rows else []
-    if config:
-        keys = (
-            "init_from seed dataset data_fraction batch_size block_size gradient_accumulation_steps max_iters optimizer "
-            "learning_rate min_lr embedding_lr head_lr vector_lr schedule warmup_iters lr_decay_iters decay_fraction decay_lr "
-            "weight_decay beta1 beta2 momentum grad_clip label_smoothing"
-        ).split()
-        keys += [key for key in GPTConfig.__dataclass_fields__ if key not in keys]
-        command = shlex.join(f"--{key}={config[key]}" for key in keys if key in config)
-        lines += ["```sh", f"python train.py {command}", "```", ""]
-    lines += [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))",
-        "```",
-        "",
+    formats = {float: ",.4f", int: ","}
+    rows = [f"| {key} | {value:{formats.get(type(value), '')}} |" for key, value in facts.items() if value]
+    keys = [key for key in COMMAND_KEYS.split() + [*GPTConfig.__dataclass_fields__] if key in config]
+    command = shlex.join(f"--{key}={config[key]}" for key in dict.fromkeys(keys))
+    sections = [
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}",
+        f"A {target} model of {model.num_params():,} parameters ({model.describe()}), {origin} with flatgpt.",
+        "\n".join(["| | |", "|---|---|", *rows]) if rows else "",
+        f"```sh\npython train.py {command}\n```" if command else "",
+        EXAMPLE.format(name=name),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(filter(None, sections))
 
 
 def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, folder: Path, results: dict) -> None:
@@ -107,27 +93,32 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
         raise UserError("exporting needs the safetensors package: pip install -e '.[hf]'") from None
     merge_lora(model)
     target, config, weights = to_hugging_face(model)
-    vocab_size, eot = min(model.config.vocab_size, tokenizer.n_vocab), tokenizer.eot
-    pretrained = tokenizer.to_dict()["kind"] == "pretrained"
-    config |= {"vocab_size": vocab_size, "torch_dtype": dtype, "eos_token_id": eot}
-    config["bos_token_id"] = None if pretrained else eot
+    vocab_size = min(model.config.vocab_size, tokenizer.n_vocab)
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": min(200, vocab_size)}
-    if eot is not None:
-        sampling |= {"eos_token_id": eot, "pad_token_id": eot}
+    reader = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size}
+    reader["clean_up_tokenization_spaces"] = False
+    config |= {"vocab_size": vocab_size, "torch_dtype": dtype, "eos_token_id": tokenizer.eot, "bos_token_id": None}
+    if tokenizer.eot is not None:
+        eot = tokenizer.token_bytes(tokenizer.eot).decode()
+        sampling |= {"eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
+        reader["eos_token"] = eot
+        if tokenizer.to_dict()["kind"] != "pretrained":  # whose tokenizer.json says what a text begins with
+            config["bos_token_id"] = tokenizer.eot
+            reader |= {"bos_token": eot, "unk_token": eot}
     if config["tie_word_embeddings"]:
         del weights["lm_head.weight"]
     for name in weights:
         rows = vocab_size if name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight")) else None
         weights[name] = weights[name][:rows].to(DTYPES[dtype]).contiguous().clone()
+    card = model_card(folder.name, model, checkpoint.get("config", {}), results, target)
+    objects = {"config.json": config, "generation_config.json": sampling, "tokenizer_config.json": reader}
+    texts = {name: json.dumps(value, indent=1) for name, value in objects.items()}
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         safetensors.torch.save_file(weights, part / "model.safetensors", {"format": "pt"})
-        files = tokenizer_files(tokenizer, model.config.block_size)
-        files |= {"config.json": json.dumps(config, indent=1), "generation_config.json": json.dumps(sampling, indent=1)}
-        files["README.md"] = model_card(folder.name, model, checkpoint.get("config", {}), results, target)
-        for name, text in files.items():
+        for name, text in (texts | {"tokenizer.json": tokenizer.to_json(), "README.md": card}).items():
             atomic_write(part / name, text)
     except BaseException as e:
         shutil.rmtree(part, ignore_errors=True)
@@ -165,9 +156,7 @@ def main() -> None:
             raise UserError(f"{folder} holds {foreign[0]}, which is not part of an export: choose another --output_dir")
     if output_format == "torch":
         return export_torch(model, checkpoint, tokenizer, folder)
-    results = {}
-    with contextlib.suppress(OSError, ValueError):  # for the model card only; a pretrained model has none
-        results = json.loads((run / ("" if is_pretrained(name) else "results.json")).read_text(encoding="utf-8"))
+    results = {} if is_pretrained(name) else read_results(run)
     export_hugging_face(model, checkpoint, tokenizer, folder, results)
 
 

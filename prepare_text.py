@@ -25,22 +25,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.corpus import (
-    DatasetWriter,
-    Source,
-    check_replaceable,
-    document_hash,
-    is_up_to_date,
-    make_source,
-    not_utf8,
-    open_stream,
-    split_text,
-    stream_rows,
-    text_of,
-)  # fmt: skip
+from common import corpus
+from common.corpus import DatasetWriter, Source, document_hash, make_source, stream_rows, text_of
 from common.files import check_disk_space, download
 from common.shards import TrainingWindows, load_dataset
-from common.tokenizer import EOT, learn_tokenizer, tokenizer_from_dict
+from common.tokenizer import EOT, Tokenizer, learn_tokenizer, tokenizer_from_dict
 from configurator import UserError, check_bounds, configure, short_errors
 
 inputs = ""  # .txt and .jsonl files or folders of them, separated by commas (default: $LOCAL_TEXT_DATA_PATH)
@@ -67,9 +56,9 @@ block_size = 64  # tokens per sequence of the preview
 
 class Corpus(NamedTuple):
     id: str  # hub id, or URL of a text file
-    config: str
-    megabytes: int  # size of the text
-    license: str
+    config: str = ""
+    megabytes: int = 0  # size of the text
+    license: str = ""
     val: str = ""  # name of its validation split; empty: a hash chooses documents of the training split
     files: str = ""  # folder of its files on the parquet branch, for corpora whose loader is a script
 
@@ -96,22 +85,6 @@ CORPORA = {
 # Documents from files
 
 
-def input_files(paths: str) -> Iterator[Path]:
-    """The text files of a comma-separated list of files and folders. Raises UserError for a path that does not exist."""
-    for path in map(Path, filter(None, paths.split(","))):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
-            if not inside:
-                raise UserError(f"--inputs={path}: there is no .txt or .jsonl file in this folder")
-            yield from inside
-        elif path.suffix == ".parquet":
-            raise UserError(f"--inputs={path}: parquet files are read by build_fineweb_shards.py --source={path}")
-        elif path.is_file():
-            yield path
-        else:
-            raise UserError(f"--inputs={path}: there is no such file or folder")
-
-
 def is_jsonl(path: Path) -> bool:
     return os.environ.get("LOCAL_TEXT_DATA_FORMAT", "").lower() == "jsonl" or path.suffix == ".jsonl"
 
@@ -120,7 +93,7 @@ def file_documents(files: Iterable[Path], field: str) -> Iterator[str]:
     """The non-empty documents of the files, in order. Raises UserError that names the file and line with an error."""
     for path in files:
         if not is_jsonl(path):
-            yield from (text for text, _ in split_text(path))
+            yield from (text for text, _ in corpus.split_text(path))
             continue
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
@@ -129,24 +102,20 @@ def file_documents(files: Iterable[Path], field: str) -> Iterator[str]:
                 try:
                     row = json.loads(line)
                 except UnicodeDecodeError as e:
-                    raise not_utf8(path, e, f.tell()) from None
+                    raise corpus.not_utf8(path, e, f.tell()) from None
                 except ValueError as e:
                     raise UserError(f"{path}, line {number}: not JSON ({e})") from None
-                text = text_of(row, field, f"{path}, line {number}")
-                if text.strip():
+                if text := text_of(row, field, f"{path}, line {number}"):
                     yield text
 
 
 def read_blocks(path: Path) -> Iterator[str]:
     """A text file in blocks of a megabyte. Raises UserError if it is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as f:
-        for block in itertools.chain(iter(lambda: f.read(1 << 20), b""), [b""]):  # the last decode() is of no bytes
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as e:
-                raise not_utf8(path, e, f.tell()) from None
-            yield text
+        try:
+            yield from codecs.iterdecode(iter(lambda: f.read(1 << 20), b""), "utf-8")
+        except UnicodeDecodeError as e:
+            raise corpus.not_utf8(path, e, f.tell()) from None
 
 
 def is_single_document(files: list[Path]) -> bool:
@@ -158,10 +127,7 @@ def is_single_document(files: list[Path]) -> bool:
 
 
 def split_at_words(blocks: Iterable[str]) -> Iterator[str]:
-    """A text in pieces of about half a megabyte, each of which starts at the space before a word.
-
-    GPT-2's pattern never matches across such a place, so the pieces give the same tokens as the whole text.
-    """
+    """A text in pieces of about half a megabyte, cut where GPT-2's pattern never matches: the tokens are the same."""
     text = ""
     for block in blocks:
         text += block
@@ -176,13 +142,10 @@ def split_at_words(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def slice_text(blocks: Iterable[str], start: int, stop: int) -> Iterator[str]:
-    """text[start:stop] of a text that is read in blocks."""
+    """text[start:stop] of a text in blocks."""
     position = 0
     for block in blocks:
-        if position >= stop:
-            return
-        if position + len(block) > start:
-            yield block[max(0, start - position) : stop - position]
+        yield block[max(0, start - position) : max(0, stop - position)]
         position += len(block)
 
 
@@ -190,37 +153,31 @@ def slice_text(blocks: Iterable[str], start: int, stop: int) -> Iterator[str]:
 # Documents from the hub
 
 
-def hub_stream(corpus: Corpus, split: str):
+def hub_stream(entry: Corpus, split: str):
     """A split of a corpus as a stream. Raises UserError if it cannot be read."""
-    options = {"name": corpus.config} if corpus.config else {}
-    files = corpus.files
-    if not files:
-        try:
-            return open_stream(corpus.id, split=split, **options)
-        except UserError as e:
-            if "scripts" not in str(e):
-                raise
-            # The corpus needs a loading script, which `datasets` does not run: read the parquet copy instead.
-            files = f"{corpus.config or '*'}/{split}"
-    path = f"hf://datasets/{corpus.id}@{PARQUET}/{files}/*.parquet"
-    return open_stream("parquet", corpus.id, data_files=path, split="train")
+    try:
+        if not entry.files:
+            return corpus.open_stream(entry.id, name=entry.config or None, split=split)
+    except UserError as e:
+        if "scripts" not in str(e):
+            raise
+    # The corpus needs a loading script, which `datasets` does not run: read the parquet copy instead.
+    files = entry.files or f"{entry.config or '*'}/{split}"
+    path = f"hf://datasets/{entry.id}@{PARQUET}/{files}/*.parquet"
+    return corpus.open_stream("parquet", entry.id, data_files=path, split="train")
 
 
-def hub_source(corpus: Corpus, split: str) -> Source:
+def hub_source(entry: Corpus, split: str) -> Source:
     """The documents of a corpus, streamed. A position is [number of documents so far, state of the stream]."""
-    if corpus.id == "Salesforce/wikitext":
-        return make_source(lambda: articles(stream_rows(hub_stream(corpus, split), corpus.id)), max_docs)
+    if entry.id == "Salesforce/wikitext":
+        return make_source(lambda: articles(stream_rows(hub_stream(entry, split), entry.id)), max_docs)
 
-    def read(position) -> Iterator[tuple[str, object]]:
+    def read(position) -> Iterator[tuple[str, Callable]]:
         count, state = position or (0, None)
-        stream = hub_stream(corpus, split)
-        for row in stream_rows(stream, corpus.id, state):
-            text = text_of(row, text_field or "text", corpus.id)
-            if text.strip():
-                if max_docs and count == max_docs:
-                    return
-                count += 1
-                yield text, lambda n=count: [n, stream.state_dict()]
+        stream = hub_stream(entry, split)
+        texts = corpus.stream_documents(stream, text_field or "text", entry.id, state)
+        for number, text in enumerate(itertools.islice(texts, max_docs - count if max_docs else None), count + 1):
+            yield text, lambda number=number: [number, stream.state_dict()]
 
     return read
 
@@ -228,13 +185,12 @@ def hub_source(corpus: Corpus, split: str) -> Source:
 def articles(rows: Iterable[dict]) -> Iterator[str]:
     """WikiText's articles. The hub has one row per line; an article starts at a title between single equal signs."""
     lines: list[str] = []
-    for row in rows:
-        if re.fullmatch(r" = [^=].*[^=] = \n?", row["text"]) and "".join(lines).strip():
-            yield "".join(lines).strip()
+    for line in itertools.chain((row["text"] for row in rows), [" = End = "]):
+        if re.fullmatch(r" = [^=].*[^=] = \n?", line):
+            if article := "".join(lines).strip():
+                yield article
             lines = []
-        lines.append(row["text"])
-    if "".join(lines).strip():
-        yield "".join(lines).strip()
+        lines.append(line)
 
 
 # -----------------------------------------------------------------------------
@@ -274,11 +230,6 @@ def code_conversations(rows: Iterable[dict]) -> Iterator[list[str]]:
         yield [format_turn(f"{row['instruction']}\n{row.get('input') or ''}", row["output"])]
 
 
-def wikitext_conversations(rows: Iterable[dict]) -> Iterator[list[str]]:
-    """Plain text, for fluency."""
-    yield from ([text] for text in articles(rows))
-
-
 def arithmetic_conversations(rng: random.Random) -> Iterator[list[str]]:
     """Generated questions about sums, differences and products."""
     names = {"+": "plus", "-": "minus", "*": "times"}
@@ -293,22 +244,18 @@ CHAT = {
     "OpenAssistant/oasst1": ("", oasst_conversations),
     "openai/gsm8k": ("main", gsm8k_conversations),
     "sahil2801/CodeAlpaca-20k": ("", code_conversations),
-    "Salesforce/wikitext": ("wikitext-2-raw-v1", wikitext_conversations),
+    "Salesforce/wikitext": ("wikitext-2-raw-v1", lambda rows: ([text] for text in articles(rows))),  # for fluency
 }
 
 
-def chat_conversations() -> tuple[list[list[str]], str]:
-    """The conversations of the chat mix, shuffled and without duplicates, and a description of where they come from.
-
-    Raises UserError if no source is available and synthetic data is not allowed.
-    """
-    rng, descriptions, mix, n_real = random.Random(seed), [], {}, 0
+def chat_documents() -> tuple[dict[str, Source], str, bool]:
+    """The turns of the chat mix; conversations are shuffled, without duplicates. Raises UserError if there are none."""
+    rng, descriptions, mix = random.Random(seed), [], {}
     for name, (config, conversations) in CHAT.items():
         try:
-            rows = stream_rows(hub_stream(Corpus(name, config, 0, ""), "train"), name)
+            rows = stream_rows(hub_stream(Corpus(name, config), "train"), name)
             found = list(itertools.islice(conversations(rows), max_samples_per_source))
             descriptions.append(f"{len(found):,} of {name}")
-            n_real += len(found)
         except (UserError, KeyError, TypeError) as e:
             reason = str(e) if isinstance(e, UserError) else f"its rows have another format ({e!r})"
             print(f"chat: skipped {name}: {reason}")
@@ -320,33 +267,30 @@ def chat_conversations() -> tuple[list[list[str]], str]:
         mix |= {"\n".join(c): c for c in found}
     if not mix:
         raise UserError("no source of the chat mix is available: go online, or use --allow_synthetic=True for sums")
-    if not n_real:
+    if all("synthetic" in text for text in descriptions):
         print("chat: warning: there are only synthetic sums, which teach a model the format of answers but no language")
-    mixed = list(mix.values())
+    mixed = list(mix)
     rng.shuffle(mixed)
-    return mixed, ", ".join(descriptions)
+    in_val = {text for text in mixed if document_hash(text, seed) < val_fraction * 2**64} or {mixed[0]}
+
+    def turns(is_val: bool) -> Source:
+        return make_source(lambda: (turn for text in mixed if (text in in_val) == is_val for turn in mix[text]))
+
+    return {"val": turns(True), "train": turns(False)}, ", ".join(descriptions), False
 
 
 # -----------------------------------------------------------------------------
-# Writing the dataset
+# Writing the dataset. It is made from a tuple: sources by split, a description, and whether they are one document.
+# A hash chooses the split for a source "all". Validation is written first, so that training skips its documents.
 
 
-class Documents(NamedTuple):
-    """What a dataset is made of."""
-
-    # By split; "all" where a hash chooses the split. Validation is written first, so that training skips its documents.
-    sources: dict[str, Source]
-    description: str
-    is_single: bool = False  # pieces of one document
-
-
-def documents_of_files(files: list[Path], field: str) -> Documents:
-    """Raises UserError if the files hold no text, or a single document too short to split."""
+def file_documents_by_split(files: list[Path], field: str) -> tuple[dict[str, Source], str, bool]:
+    """The documents of files. Raises UserError if there is no text, or a single document too short to split."""
     names = ", ".join(p.name for p in files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
     is_single = is_single_document(files)
     first = [] if is_single else list(itertools.islice(file_documents(files, field), 2))
     if not is_single and len(first) != 1:
-        return Documents({"all": make_source(lambda: file_documents(files, field), max_docs)}, names)
+        return {"all": make_source(lambda: file_documents(files, field), max_docs)}, names, False
 
     def blocks() -> Iterable[str]:
         return read_blocks(files[0]) if is_single else first
@@ -361,25 +305,11 @@ def documents_of_files(files: list[Path], field: str) -> Documents:
     def part(start: int, stop: int) -> Source:
         return make_source(lambda: split_at_words(slice_text(blocks(), start, stop)))
 
-    return Documents({"val": part(cut, size), "train": part(0, cut)}, names, is_single=True)
-
-
-def documents_of_chat() -> Documents:
-    conversations, description = chat_conversations()
-    in_val = [document_hash("\n".join(c), seed) < val_fraction * 2**64 for c in conversations]
-    in_val[0] |= not any(in_val)
-
-    def part(is_val: bool) -> Source:
-        return make_source(lambda: (turn for c, v in zip(conversations, in_val) if v == is_val for turn in c))
-
-    return Documents({"val": part(True), "train": part(False)}, description)
+    return {"val": part(cut, size), "train": part(0, cut)}, names, True
 
 
 def val_threshold(read: Source, description: str) -> int:
-    """Documents whose hash is below this are for validation.
-
-    Of fewer than 1000 documents the threshold is moved so that at least one document is on each side.
-    """
+    """Documents whose hash is below this are for validation; of fewer than 1000 at least one is on each side."""
     hashes = [document_hash(text, seed) for text, _ in itertools.islice(read(None), 1000)]
     threshold = int(val_fraction * 2**64)
     if not hashes:
@@ -392,53 +322,44 @@ def val_threshold(read: Source, description: str) -> int:
     return min(max(threshold, ordered[1]), ordered[-1])
 
 
-def prepare(folder: Path, find_documents: Callable[[], Documents], arguments: dict) -> None:
-    """Write the dataset, or resume writing it."""
+def prepare(folder: Path, find_documents: Callable[[], tuple[dict[str, Source], str, bool]], arguments: dict) -> None:
     keys = ("tokenizer", "vocab_size", "special_tokens", "val_fraction", "text_field", "max_docs", "max_tokens", "seed")
     arguments = {k: globals()[k] for k in keys} | arguments
-    if not overwrite and is_up_to_date(folder, arguments):
+    if corpus.is_up_to_date(folder, arguments, overwrite):
         return
-    check_replaceable(folder, overwrite)
     sources, description, is_single = find_documents()
     threshold = val_threshold(sources["all"], description) if "all" in sources else 0
 
     def split_of(text: str) -> str:
         return "val" if document_hash(text, seed) < threshold else "train"
 
-    def all_texts() -> Iterator[str]:
-        return (text for read in sources.values() for text, _ in read(None))
+    def texts(*wanted: str) -> Iterator[str]:
+        for name in ("all", *wanted):
+            documents = sources[name](None) if name in sources else ()
+            yield from (text for text, _ in documents if name != "all" or split_of(text) in wanted)
 
-    def train_texts() -> Iterator[str]:
-        if "train" in sources:
-            return (text for text, _ in sources["train"](None))
-        return (text for text, _ in sources["all"](None) if split_of(text) == "train")
-
-    def make_tokenizer():
-        special = list(filter(None, special_tokens.split(",")))
-        return learn_tokenizer(tokenizer, vocab_size, all_texts, train_texts, eot=not is_single, special_tokens=special)
+    def make_tokenizer() -> Tokenizer:
+        special, all_texts = list(filter(None, special_tokens.split(","))), lambda: texts("val", "train")
+        return learn_tokenizer(tokenizer, vocab_size, all_texts, lambda: texts("train"), not is_single, special)
 
     writer = DatasetWriter(folder, arguments, make_tokenizer, overwrite, shard_tokens=shard_tokens)
     for split, read in sources.items():
         limit = math.ceil(max_tokens * val_fraction) if split == "val" else max_tokens
-        options = {"key": split, "max_tokens": limit, "unique": not is_single, "separated": not is_single}
-        writer.write(read, split_of if split == "all" else split, **options)
+        writer.write(read, split_of if split == "all" else split, split, limit, not is_single, not is_single)
     for split in ("train", "val"):
         if split not in writer.writers or not writer.writers[split].tokens:
             writer.discard()
             advice = "add text, raise --max_docs or --max_tokens, or change --val_fraction"
             raise UserError(f"no text is left for the {split} split: {advice}")
-    tokens = writer.finish(description)
-    counts = f"{tokens['train']:,} train and {tokens['val']:,} val tokens"
-    print(f"{folder}: {counts}, {tokenizer} vocabulary of {writer.tokenizer.n_vocab:,}")
-    preset = f"config/quickstart.py --out_dir=out/{folder.name}"
-    if arguments.get("source") == "chat":
-        preset = "config/train_chat.py"
+    writer.finish(description)
+    print(writer.summary)
+    is_chat = arguments.get("source") == "chat"
+    preset = "config/train_chat.py" if is_chat else f"config/quickstart.py --out_dir=out/{folder.name}"
     place = f" --data_dir={data_dir}" if data_dir != "data" else ""
     print(f"Train on it: python train.py {preset} --dataset={folder.name}{place}")
 
 
 def show_batches(name: str) -> None:
-    """Print the first batches of a dataset: their shapes, and each row as text."""
     prepared = load_dataset(name, data_dir)
     decode = tokenizer_from_dict(prepared.tokenizer).decode
     windows = TrainingWindows(prepared.train, block_size, prepared.vocab_size, seed)
@@ -459,37 +380,33 @@ def print_sources() -> None:
 
 
 def prepare_files(folder: Path, paths: str) -> None:
-    files = list(input_files(paths))
+    files = corpus.find_files("inputs", paths, (".txt", ".jsonl"))
+    if parquet := [path for path in files if path.suffix == ".parquet"]:
+        advice = f"parquet files are read by build_fineweb_shards.py --source={parquet[0]}"
+        raise UserError(f"--inputs={parquet[0]}: {advice}")
     field = text_field or os.environ.get("LOCAL_TEXT_FIELD", "text")
     stamps = [[str(p), p.stat().st_size, p.stat().st_mtime] for p in files]
-    prepare(folder, lambda: documents_of_files(files, field), {"files": stamps, "text_field": field})
+    prepare(folder, lambda: file_documents_by_split(files, field), {"files": stamps, "text_field": field})
 
 
 def prepare_corpus(folder: Path, name: str) -> None:
-    """name: a key of CORPORA, or owner/name or owner/name:config of a corpus on the hub."""
-    corpus = CORPORA.get(name)
-    if corpus is None:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
-            raise UserError(f"--source={name}: choose one of {', '.join(CORPORA)}, chat, or a hub id owner/name")
-        hub_id, _, config = name.partition(":")
-        corpus = Corpus(hub_id, config, 0, "")
+    if name not in CORPORA and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
+        raise UserError(f"--source={name}: choose one of {', '.join(CORPORA)}, chat, or a hub id owner/name")
+    entry = CORPORA.get(name) or Corpus(*name.split(":"))
     if not max_docs:
         # A token takes two bytes and stands for about four characters.
-        expected = min(corpus.megabytes * 2**20 / 2, 2 * max_tokens or float("inf"))
-        written = sum(p.stat().st_size for p in folder.glob("*.npy*"))
-        check_disk_space(folder, expected - written, ": set --max_tokens or --max_docs, or another --data_dir")
-    splits = {"val": corpus.val, "train": "train"} if corpus.val else {"all": "train"}
-    sources = {split: hub_source(corpus, hub_split) for split, hub_split in splits.items()}
-    prepare(folder, lambda: Documents(sources, name), {"source": name})
+        expected = min(entry.megabytes * 2**20 / 2, 2 * max_tokens or float("inf"))
+        check_disk_space(folder, expected, ": set --max_tokens or --max_docs, or another --data_dir")
+    splits = {"val": entry.val, "train": "train"} if entry.val else {"all": "train"}
+    sources = {split: hub_source(entry, hub_split) for split, hub_split in splits.items()}
+    prepare(folder, lambda: (sources, name, False), {"source": name})
 
 
 def main() -> None:
     if list_sources:
         return print_sources()
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: must be between 0 and 1")
     at_least_1 = "shard_tokens max_samples_per_source batch_size block_size"
-    check_bounds(globals(), at_least_0="max_docs max_tokens preview", at_least_1=at_least_1)
+    check_bounds(globals(), at_least_0="max_docs max_tokens preview", at_least_1=at_least_1, below_1="val_fraction")
     if inputs and source:
         raise UserError("--inputs and --source: give one of them")
     paths = inputs or ("" if source else os.environ.get("LOCAL_TEXT_DATA_PATH", ""))
@@ -503,12 +420,11 @@ def main() -> None:
         prepare_files(folder, paths)
     elif source == "shakespeare":
         path = Path(data_dir) / "downloads" / "tinyshakespeare.txt"
-        if not path.exists():
-            download(CORPORA[source].id, path)
+        download(CORPORA[source].id, path)
         prepare_files(folder, str(path))
     elif source == "chat":
         options = {"max_samples_per_source": max_samples_per_source, "allow_synthetic": allow_synthetic}
-        prepare(folder, documents_of_chat, {"source": source} | options)
+        prepare(folder, chat_documents, {"source": source} | options)
     else:
         prepare_corpus(folder, source)
     if preview:

@@ -12,17 +12,15 @@ binds names, pronouns, things, colors and places anew, so a model has to learn w
 """
 
 import random
-import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock
 
-from common.corpus import DatasetWriter, check_replaceable, is_up_to_date, make_source, split_text
+from common.corpus import DatasetWriter, is_up_to_date, make_source, split_text
 from common.files import download
-from common.tokenizer import learn_tokenizer, word_tokenizer
+from common.tokenizer import Tokenizer, learn_tokenizer, word_tokenizer
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
 
 synthetic = False  # write the synthetic stories instead of TinyStories
@@ -59,35 +57,27 @@ PLACES = {  # place -> where something can hide there
     "the playground": ["under the slide", "behind the wall", "near the seesaw", "in the sandbox"],
 }
 ADULTS = {"girl": ["mom", "grandma", "aunt"], "boy": ["dad", "grandpa", "uncle"]}
-PRONOUNS = {
-    "girl": {"he": "she", "him": "her", "his": "her", "hers": "hers"},
-    "boy": {"he": "he", "him": "him", "his": "his", "hers": "his"},
-}
+PRONOUNS = {"girl": {"he": "she", "him": "her", "his": "her"}, "boy": {"he": "he", "him": "him", "his": "his"}}
 
 
 def cast(rng: random.Random) -> dict[str, str]:
-    """The words of one story: hero, friend and adult with their pronouns (he, fhe, ahe, ...), things and places."""
-    words = {}
+    """The words of one story: hero, friend and adult with their pronouns (he, fhe, ahe, He, ...), things and places."""
     hero_kind, friend_kind, adult_kind = (rng.choice(("girl", "boy")) for _ in range(3))
-    girls, boys = rng.sample(GIRLS, 2), rng.sample(BOYS, 2)
-    words["hero"] = (girls if hero_kind == "girl" else boys)[0]
-    words["friend"] = (girls if friend_kind == "girl" else boys)[1]
-    words["kind"], words["fkind"], words["adult"] = hero_kind, friend_kind, rng.choice(ADULTS[adult_kind])
+    names = {"girl": rng.sample(GIRLS, 2), "boy": rng.sample(BOYS, 2)}
+    words = {"kind": hero_kind, "fkind": friend_kind, "adult": rng.choice(ADULTS[adult_kind])}
+    words["hero"], words["friend"] = names[hero_kind][0], names[friend_kind][1]
     for prefix, kind in (("", hero_kind), ("f", friend_kind), ("a", adult_kind)):
         words |= {prefix + key: value for key, value in PRONOUNS[kind].items()}
-        words |= {(prefix + key).capitalize(): value.capitalize() for key, value in PRONOUNS[kind].items()}
     words["trait"], words["ftrait"] = rng.sample(TRAITS, 2)
     words["toy"], words["toy2"] = rng.sample(TOYS, 2)
     words["color"], words["color2"] = rng.sample(COLORS, 2)
-    words["food"], words["animal"] = rng.choice(FOODS), rng.choice(ANIMALS)
-    words["afood"] = ("an " if words["food"][0] in "aeiou" else "a ") + words["food"]
-    words["acolor"] = ("an " if words["color"][0] in "aeiou" else "a ") + words["color"]
-    words["acolor2"] = ("an " if words["color2"][0] in "aeiou" else "a ") + words["color2"]
-    words["place"] = rng.choice(list(PLACES))
+    words["food"], words["animal"], words["place"] = rng.choice(FOODS), rng.choice(ANIMALS), rng.choice(list(PLACES))
     words["inplace"] = ("in " if words["place"] in ("the park", "the garden", "the forest") else "at ") + words["place"]
     words["spot"], words["spot2"], words["spot3"] = rng.sample(PLACES[words["place"]], 3)
     words["adj"] = rng.choice(["little", "small", "young"])
-    return words
+    for key in ("food", "color", "color2"):
+        words["a" + key] = ("an " if words[key][0] in "aeiou" else "a ") + words[key]
+    return words | {key.capitalize(): word.capitalize() for key, word in words.items()}
 
 
 OPENINGS = [
@@ -116,17 +106,13 @@ ENDINGS = [
 PLOTS = {
     "lost": [
         ["{morning} {hero} took {his} {color} {toy} to {place}."],
-        ["{He} played with the {toy} all morning, but then {he} could not find it.",
-         "{He} put the {toy} down to chase a {animal}. When {he} came back, the {toy} was gone."],
-        ['"Oh no! Where is my {toy}?" cried {hero}. {He} was very sad.',
-         '"My {color} {toy} is lost!" said {hero}, and {he} began to cry.'],
+        ["{He} played with the {toy} all morning, but then {he} could not find it.", "{He} put the {toy} down to chase a {animal}. When {he} came back, the {toy} was gone."],
+        ['"Oh no! Where is my {toy}?" cried {hero}. {He} was very sad.', '"My {color} {toy} is lost!" said {hero}, and {he} began to cry.'],
         ['{friend} heard {him} and came to help. "Do not cry," said {friend}. "I will help you look for it."',
          '{friend} saw that {hero} was sad. "What is wrong?" asked {friend}. "I lost my {toy}," said {hero}. "Let us look together," said {friend}.'],
         ["First, they looked {spot}, but it was not there. Then they looked {spot2}, but it was not there."],
-        ["At last, {friend} looked {spot3}. There was the {color} {toy}!",
-         "Then {friend} saw something {color} {spot3}. It was the {toy}!"],
-        ['"Thank you, {friend}!" said {hero}, and {he} gave {fhim} a big hug.',
-         '{hero} was so happy. "You are a good friend, {friend}," {he} said.'],
+        ["At last, {friend} looked {spot3}. There was the {color} {toy}!", "Then {friend} saw something {color} {spot3}. It was the {toy}!"],
+        ['"Thank you, {friend}!" said {hero}, and {he} gave {fhim} a big hug.', '{hero} was so happy. "You are a good friend, {friend}," {he} said.'],
     ],
     "share": [
         ["{morning} {hero} went to {place} with {afood} in {his} bag.", "{morning} {his} {adult} gave {hero} {afood}, and {he} went to {place}."],
@@ -145,8 +131,7 @@ PLOTS = {
         ["But {friend} ran too fast and dropped the {toy}. Crack! It broke.", "{friend} threw the {toy} high up. It fell on a stone and broke."],
         ['{hero} was angry. "You broke my {toy}!" {he} said. {friend} began to cry.', "{hero} started to cry, because {he} loved that {toy}."],
         ['"I am so sorry," said {friend}. "I did not want to break it. Let us fix it."'],
-        ["They asked {his} {adult} for help. {hero} held the {toy}, and {friend} put glue on it.",
-         "{friend} got some tape, and {hero} held the pieces. {His} {adult} helped them."],
+        ["They asked {his} {adult} for help. {hero} held the {toy}, and {friend} put glue on it.", "{friend} got some tape, and {hero} held the pieces. {His} {adult} helped them."],
         ["Soon the {color} {toy} was as good as new.", "In the end, the {toy} worked again."],
         ['"I am not angry anymore," said {hero}. {friend} smiled, and they played together.', "{hero} forgave {friend}, because {fhe} had said sorry."],
     ],
@@ -156,16 +141,14 @@ PLOTS = {
         ['"Help me, please!" said the {animal}. "I have been here all night."', '"Please help me," cried the {animal}. "I want to go home to my family."'],
         ["{hero} pulled and pulled, but {he} was not strong enough.", "{hero} tried to help, but {he} was too small."],
         ["So {he} called {his} {adult}. Together they pulled, and the {animal} was free.", "Then {his} {adult} came and lifted the heavy branch, and the {animal} jumped out."],
-        ['"Thank you," said the {animal}. "You are very {trait}." Then it ran home to its family.',
-         'The {animal} was so happy that it danced. "Thank you, {hero}!" it said.'],
+        ['"Thank you," said the {animal}. "You are very {trait}." Then it ran home to its family.', 'The {animal} was so happy that it danced. "Thank you, {hero}!" it said.'],
         ["The next day, the {animal} came back and gave {hero} {acolor} flower.", "{hero} was proud, because {he} had helped someone small."],
     ],
     "rain": [
         ["{morning} {hero} wanted to fly {his} {color} kite with {friend}.", "{morning} {hero} and {friend} wanted to go to {place}."],
         ["But then dark clouds came, and it began to rain.", "But it was raining, and the wind was cold."],
         ['"Now we cannot go outside," said {hero}. {He} was sad.', '"I do not like the rain," said {friend}, and {fhe} looked out of the window.'],
-        ['{His} {adult} had an idea. "You can build a house out of blankets," {ahe} said.',
-         '"Do not be sad," said {his} {adult}. "We can bake {afood} together."'],
+        ['{His} {adult} had an idea. "You can build a house out of blankets," {ahe} said.', '"Do not be sad," said {his} {adult}. "We can bake {afood} together."'],
         ["So they stayed inside and laughed and sang songs.", "They worked hard and made a big mess, and {friend} laughed."],
         ["When they were done, the rain stopped, and {acolor} bird sang outside.", "Then the sun came out, and there was a big rainbow over {place}."],
         ['"The rain was not so bad," said {hero}. {friend} nodded.', '"I like rainy days now," said {hero}.'],
@@ -246,7 +229,6 @@ def story(rng: random.Random) -> str:
     """One story of about 130 words."""
     words = cast(rng)
     words |= {"morning": rng.choice(MORNINGS), "where": rng.choice(ROOMS)}
-    words |= {"Adult": words["adult"].capitalize(), "Acolor": words["acolor"].capitalize()}
     name = rng.choice(list(PLOTS))
     opening = rng.choice(OPENINGS)
     if name in USES_FRIEND_FIRST:
@@ -261,7 +243,6 @@ def story(rng: random.Random) -> str:
 
 def make_synthetic(folder: Path, count=12_000, val_fraction=0.05, vocab_size=2048, seed=1337, overwrite=False) -> None:
     """Write `count` synthetic stories as a dataset. Raises UserError if the folder already holds one."""
-    start = time.perf_counter()
     if count < 2:
         raise UserError(f"--max_docs={count}: must be at least 2, one story for each split")
     rng = random.Random(seed)
@@ -271,11 +252,8 @@ def make_synthetic(folder: Path, count=12_000, val_fraction=0.05, vocab_size=204
     writer = DatasetWriter(folder, arguments, lambda: word_tokenizer("\n\n".join(texts), vocab_size), overwrite)
     for split, part in (("val", texts[:n_val]), ("train", texts[n_val:])):
         writer.write(make_source(lambda part=part: part), split)
-    tokens = writer.finish("the story grammar of prepare_tinystories.py")
-    print(
-        f"{folder}: {len(texts):,} stories, {tokens['train']:,} train and {tokens['val']:,} val tokens, "
-        f"vocabulary {writer.tokenizer.n_vocab:,}, {time.perf_counter() - start:.1f} s"
-    )
+    writer.finish("the story grammar of prepare_tinystories.py")
+    print(f"{writer.summary}, {len(texts):,} stories")
 
 
 def ensure_synthetic(folder: Path) -> None:
@@ -291,11 +269,9 @@ def ensure_synthetic(folder: Path) -> None:
 
 def make_tinystories(folder: Path) -> None:
     """Download TinyStories, tokenize the stories in their order, and write the dataset."""
-    start = time.perf_counter()
     arguments = {k: globals()[k] for k in ("version", "tokenizer", "vocab_size", "max_docs", "data_fraction")}
-    if not overwrite and is_up_to_date(folder, arguments):
+    if is_up_to_date(folder, arguments, overwrite):
         return
-    check_replaceable(folder, overwrite)
     paths = {split: find_file(name) for split, name in FILES[version].items()}
     sources = {
         "val": partial(read_stories, paths["val"], -(-max_docs // 10), 1.0),
@@ -304,38 +280,32 @@ def make_tinystories(folder: Path) -> None:
     if next(sources["train"](None), None) is None:
         raise UserError(f"{paths['train']} holds no story")
 
-    def make_tokenizer():
-        texts = {split: lambda read=read: (text for text, _ in read(None)) for split, read in sources.items()}
-        return learn_tokenizer(tokenizer, vocab_size, lambda: chain(texts["train"](), texts["val"]()), texts["train"])
+    def texts(*splits: str) -> Iterator[str]:
+        return (text for split in splits for text, _ in sources[split](None))
+
+    def make_tokenizer() -> Tokenizer:
+        return learn_tokenizer(tokenizer, vocab_size, lambda: texts("train", "val"), lambda: texts("train"))
 
     writer = DatasetWriter(folder, arguments, make_tokenizer, overwrite, shard_tokens=shard_tokens)
     for split, read in sources.items():
         writer.write(read, split)
-    tokens = writer.finish(f"TinyStories {version}")
-    print(
-        f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens, vocabulary {writer.tokenizer.n_vocab:,}, "
-        f"{time.perf_counter() - start:.0f} s"
-    )
+    writer.finish(f"TinyStories {version}")
+    print(writer.summary)
     print(f"Train on it: python train.py config/baby_cpu.py --dataset={folder.name}")
 
 
 def find_file(name: str) -> Path:
     """A TinyStories file in the source folder, or downloaded once."""
-    if Path(source).is_dir():
-        if not (Path(source) / name).exists():
-            raise UserError(f"--source={source}: there is no {name} in this folder")
-        return Path(source) / name
-    path = Path(data_dir) / "downloads" / name
-    if not path.exists():
-        download(f"{source}/{name}", path)
+    is_folder = Path(source).is_dir()
+    path = (Path(source) if is_folder else Path(data_dir) / "downloads") / name
+    if is_folder and not path.exists():
+        raise UserError(f"--source={source}: there is no {name} in this folder")
+    download(f"{source}/{name}", path)
     return path
 
 
 def read_stories(path: Path, limit: int, fraction: float, position) -> Iterator[tuple[str, list[int]]]:
-    """The stories of a file, each with the position after it: [byte, number of stories so far].
-
-    limit: largest number of stories (0: all). fraction: of the file's bytes, from the start.
-    """
+    """At most `limit` stories (0: all) of the first part of a file, each with [byte, number of stories] after it."""
     byte, count = position or (0, 0)
     end = path.stat().st_size * fraction
     for text, after in split_text(path, byte):
@@ -350,17 +320,15 @@ def main() -> None:
     check_bounds(globals(), at_least_0="max_docs", at_least_1="shard_tokens")
     if not 0 < data_fraction <= 1:
         raise UserError(f"--data_fraction={data_fraction}: must be above 0 and at most 1")
-    if synthetic and (version, tokenizer, vocab_size, data_fraction) != ("v1", "gpt2", 4096, 1.0):
+    if not synthetic:
+        return make_tinystories(Path(data_dir) / (dataset or {"v1": "tinystories", "v2": "tinystories_v2"}[version]))
+    if (version, tokenizer, vocab_size, data_fraction) != ("v1", "gpt2", 4096, 1.0):
+        reason = "the synthetic stories have their own vocabulary"
         raise UserError(
-            "--synthetic=True: the synthetic stories have their own vocabulary; --version, --tokenizer, --vocab_size and "
-            "--data_fraction are for TinyStories"
+            f"--synthetic=True: {reason}; leave out --version, --tokenizer, --vocab_size and --data_fraction"
         )
-    name = dataset or ("tinystories_synthetic" if synthetic else {"v1": "tinystories", "v2": "tinystories_v2"}[version])
-    folder = Path(data_dir) / name
-    if synthetic:
-        make_synthetic(folder, max_docs or 12_000, seed=seed, overwrite=overwrite)
-    else:
-        make_tinystories(folder)
+    folder = Path(data_dir) / (dataset or "tinystories_synthetic")
+    make_synthetic(folder, max_docs or 12_000, seed=seed, overwrite=overwrite)
 
 
 if __name__ == "__main__":

@@ -10,27 +10,19 @@ python sample.py --prompts=prompts.txt --output=completions.jsonl       every li
 """
 
 import contextlib
+import functools
+import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
 
+from common import inference
 from common.checkpoint import chosen_model
 from common.files import atomic_write
-from common.inference import (
-    END_OF_TURN,
-    beam_search,
-    chat_prompt,
-    complete,
-    load_for_inference,
-    prompt_ids,
-    stream_ids,
-    text_pieces,
-    token_repr,
-    top_tokens,
-    until,
-)
+from common.inference import END_OF_TURN, text_pieces, token_repr, until
 from common.tokenizer import EOT
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
 
@@ -65,34 +57,37 @@ length_penalty = 1.0  # of --beams: the score is log probability / length^length
 explain = False  # show the ten most likely tokens at every step
 
 
-def read_prompts(path: Path) -> list[tuple[int, str]]:
-    """(line number, prompt) for each line of a file, or for each object with a "prompt" in a .jsonl file."""
-    found = []
+def read_text(key: str, path: Path) -> str:
+    """The text of a file that --key names."""
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-            if path.suffix == ".jsonl" and line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                    raise UserError(f'--prompts={path}, line {number}: not an object with a text "prompt"')
-                found.append((number, row["prompt"]))
-            elif line.strip():
-                found.append((number, line.removesuffix("\r")))
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"--prompts={path}: the file is not UTF-8 text") from None
+        raise UserError(f"--{key}={path}: the file is not UTF-8 text") from None
     except FileNotFoundError:
-        raise UserError(f"--prompts={path}: no such file") from None
-    if not found:
+        raise UserError(f"--{key}={path}: no such file") from None
+
+
+def read_prompts(path: Path) -> dict[int, str]:
+    """Line number -> prompt, of the lines of a file, or of the objects with a "prompt" in a .jsonl file."""
+    lines = {n: line for n, line in enumerate(read_text("prompts", path).split("\n"), 1) if line.strip()}
+    if not lines:
         raise UserError(f"--prompts={path}: there is no prompt in it")
-    return found
+    if path.suffix != ".jsonl":
+        return lines
+    for n, line in lines.items():
+        try:
+            lines[n] = json.loads(line)["prompt"]
+        except (ValueError, TypeError, KeyError):
+            lines[n] = None
+        if not isinstance(lines[n], str):
+            raise UserError(f'--prompts={path}, line {n}: not an object with a text "prompt"')
+    return lines
 
 
 def encode_prompt(tokenizer, prompt: str, limit: int, name: str) -> list[int]:
     """The prompt's ids. Raises UserError, with `name` for the prompt, if they do not fit the context."""
     try:
-        ids = prompt_ids(tokenizer, prompt)
+        ids = inference.prompt_ids(tokenizer, prompt)
     except UserError as e:
         raise UserError(f"{name}: {e}") from None
     if len(ids) > limit:
@@ -105,58 +100,43 @@ class Sampler:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        V = model.config.vocab_size
         self.settings = {
-            "temperature": temperature, "top_k": min(200, V) if top_k is None else top_k, "top_p": top_p, "min_p": min_p,
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "min_p": min_p,
+            "top_k": min(200, model.config.vocab_size) if top_k is None else top_k,
             "rng": torch.Generator(model.device).manual_seed(seed), "graph": graph, "compile": compile,
         }  # fmt: skip
-        self.max_new_tokens = max_new_tokens
 
     def stream(self, ids: list[int], stop: str, on_end=lambda: None):
         """The text that continues ids, in pieces as it is sampled. on_end() is called if the model ends the text itself."""
-        stream = stream_ids(self.model, self.tokenizer, [ids], self.max_new_tokens, **self.settings)
-
-        def to_end_of_text():
-            for new in stream:
-                if (i := new.item()) == self.tokenizer.eot:
-                    on_end()
-                    return
-                yield i
-
-        return until(text_pieces(self.tokenizer, to_end_of_text()), stop)
+        stream = inference.stream_ids(self.model, self.tokenizer, [ids], **self.settings)
+        return until(text_pieces(self.tokenizer, inference.until_eot(stream, self.tokenizer, on_end)), stop)
 
     def batch(self, rows: list[list[int]], stop: str) -> list[tuple[str, int]]:
         """The continuation of each prompt: its text up to `stop`, and the number of tokens sampled for it."""
-        new = complete(self.model, self.tokenizer, rows, self.max_new_tokens, **self.settings)
+        new = inference.complete(self.model, self.tokenizer, rows, **self.settings)
         return [("".join(until(text_pieces(self.tokenizer, ids), stop)), len(ids)) for ids in new]
 
 
-def write_out(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+write_out = functools.partial(print, end="", flush=True)
 
 
 def write(sampler: Sampler, prompt: str, ids: list[int]) -> None:
-    """Print one text as it is sampled, or several from one batch."""
     if num_samples > 1:
         for text, _ in sampler.batch([ids] * num_samples, stop):
             print(f"{prompt}{text}\n---------------")
         return
-    pieces = sampler.stream(ids, stop)
-    write_out(prompt)
-    for piece in pieces:
+    pieces = sampler.stream(ids, stop)  # a setting out of range is an error before the prompt is printed
+    for piece in itertools.chain([prompt], pieces, ["\n"]):
         write_out(piece)
-    write_out("\n")
 
 
 def write_beams(sampler: Sampler, prompt: str, ids: list[int]) -> None:
-    """Print the num_samples best texts of a beam search."""
     if num_samples > beams:
         raise UserError(f"--num_samples={num_samples}: --beams={beams} finds no more than {beams}")
-    stop_tokens = () if sampler.tokenizer.eot is None else (sampler.tokenizer.eot,)
-    found = beam_search(sampler.model, ids, max_new_tokens, beams, stop_tokens, length_penalty)
+    tokenizer, stop_tokens = sampler.tokenizer, inference.stop_tokens(sampler.tokenizer)
+    found = inference.beam_search(sampler.model, ids, max_new_tokens, beams, stop_tokens, length_penalty)
     for score, new in found[:num_samples]:
-        print(prompt + "".join(until(text_pieces(sampler.tokenizer, new), stop)))
+        print(prompt + "".join(until(text_pieces(tokenizer, new), stop)))
         if num_samples > 1:
             print(f"--------------- score {score:.4f}")
 
@@ -164,15 +144,15 @@ def write_beams(sampler: Sampler, prompt: str, ids: list[int]) -> None:
 def write_explained(sampler: Sampler, prompt: str, ids: list[int]) -> None:
     """Print one text with the ten most likely tokens of every step and the one that was sampled."""
     tokenizer, steps, new = sampler.tokenizer, [], []
-    watch = {"on_logits": lambda logits: steps.append(logits[0])}
-    for sampled in stream_ids(sampler.model, tokenizer, [ids], max_new_tokens, **sampler.settings, **watch):
+    settings = sampler.settings | {"on_logits": lambda logits: steps.append(logits[0])}
+    for sampled in inference.stream_ids(sampler.model, tokenizer, [ids], **settings):
         logits, i = steps.pop(0), sampled.item()
-        rows, text = top_tokens(logits, tokenizer), (prompt + tokenizer.decode(new)).replace("\n", "\\n")
-        if token_repr(tokenizer, i) not in dict(rows):
-            rows.append((token_repr(tokenizer, i), logits.float().softmax(-1)[i].item()))
+        probabilities, name = inference.top_tokens(logits, tokenizer), token_repr(tokenizer, i)
+        probabilities.setdefault(name, logits.float().softmax(-1)[i].item())
+        text = (prompt + tokenizer.decode(new)).replace("\n", "\\n")
         print(("..." + text[-70:] if len(text) > 73 else text) + "|")
-        for token, p in rows:
-            mark = "  <- sampled" if token == token_repr(tokenizer, i) else ""
+        for token, p in probabilities.items():
+            mark = "  <- sampled" if token == name else ""
             print(f"  {p:6.1%} {'#' * round(30 * p):<30} {token}{mark}")
         print()
         if i == tokenizer.eot:
@@ -192,32 +172,30 @@ def complete_file(sampler: Sampler) -> None:
         raise UserError(f"--output={output} is a folder")
     if output and not path.resolve().parent.is_dir():
         raise UserError(f"--output={output}: there is no folder {path.parent}")
-    rows = [encode_prompt(sampler.tokenizer, t, limit, f"--prompts={prompts}, line {n}") for n, t in texts]
-    order = sorted((n for n in range(len(rows)) for _ in range(num_samples)), key=lambda n: len(rows[n]))
-    completed, error = {n: [] for n in range(len(rows))}, None
+    rows = {n: encode_prompt(sampler.tokenizer, t, limit, f"--prompts={prompts}, line {n}") for n, t in texts.items()}
+    order = sorted([*rows] * num_samples, key=lambda n: len(rows[n]))
+    completed, error = {n: [] for n in rows}, None
     with tqdm(total=len(order), unit="text", disable=None) as bar:
         try:
             for first in range(0, len(order), batch_size):
                 chunk = order[first : first + batch_size]
-                for n, result in zip(chunk, sampler.batch([rows[n] for n in chunk], stop)):
-                    completed[n].append(result)
+                for n, (text, size) in zip(chunk, sampler.batch([rows[n] for n in chunk], stop)):
+                    completed[n].append({"prompt": texts[n], "completion": text, "tokens": size})
                 bar.update(len(chunk))
         except BaseException as e:  # Ctrl-C, or no memory for a long prompt: write what is complete
             error = e
-    if error and not any(completed.values()):
-        raise error
-    lines = [
-        {"prompt": texts[n][1], "completion": text, "tokens": size} for n in completed for text, size in completed[n]
-    ]
-    jsonl = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    if output:
-        atomic_write(path, jsonl)
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for found in completed.values() for line in found]
+    if lines and output:
+        atomic_write(path, "".join(lines))
         print(f"{output}: {len(lines):,} completions" + (f" of {len(order):,}" if error else ""))
     else:
-        write_out(jsonl)
+        write_out("".join(lines))
     if error:
         raise error
 
+
+# -----------------------------------------------------------------------------
+# Chat
 
 COMMANDS = """\
 /temp 0.8     temperature; 0: always the most likely token
@@ -245,8 +223,6 @@ def read_message() -> str:
 
 
 class Chat:
-    """A conversation in the terminal."""
-
     def __init__(self, sampler: Sampler, checkpoint: dict):
         check_choice("turns", turns, ("auto", True, False))
         self.sampler, self.system = sampler, system
@@ -261,8 +237,7 @@ class Chat:
             try:
                 message = read_message()
             except EOFError:
-                print()
-                return
+                return print()
             except KeyboardInterrupt:
                 print("\n/quit or Ctrl-D leaves")
                 continue
@@ -277,10 +252,9 @@ class Chat:
                 print(f"error: {e}")
 
     def answer(self, message: str) -> None:
-        sampler, ended = self.sampler, []
-        limit = sampler.model.config.block_size
-        room = max(1, limit - min(sampler.max_new_tokens, limit // 2))
-        ids, kept = chat_prompt(sampler.tokenizer, self.history, message, room, self.is_chat, self.system)
+        sampler, ended, limit = self.sampler, [], self.sampler.model.config.block_size
+        room = limit - min(sampler.settings["max_new_tokens"], limit // 2)
+        ids, kept = inference.chat_prompt(sampler.tokenizer, self.history, message, room, self.is_chat, self.system)
         if forgotten := len(self.history) - kept:
             print(f"({forgotten} earlier exchanges no longer fit the context of {limit} tokens)")
             del self.history[:forgotten]
@@ -297,39 +271,35 @@ class Chat:
             write_out(" (stopped)")
         write_out("\n")
         if self.is_chat:
-            self.transcript.append(f"User: {message}\nAssistant: {text.rstrip()}")
+            text = text.rstrip()
+            self.transcript.append(f"User: {message}\nAssistant: {text}")
         elif self.history:
             self.transcript[-1] += f"\n{message}{text}"
         else:
             self.transcript.append(message + text)
-        self.history.append((message, text.rstrip() if self.is_chat else text))
+        self.history.append((message, text))
         if ended and not self.is_chat:
             print("(the text ends here; your next message starts another)")
             self.history.clear()
 
     def command(self, name: str, value: str = "") -> None:
-        sampler, value = self.sampler, value.strip()
-        ranges = {  # command -> setting, type, low, high
-            "temp": ("temperature", float, 0, 100),
-            "top_p": ("top_p", float, 0, 1),
-            "top_k": ("top_k", int, 0, sampler.model.config.vocab_size),
-            "max": ("max", int, 1, 10**6),
-            "seed": ("seed", int, 0, 2**63 - 1),
-        }
-        if name in ranges:
-            setting, number_type, low, high = ranges[name]
+        value, settings = value.strip(), self.sampler.settings
+        numbers = {  # command: setting, type, lowest, highest
+            "temp": ("temperature", float, 0, 100), "top_p": ("top_p", float, 0, 1), "seed": ("seed", int, 0, 2**63 - 1),
+            "top_k": ("top_k", int, 0, self.sampler.model.config.vocab_size), "max": ("max_new_tokens", int, 1, 10**6),
+        }  # fmt: skip
+        if name in numbers:
+            setting, number_type, low, high = numbers[name]
             try:
                 number = number_type(value)
             except ValueError:
-                number = None
-            if number is None or not low <= number <= high:
+                number = math.nan
+            if not low <= number <= high:
                 raise UserError(f"/{name} {value}: a number from {low} to {high}")
-            if setting == "seed":
-                sampler.settings["rng"].manual_seed(number)
-            elif setting == "max":
-                sampler.max_new_tokens = number
+            if name == "seed":
+                settings["rng"].manual_seed(number)
             else:
-                sampler.settings[setting] = number
+                settings[setting] = number
         elif name == "system":
             self.system = value
         elif name == "reset":
@@ -342,10 +312,10 @@ class Chat:
             raise UserError(f"/{name} is not a command; /help lists them")
 
     def save(self, name: str) -> None:
-        if not name or Path(name).exists():
-            raise UserError(
-                f"/save {name}: the file exists already" if name else "/save FILE: the file name is missing"
-            )
+        if not name:
+            raise UserError("/save FILE: the file name is missing")
+        if Path(name).exists():
+            raise UserError(f"/save {name}: the file exists already")
         if not self.transcript:
             raise UserError("there is no conversation yet")
         documents = [self.system] * bool(self.system) + self.transcript
@@ -364,14 +334,9 @@ def main() -> None:
         raise UserError(f"--seed={seed}: must be less than 2^63")
     if not -10 <= length_penalty <= 10:
         raise UserError(f"--length_penalty={length_penalty}: must be between -10 and 10")
-    prompt = start
-    if start.startswith("FILE:"):
-        try:
-            prompt = Path(start[5:]).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"--start={start}: the file is not UTF-8 text") from None
+    prompt = read_text("start", Path(start[5:])) if start.startswith("FILE:") else start
     name = chosen_model(out_dir, init_from)
-    model, tokenizer, checkpoint = load_for_inference(name, device, dtype, quantize, data_dir)
+    model, tokenizer, checkpoint = inference.load_for_inference(name, device, dtype, quantize, data_dir)
     sampler = Sampler(model, tokenizer)
     if chat:
         return Chat(sampler, checkpoint).run()
@@ -383,8 +348,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     with short_errors():
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
         configure(globals())
         if chat:
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")

@@ -255,7 +255,8 @@ def chosen_model(out_dir: str, init_from: str) -> str:
     if init_from != "resume":
         return init_from
     if not out_dir and not find_runs():
-        raise UserError("no trained model under out/: run python train.py config/quickstart.py, or set --out_dir")
+        hint = "run python train.py config/quickstart.py, or set --out_dir"
+        raise UserError(f"there is no trained model under out/: {hint}")
     return out_dir or str(find_runs()[0])
 
 

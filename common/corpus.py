@@ -6,6 +6,7 @@ document is read.
 """
 
 import array
+import contextlib
 import hashlib
 import itertools
 import json
@@ -34,15 +35,10 @@ BATCH_CHARACTERS = 2**19  # text that one thread tokenizes at a time
 
 def make_source(documents: Callable[[], Iterable[str]], limit: int = 0) -> Source:
     """A source whose position is the number of documents read. To resume, it reads them again but does not tokenize."""
-
-    def source(position):
-        return itertools.islice(zip(documents(), itertools.count(1)), position or 0, limit or None)
-
-    return source
+    return lambda position: itertools.islice(zip(documents(), itertools.count(1)), position or 0, limit or None)
 
 
 def document_hash(text: str, seed: int = 0) -> int:
-    """A 64-bit hash of a document."""
     key = seed.to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest(), "little")
 
@@ -52,10 +48,9 @@ def cores() -> int:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[tuple], separated: bool = True) -> Iterator[tuple]:
-    """Tokenize documents (text, split, position) on all cores; yields ({split: ids}, last position), in order.
+    """Tokenize documents (text, split, position) on all cores; yields ({split: ids}, last position()), in order.
 
-    The documents are tokenized in batches, one per thread: tokenizers release the GIL. `position` is a function, called
-    when a batch is full and before the next document is read. separated: put an end-of-text id before each document.
+    Each thread tokenizes a batch: tokenizers release the GIL. separated: put an end-of-text id before each document.
     """
     local = threading.local()
 
@@ -69,27 +64,21 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[tuple], separated
             encoded = {split: ids[ids != tokenizer.eot] for split, ids in encoded.items()}
         return encoded
 
-    def batches() -> Iterator[tuple]:
-        batch, size, position = {}, 0, None
+    batch, size, pending, n_threads = {}, 0, deque(), cores()
+    with ThreadPoolExecutor(n_threads, initializer=copy_tokenizer) as pool:
         for text, split, position in documents:
             batch.setdefault(split, []).append(text)
             size += len(text)
             if size >= BATCH_CHARACTERS:
-                yield batch, position()
+                pending.append((pool.submit(encode, batch), position()))
                 batch, size = {}, 0
-        if batch:
-            yield batch, position()
-
-    n_threads = cores()
-    with ThreadPoolExecutor(n_threads, initializer=copy_tokenizer) as pool:
-        pending = deque()
-        for batch, position in batches():
-            pending.append((pool.submit(encode, batch), position))
             if len(pending) > 2 * n_threads:
-                future, position = pending.popleft()
-                yield future.result(), position
-        for future, position in pending:
-            yield future.result(), position
+                future, end = pending.popleft()
+                yield future.result(), end
+        if batch:
+            pending.append((pool.submit(encode, batch), position()))
+        for future, end in pending:
+            yield future.result(), end
 
 
 class DatasetWriter:
@@ -108,6 +97,7 @@ class DatasetWriter:
         if not re.fullmatch(r"\w[\w.+-]*", folder.name):
             raise UserError(f"--dataset={folder.name}: use only letters, digits and _ . + - in a name")
         check_replaceable(folder, overwrite, name)
+        self.start, self.summary = time.perf_counter(), ""
         self.target, self.name, self.shard_tokens = folder, name or folder.name, shard_tokens
         self.folder = folder.with_name(folder.name + ".new") if (folder / "meta.json").exists() else folder
         self.arguments = json.loads(json.dumps(arguments))
@@ -118,19 +108,17 @@ class DatasetWriter:
         self.seen: set[int] = set()  # hashes of the documents so far
         self.unsaved_hashes = array.array("Q")
         progress = {}
-        if self.progress_file.exists():
-            try:
+        try:
+            if self.progress_file.exists():
                 progress = json.loads(self.progress_file.read_text(encoding="utf-8"))
-                resumable = progress["arguments"] == self.arguments
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.progress_file} is damaged: remove {self.folder} to start again") from None
-            if resumable:
-                return self.resume(progress)
+            resumable = progress.get("arguments") == self.arguments
+        except (ValueError, AttributeError):
+            raise UserError(f"{self.progress_file} is damaged: remove {self.folder} to start again") from None
+        if resumable:
+            return self.resume(progress)
         if not overwrite and (progress or own_shards(self.folder, self.name)):
-            raise UserError(
-                f"{self.folder} holds an unfinished dataset with other settings: finish it with those, choose another "
-                "--dataset, or set --overwrite=True"
-            )
+            advice = "finish it with those, choose another --dataset, or set --overwrite=True"
+            raise UserError(f"{self.folder} holds an unfinished dataset with other settings: {advice}")
         self.tokenizer = make_tokenizer()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hashes_file.unlink(missing_ok=True)
@@ -148,7 +136,6 @@ class DatasetWriter:
         print(f"{self.folder}: resuming after {self.tokens:,} tokens")
 
     def remove_unknown_shards(self) -> None:
-        """Remove shards that the recorded progress does not know."""
         known = {s["file"] for w in self.writers.values() for s in w.shards}
         known |= {w.paths()[1].name for w in self.writers.values() if w.filled}
         for path in own_shards(self.folder, self.name):
@@ -156,10 +143,9 @@ class DatasetWriter:
                 path.unlink()
 
     def discard(self) -> None:
-        """Remove everything written so far."""
         for path in (self.progress_file, self.hashes_file, *own_shards(self.folder, self.name)):
             path.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
+        with contextlib.suppress(OSError):  # the folder holds other files
             self.folder.rmdir()
 
     def shard_writer(self, split: str, **state) -> ShardWriter:
@@ -190,19 +176,13 @@ class DatasetWriter:
             self.unsaved_hashes = array.array("Q")
         for writer in self.writers.values():
             writer.sync()
-        progress = {
-            "arguments": self.arguments,
-            "tokenizer": self.tokenizer.to_dict(),
-            "sources": self.sources,
-            "splits": {split: {"shards": w.shards, "filled": w.filled} for split, w in self.writers.items()},
-            "documents": documents,
-        }
-        atomic_write(self.progress_file, json.dumps(progress))
+        splits = {split: {"shards": w.shards, "filled": w.filled} for split, w in self.writers.items()}
+        progress = {"arguments": self.arguments, "tokenizer": self.tokenizer.to_dict(), "sources": self.sources}
+        atomic_write(self.progress_file, json.dumps(progress | {"splits": splits, "documents": documents}))
 
     def write(
-        self, source: Source, split: str | Callable[[str], str], key: str = "", max_tokens: int = 0,
-        unique: bool = False, separated: bool = True,
-    ) -> None:  # fmt: skip
+        self, source: Source, split: str | Callable[[str], str], key="", max_tokens=0, unique=False, separated=True
+    ) -> None:
         """Write the documents of a source to a split, or each to split(text).
 
         key: names the source, if there are several. max_tokens: stop when the dataset has this size (0: no limit).
@@ -223,9 +203,7 @@ class DatasetWriter:
         for encoded, (position, count) in encode_documents(self.tokenizer, documents(), separated):
             room, size, new_shards = max_tokens - self.tokens, sum(map(len, encoded.values())), []
             for name, ids in encoded.items():
-                if name not in self.writers:
-                    self.writers[name] = self.shard_writer(name)
-                writer = self.writers[name]
+                writer = self.writers.setdefault(name, self.shard_writer(name))
                 n_shards = len(writer.shards)
                 writer.add(ids if not max_tokens or size <= room else ids[: len(ids) * room // size])
                 new_shards += writer.shards[n_shards:]
@@ -245,22 +223,16 @@ class DatasetWriter:
         """Write meta.json, which makes the folder a dataset. Returns the number of tokens of each split."""
         for writer in self.writers.values():
             writer.finish()
-        written = [shard for writer in self.writers.values() for shard in writer.shards]
-        splits = ("train", "val")
-        shards = {split: [s for s in written if re.search(rf"_{split}_\d+\.npy$", s["file"])] for split in splits}
-        tokens = {split: sum(s["tokens"] for s in shards[split]) for split in splits}
-        meta = {
-            "source": source,
-            "tokenizer": self.tokenizer.to_dict(),
-            "vocab_size": self.tokenizer.n_vocab,
-            "dtype": "uint16" if self.tokenizer.n_vocab <= 2**16 else "uint32",
-            "tokens": tokens,
-            "shards": shards,
-            "arguments": self.arguments,
-        }
-        if meta["tokenizer"]["kind"] == "bpe":
+        shards: dict[str, list] = {"train": [], "val": []}
+        for shard in (shard for writer in self.writers.values() for shard in writer.shards):
+            shards[re.search(r"_(train|val)_\d+\.npy$", shard["file"])[1]].append(shard)
+        tokens = {split: sum(s["tokens"] for s in shards[split]) for split in shards}
+        n_vocab, tokenizer = self.tokenizer.n_vocab, self.tokenizer.to_dict()
+        meta = {"source": source, "tokenizer": tokenizer, "vocab_size": n_vocab}
+        meta |= {"dtype": "uint16" if n_vocab <= 2**16 else "uint32", "tokens": tokens, "shards": shards}
+        if tokenizer["kind"] == "bpe":
             atomic_write(self.folder / "tokenizer.json", self.tokenizer.to_json())
-        atomic_write(self.folder / "meta.json", json.dumps(meta, indent=1))
+        atomic_write(self.folder / "meta.json", json.dumps(meta | {"arguments": self.arguments}, indent=1))
         self.progress_file.unlink()
         self.hashes_file.unlink(missing_ok=True)
         if self.folder != self.target:
@@ -272,6 +244,8 @@ class DatasetWriter:
             for new in sorted(self.folder.iterdir(), key=lambda p: p.name == "meta.json"):
                 os.replace(new, self.target / new.name)
             self.folder.rmdir()
+        counts = f"{tokens['train']:,} train and {tokens['val']:,} val tokens, vocabulary of {n_vocab:,}"
+        self.summary = f"{self.target}: {counts}, {time.perf_counter() - self.start:.1f} s"
         return tokens
 
 
@@ -282,10 +256,7 @@ def own_shards(folder: Path, name: str = "") -> set[Path]:
 
 
 def check_replaceable(folder: Path, overwrite: bool, name: str = "") -> None:
-    """Raise UserError if the folder holds a finished dataset (without overwrite) or the files of another project.
-
-    name: prefix of the shard files (default: the folder's name).
-    """
+    """Raise UserError if the folder holds a finished dataset (without overwrite) or the files of another project."""
     foreign = {*folder.glob("*.npy"), *folder.glob("*.bin")} - own_shards(folder, name)
     if foreign:
         raise UserError(f"{folder} holds {min(foreign).name}, which is not ours to replace: choose another --dataset")
@@ -293,75 +264,85 @@ def check_replaceable(folder: Path, overwrite: bool, name: str = "") -> None:
         raise UserError(f"{folder} already holds a dataset: choose another --dataset, or set --overwrite=True")
 
 
-def is_up_to_date(folder: Path, arguments: dict) -> bool:
-    """Whether the folder holds a dataset made with these arguments. Prints a line if so."""
-    try:
+def is_up_to_date(folder: Path, arguments: dict, overwrite: bool, name: str = "") -> bool:
+    """Whether the folder holds a dataset made with these arguments. Raises UserError as check_replaceable."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
-    if meta.get("arguments") != json.loads(json.dumps(arguments)):
-        return False
-    print(f"{folder} already exists with these settings: nothing to do (--overwrite=True makes it again)")
-    return True
+        if not overwrite and meta.get("arguments") == json.loads(json.dumps(arguments)):
+            print(f"{folder} already exists with these settings: nothing to do (--overwrite=True makes it again)")
+            return True
+    check_replaceable(folder, overwrite, name)
+    return False
 
 
 # -----------------------------------------------------------------------------
 # Reading documents
 
 
-def open_stream(name: str, label: str = "", /, **options):
-    """The rows of a corpus as a stream of `datasets`. name: a hub id, or parquet or json with data_files.
+def find_files(key: str, paths: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of a list of files and folders, separated by commas. Raises UserError for a path without any."""
+    files = []
+    for path in map(Path, filter(None, paths.split(","))):
+        found = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else [path]
+        if not path.exists() or not found:
+            problem = f"no {' or '.join(suffixes)} file in this folder" if path.exists() else "no such file or folder"
+            raise UserError(f"--{key}={path}: there is {problem}")
+        files += found
+    return files
 
-    Only what is read is downloaded, and no code of the corpus is run. label: what error messages call the corpus.
-    Raises UserError if the corpus cannot be opened.
+
+def open_stream(name: str, label: str = "", /, **options):
+    """The rows of a corpus as a stream of `datasets`. Raises UserError, which names the label, if it cannot be opened.
+
+    name: a hub id, or parquet or json with data_files. Only what is read is downloaded; no code of a corpus is run.
     """
     import datasets
     import requests
 
+    label = label or name
     datasets.disable_progress_bars()
     offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
     if not offline and "hf:" in str(options.get("data_files", "hf:")):
         try:  # one quick request: without a connection huggingface_hub would retry for a minute
             requests.head(os.environ.get("HF_ENDPOINT", HUB), timeout=20)
         except requests.RequestException as e:
-            raise UserError(f"{label or name} cannot be read: no connection to the hub ({type(e).__name__})") from None
+            raise UserError(f"{label} cannot be read: no connection to the hub ({type(e).__name__})") from None
     try:
         return datasets.load_dataset(name, streaming=True, **options)
     except Exception as e:
-        raise UserError(
-            f"{label or name} cannot be read ({first_line(e)}); run the same command again to resume"
-        ) from None
+        raise UserError(f"{label} cannot be read ({first_line(e)}); run the same command again to resume") from None
 
 
 def stream_rows(stream, label: str, state=None) -> Iterator[dict]:
     """The rows of a stream; state: resume from this stream.state_dict(). Raises UserError if reading fails."""
     if state:
         stream.load_state_dict(state)
-    rows = iter(stream)
-    while True:
-        try:
-            row = next(rows, None)
-        except Exception as e:
-            raise UserError(f"{label}: {first_line(e)}; run the same command again to resume") from None
-        if row is None:
-            return
-        yield row
+    try:
+        yield from stream
+    except Exception as e:
+        raise UserError(f"{label}: {first_line(e)}; run the same command again to resume") from None
+
+
+def stream_documents(stream, field: str, label: str, state=None) -> Iterator[str]:
+    """The non-empty texts of a stream's rows; state and errors as in stream_rows and text_of."""
+    return filter(None, (text_of(row, field, label) for row in stream_rows(stream, label, state)))
 
 
 def text_of(row: dict, field: str, label: str) -> str:
-    """The text of a row. Raises UserError if the row has no text under this key."""
+    """The text of a row, "" if it is white space. Raises UserError if the row has no text under this key."""
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{label}: there is no text under {field!r}, only {keys}: set --text_field")
-    return text.encode("utf-8", errors="replace").decode("utf-8")  # JSON may hold half a surrogate pair
+    # JSON may hold half a surrogate pair, which UTF-8 cannot encode.
+    return text.encode("utf-8", errors="replace").decode("utf-8") if text.strip() else ""
 
 
 def split_text(path: Path, start: int = 0) -> Iterator[tuple[str, int]]:
-    """The documents of a text file, separated by EOT, each with the byte position after it.
+    """The documents of a text file from byte `start` on, separated by EOT, each with the byte position after it.
 
-    start: the byte position to read from. White space around a document is stripped and empty documents are skipped.
-    A document of more than LONGEST bytes comes as several. Raises UserError if the file is not UTF-8.
+    They are stripped. Empty ones are skipped; one of more than LONGEST bytes comes as several. Raises UserError for a
+    file that is not UTF-8.
     """
     separator = EOT.encode()
     window = LONGEST + len(separator)
@@ -394,6 +375,6 @@ def split_text(path: Path, start: int = 0) -> Iterator[tuple[str, int]]:
 
 
 def not_utf8(path: Path, e: UnicodeDecodeError, end: int) -> UserError:
-    """The error for bytes that cannot be decoded. end: the position in the file after the bytes of e.object."""
+    """end: the position in the file after the bytes of e.object."""
     position = end - len(e.object) + e.start
     return UserError(f"{path} is not UTF-8 text: byte {position} is {e.object[e.start]:#04x}; convert it to UTF-8")

@@ -19,9 +19,8 @@ def named_disk_errors(path):
         yield
     except OSError as e:
         if e.errno and not e.filename:
-            raise OSError(
-                e.errno, f"{e.strerror}; free some space and give the same command again", str(path)
-            ) from None
+            message = f"{e.strerror}; free some space and give the same command again"
+            raise OSError(e.errno, message, str(path)) from None
         raise
 
 
@@ -41,7 +40,6 @@ def atomic_file(path: Path):
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
-    """Write a whole file: readers see the old content or the new one, never a part."""
     with atomic_file(path) as f:
         f.write(data.encode() if isinstance(data, str) else data)
 
@@ -55,7 +53,8 @@ def file_sha256(path: Path) -> str:
 
 
 def check_disk_space(folder: Path, need: float, advice: str = "") -> None:
-    """Raise UserError if the disk of a folder, which need not exist yet, has less than `need` bytes free."""
+    """Raise UserError if the disk has less than `need` bytes free, minus what the folder's shards already take."""
+    need -= sum(p.stat().st_size for p in folder.glob("*.npy*"))
     existing = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if need > free:
@@ -63,38 +62,35 @@ def check_disk_space(folder: Path, need: float, advice: str = "") -> None:
 
 
 def download(url: str, path: Path, sha256: str = "") -> None:
-    """Fetch a file to `path`, which appears when it is complete. Raises UserError if it cannot be had.
+    """Fetch a file to `path`, unless it exists. Raises UserError if that fails or the file has another sha256.
 
-    Files on the Hugging Face hub go through huggingface_hub: it resumes, retries, and honours $HF_ENDPOINT. Others are
-    small (a few MB) and are fetched in one piece, with retries.
+    Files on the Hugging Face hub go through huggingface_hub, which resumes, retries, and honours $HF_ENDPOINT.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    on_hub = re.fullmatch(rf"{HUB}/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url)
     try:
-        if on_hub := re.fullmatch(rf"{HUB}/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url):
+        if on_hub and not path.exists():
             from huggingface_hub import hf_hub_download
 
             kind = "dataset" if on_hub[1] else "model"
-            place = {"repo_type": kind, "revision": on_hub[3], "local_dir": path.parent}
-            found = Path(hf_hub_download(on_hub[2], on_hub[4], **place))
-            if found != path:
-                os.replace(found, path)
-        else:
+            found = hf_hub_download(on_hub[2], on_hub[4], repo_type=kind, revision=on_hub[3], local_dir=path.parent)
+            os.replace(found, path)
+        elif not path.exists():
             fetch(url, path)
     except Exception as e:  # huggingface_hub passes on httpx's errors, which have no other base class
         if isinstance(e, OSError) and e.errno and e.filename:
             raise
-        raise UserError(
-            f"{url} cannot be downloaded ({type(e).__name__}: {first_line(e)}); try the same command again"
-        ) from None
+        reason = f"{type(e).__name__}: {first_line(e)}"
+        raise UserError(f"{url} cannot be downloaded ({reason}); try the same command again") from None
     if sha256 and (got := file_sha256(path)) != sha256:
         path.unlink()
         raise UserError(f"{url}: sha256 mismatch: got {got}, expected {sha256}")
 
 
 def fetch(url: str, path: Path) -> None:
+    """Fetch a file in one piece, with retries."""
     import requests
     from requests.adapters import HTTPAdapter
-    from tqdm import tqdm
     from urllib3.util.retry import Retry
 
     retry = Retry(5, backoff_factor=1, status_forcelist=(408, 429, 500, 502, 503, 504), raise_on_status=False)
@@ -104,12 +100,7 @@ def fetch(url: str, path: Path) -> None:
         with session.get(url, stream=True, timeout=(20, 60), headers={"Accept-Encoding": "identity"}) as r:
             r.raise_for_status()
             size = int(r.headers.get("Content-Length", 0))
-            with (
-                atomic_file(path) as f,
-                tqdm(desc=path.name, total=size or None, unit="B", unit_scale=True, disable=None) as bar,
-            ):
-                for block in r.iter_content(1 << 16):
-                    f.write(block)
-                    bar.update(len(block))
+            with atomic_file(path) as f:
+                f.writelines(r.iter_content(1 << 16))
                 if size and f.tell() != size:
                     raise requests.ConnectionError(f"ended after {f.tell():,} of {size:,} bytes")

@@ -1,8 +1,10 @@
 """A model that writes: weights cast, packed or quantized, a CUDA-graph decoding step, streams of text, beams, chat prompts."""
 
 import codecs
+import json
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -15,7 +17,7 @@ from common.tokenizer import Tokenizer
 from configurator import UserError, check_choice
 from model import GPT, KVCache
 
-QUANTIZE = ("", "int8")
+Rows = list[list[int]]  # token ids, a row per text
 
 # -----------------------------------------------------------------------------
 # A model ready to write
@@ -27,7 +29,7 @@ def for_inference(model: GPT, device: torch.device, dtype: torch.dtype, quantize
 
     The model is changed in place and can no longer be trained or saved.
     """
-    check_choice("quantize", quantize, QUANTIZE)
+    check_choice("quantize", quantize, ("", "int8"))
     merge_lora(model)
     model.requires_grad_(False).eval()
     if quantize:
@@ -49,9 +51,7 @@ def replace_linears(model: nn.Module, new) -> None:
                 setattr(module, name, new(layer))
 
 
-def load_for_inference(
-    name: str, device="auto", dtype="auto", quantize: str = "", data_dir: str = "data"
-) -> tuple[GPT, Tokenizer, dict]:
+def load_for_inference(name: str, device: str, dtype: str, quantize: str, data_dir: str) -> tuple[GPT, Tokenizer, dict]:
     """A model (see checkpoint.read_model) ready to write, its tokenizer, and its checkpoint without the weights."""
     device = pick_device(device)
     if device.type == "cpu":
@@ -62,6 +62,15 @@ def load_for_inference(
     model.config.vocab_size = min(model.config.vocab_size, tokenizer.n_vocab)
     checkpoint["model"] = None  # frees memory
     return for_inference(model, device, pick_dtype(dtype, device), quantize), tokenizer, checkpoint
+
+
+def read_results(run: Path) -> dict:
+    """A run's results.json, for display: empty if there is none or it cannot be read."""
+    try:
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return results if isinstance(results, dict) else {}
 
 
 # -----------------------------------------------------------------------------
@@ -164,8 +173,12 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt, special=True) or [tokenizer.eot or 0]
 
 
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    return () if tokenizer.eot is None else (tokenizer.eot,)
+
+
 def stream_ids(
-    model: GPT, tokenizer: Tokenizer, rows: list[list[int]], max_new_tokens: int, graph=True, compile=False, **settings
+    model: GPT, tokenizer: Tokenizer, rows: Rows, max_new_tokens: int, graph=True, compile=False, **settings
 ) -> Iterator[torch.Tensor]:
     """Yields the next ids (B,) of prompts that may differ in length, until all rows met the end of the text.
 
@@ -177,25 +190,29 @@ def stream_ids(
     if graph and cuda and not settings.get("on_logits"):
         rng = settings.get("rng")
         settings["make_step"] = lambda *parts: DecodeStep(*parts, rng=rng, compile=compile)
-    stop_tokens = () if tokenizer.eot is None else (tokenizer.eot,)
     try:
-        new = model.generate(idx, max_new_tokens, stop_tokens=stop_tokens, **settings)
+        new = model.generate(idx, max_new_tokens, stop_tokens=stop_tokens(tokenizer), **settings)
     except ValueError as e:
         raise UserError(str(e)) from None
-    return user_errors(one_ahead(new) if cuda else new)
+    return user_errors(one_ahead(new) if cuda else new)  # weights that are not finite are found while sampling
 
 
 def user_errors(stream: Iterator) -> Iterator:
-    """Weights that are not finite are the user's to replace: no traceback."""
     try:
         yield from stream
     except ValueError as e:
         raise UserError(str(e)) from None
 
 
-def complete(
-    model: GPT, tokenizer: Tokenizer, rows: list[list[int]], max_new_tokens: int, **settings
-) -> list[list[int]]:
+def until_eot(stream: Iterable[torch.Tensor], tokenizer: Tokenizer, on_end=lambda: None) -> Iterator[int]:
+    """The ids of a single text's stream up to the end-of-text token, where on_end() is called."""
+    for new in stream:
+        if new.item() == tokenizer.eot:
+            return on_end()
+        yield new.item()
+
+
+def complete(model: GPT, tokenizer: Tokenizer, rows: Rows, max_new_tokens: int, **settings) -> Rows:
     """The new ids of each prompt, up to the end-of-text token, at most max_new_tokens. See stream_ids."""
     new = torch.stack(list(stream_ids(model, tokenizer, rows, max_new_tokens, **settings)), dim=1).tolist()
     start = min(map(len, rows))
@@ -229,10 +246,10 @@ def until(pieces: Iterable[str], stop: str) -> Iterator[str]:
     yield held
 
 
-def top_tokens(logits, tokenizer: Tokenizer, n: int = 10) -> list[tuple[str, float]]:
-    """The n most likely next tokens and their probabilities at temperature 1, from logits (V,)."""
-    probs, ids = logits.float().softmax(-1).topk(min(n, len(logits)))
-    return [(token_repr(tokenizer, i), p) for i, p in zip(ids.tolist(), probs.tolist())]
+def top_tokens(logits, tokenizer: Tokenizer) -> dict[str, float]:
+    """token_repr() -> probability at temperature 1 of the ten most likely tokens, from logits (V,)."""
+    probs, ids = logits.float().softmax(-1).topk(min(10, len(logits)))
+    return {token_repr(tokenizer, i): p for i, p in zip(ids.tolist(), probs.tolist())}
 
 
 def token_repr(tokenizer: Tokenizer, i: int) -> str:
@@ -287,9 +304,8 @@ def beam_search(
             cache = cache.select_rows(row, length)
             logits, _ = model(new[:, None], cache=cache)
     unfinished = zip(scores.tolist(), text[:, len(ids) :].tolist())
-    return sorted(done + [(s / n**length_penalty, t) for s, t in unfinished if s > -math.inf], key=lambda d: -d[0])[
-        :beams
-    ]
+    done += [(score / n**length_penalty, new) for score, new in unfinished if score > -math.inf]
+    return sorted(done, key=lambda d: -d[0])[:beams]
 
 
 # -----------------------------------------------------------------------------
@@ -306,29 +322,22 @@ def chat_prompt(
     is_chat: as in prepare_text.py's chat mix, where each exchange is a document "User: ...\nAssistant: ...". Otherwise the
     messages and answers continue one text. `system` comes first. Raises UserError for a character the tokenizer lacks.
     """
+    newline = "\n"
+    try:
+        tokenizer.encode(newline)
+    except UserError:
+        newline = ""  # the vocabulary has none
+
+    def encode(documents: list[str]) -> list[int]:  # each after an end-of-text token, or with newlines between them
+        if tokenizer.eot is None:
+            return tokenizer.encode(newline.join(documents))
+        return [i for text in documents for i in (tokenizer.eot, *tokenizer.encode(text))]
+
     if not is_chat:
-        newline = newline_of(tokenizer)
-        text = system + "".join(q + a + newline for q, a in history) + message
-        return join_documents(tokenizer, [text])[-room:], len(history)
+        return encode([system + "".join(q + a + newline for q, a in history) + message])[-room:], len(history)
     first = [system] if system else []
     past = [f"User: {q}\nAssistant: {a}" for q, a in history]
     last = f"User: {message}\nAssistant:"
-    while len(ids := join_documents(tokenizer, [*first, *past, last])) > room and past:
+    while len(ids := encode([*first, *past, last])) > room and past:
         past.pop(0)
     return ids[-room:], len(past)
-
-
-def join_documents(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
-    """The ids of documents, each after an end-of-text token; if the vocabulary has none, with newlines between them."""
-    if tokenizer.eot is None:
-        return tokenizer.encode(newline_of(tokenizer).join(texts))
-    return [i for text in texts for i in (tokenizer.eot, *tokenizer.encode(text))]
-
-
-def newline_of(tokenizer: Tokenizer) -> str:
-    """A newline, if the vocabulary has one."""
-    try:
-        tokenizer.encode("\n")
-    except UserError:
-        return ""
-    return "\n"

@@ -4,7 +4,6 @@ In: read_pretrained() gives GPTConfig's arguments and weights under our names. O
 weights under theirs. What an architecture lacks is refused by the name of the key.
 """
 
-import contextlib
 import json
 import re
 from dataclasses import fields
@@ -51,6 +50,17 @@ EXPRESSIBLE = {
     "gpt2": {"norm": ("layernorm",), "mlp": ("gelu", "gelu_erf"), "pos": ("learned",), "bias": (True, False)},
     "llama": {"norm": ("rmsnorm",), "mlp": ("swiglu",), "pos": ("rope",), "bias": (False,)},
 }
+# Keys of config.json for features that are not ours, and the values that leave them off. The first is the default.
+SUPPORTED = {
+    "gpt2": {
+        "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"), "quantization_config": (None,),
+    },
+    "llama": {
+        "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,),
+        "partial_rotary_factor": (1.0,), "quantization_config": (None,),
+    },
+}  # fmt: skip
 NOT_IN_THE_WEIGHTS = {"dropout", "attn", "activation_checkpointing", "init", "lora_alpha"}  # any value can be exported
 TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
 
@@ -81,98 +91,73 @@ def read_pretrained(name: str) -> tuple[dict, dict[str, torch.Tensor], Path]:
     folder = Path(name) if Path(name).is_dir() else download_pretrained(name)
     try:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder} is not a model's folder: config.json: {e}") from None
-    try:
         arguments = arguments_from(theirs, str(folder))
     except KeyError as e:
         raise UserError(f"{folder}/config.json lacks {e.args[0]}") from None
-    except (TypeError, AttributeError, ZeroDivisionError) as e:
+    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise UserError(f"{folder}/config.json cannot be understood: {e}") from None
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no *.safetensors; save the model with safe_serialization=True")
     weights = {}
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         try:
             weights |= safetensors.torch.load_file(file)
         except Exception as e:
             raise UserError(f"{file} cannot be read: {e}") from None
+    if not weights:
+        raise UserError(f"{folder} has no *.safetensors; save the model with safe_serialization=True")
     if theirs["model_type"] != "gpt2":
         weights = from_llama(weights, arguments["n_layer"])
     return arguments, to_our_names(weights), folder
 
 
 def download_pretrained(name: str) -> Path:
-    """The folder in the hub's cache with a model's files. Raises UserError if it has none."""
+    """The folder in the hub's cache with a model's files. Raises UserError if the hub does not have the model."""
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(f"downloading {name} needs two packages: pip install -e '.[hf]'") from None
     repository = f"openai-community/{name}" if name in GPT2_NAMES else name
+    files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors"]
     try:
-        config = hf_hub_download(repository, "config.json")
-        try:
-            with open(hf_hub_download(repository, "model.safetensors.index.json"), encoding="utf-8") as f:
-                files = sorted(set(json.load(f)["weight_map"].values()))
-        except EntryNotFoundError:
-            files = ["model.safetensors"]
-        for file in files:
-            hf_hub_download(repository, file)
-        for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            with contextlib.suppress(EntryNotFoundError):
-                hf_hub_download(repository, file)
+        return Path(snapshot_download(repository, allow_patterns=files))
     except Exception as e:
         raise UserError(f"{name} is no folder here, and the hub does not have {repository}: {first_line(e)}") from None
-    return Path(config).parent
 
 
 def arguments_from(theirs: dict, where: str) -> dict:
     """GPTConfig's arguments for a transformers config.json. Raises UserError for a feature that is not ours."""
-
-    def must_be(key: str, *allowed) -> None:
-        if theirs.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{where}: {key}={theirs[key]!r} is not supported, only {allowed[0]!r}")
-
     kind = theirs.get("model_type")
+    if kind not in ("gpt2", "llama", "mistral"):
+        raise UserError(f"{where}: model_type {kind!r} is not supported, only gpt2, llama and mistral")
+    target = "gpt2" if kind == "gpt2" else "llama"
     for key, value in theirs.items():
-        if key.startswith(("n_", "num_", "hidden_size", "intermediate", "vocab", "max_pos")) and value is not None:
-            if type(value) is not int or value < 1:
-                raise UserError(f"{where}: {key}={value!r} is not a size")
-    must_be("quantization_config", None)
-    if kind == "gpt2":
-        must_be("scale_attn_weights", True)
-        must_be("scale_attn_by_inverse_layer_idx", False)
-        must_be("add_cross_attention", False)
-        must_be("activation_function", "gelu_new", "gelu_pytorch_tanh", "gelu")
+        is_size = key.startswith(("n_", "num_", "hidden_size", "intermediate", "vocab", "max_pos"))
+        if is_size and value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"{where}: {key}={value!r} is not a size")
+    for key, supported in SUPPORTED[target].items():
+        if theirs.get(key, supported[0]) not in supported:
+            raise UserError(f"{where}: {key}={theirs[key]!r} is not supported, only {supported[0]!r}")
+    if target == "gpt2":
         optional = {"n_inner": 0, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
         fixed = {"bias": True, "mlp": "gelu_erf" if theirs.get("activation_function") == "gelu" else "gelu"}
-    elif kind in ("llama", "mistral"):
+    else:
         rope = theirs.get("rope_parameters") or {}
         scaling = theirs.get("rope_scaling") or rope
-        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            raise UserError(f"{where}: rope scaling {scaling.get('rope_type', scaling.get('type'))!r} is not supported")
-        must_be("hidden_act", "silu")
-        must_be("attention_bias", False)
-        must_be("mlp_bias", False)
-        must_be("sliding_window", None)
-        must_be("partial_rotary_factor", 1.0)
-        must_be("head_dim", theirs["hidden_size"] // theirs["num_attention_heads"], None)
-        optional = {
-            "num_key_value_heads": 0,
-            "rope_theta": rope.get("rope_theta", 10000.0),
-            "tie_word_embeddings": False,
-        }
+        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+        if rope_type != "default":
+            raise UserError(f"{where}: rope scaling {rope_type!r} is not supported")
+        head_dim = theirs["hidden_size"] // theirs["num_attention_heads"]
+        if theirs.get("head_dim") not in (None, head_dim):
+            raise UserError(f"{where}: head_dim={theirs['head_dim']!r} is not supported, only {head_dim}")
+        rope_base = rope.get("rope_theta", 10000.0)
+        optional = {"num_key_value_heads": 0, "rope_theta": rope_base, "tie_word_embeddings": False}
         fixed = {"bias": False, "norm": "rmsnorm", "mlp": "swiglu", "pos": "rope"}
-    else:
-        raise UserError(f"{where}: model_type {kind!r} is not supported, only gpt2, llama and mistral")
-    keys = CONFIG_KEYS["gpt2" if kind == "gpt2" else "llama"]
-    found = {ours: theirs[key] if key not in optional else theirs.get(key) for ours, key in keys.items()}
-    found = {ours: optional[keys[ours]] if value is None else value for ours, value in found.items()}
-    if "rope_base" in found:
-        found["rope_base"] = float(found["rope_base"])
-    return found | fixed
+    arguments = {}
+    for ours, key in CONFIG_KEYS[target].items():
+        value = theirs.get(key)
+        arguments[ours] = optional[key] if value is None else value
+    if "rope_base" in arguments:
+        arguments["rope_base"] = float(arguments["rope_base"])
+    return arguments | fixed
 
 
 def from_llama(state_dict: dict[str, torch.Tensor], n_layer: int) -> dict[str, torch.Tensor]:
@@ -185,9 +170,8 @@ def from_llama(state_dict: dict[str, torch.Tensor], n_layer: int) -> dict[str, t
                 weights[ours] = left.pop(theirs)
         for n in range(n_layer):
             for ours, theirs in LLAMA_BLOCK.items():
-                weights[f"transformer.h.{n}.{ours}"] = torch.cat(
-                    [left.pop(f"model.layers.{n}.{name}") for name in theirs]
-                )
+                parts = [left.pop(f"model.layers.{n}.{name}") for name in theirs]
+                weights[f"transformer.h.{n}.{ours}"] = torch.cat(parts)
     except KeyError as e:
         raise UserError(f"the weights do not fit this model: {e.args[0]} is missing") from None
     if left:
@@ -223,18 +207,13 @@ def target_of(c: GPTConfig) -> str:
     for target, allowed in EXPRESSIBLE.items():
         allowed = allowed | ({"n_kv_head": (c.n_head,)} if target == "gpt2" else {})
         carried = CONFIG_KEYS[target].keys() | NOT_IN_THE_WEIGHTS | (set() if c.pos == "rope" else {"rope_base"})
-        missing[target] = [
-            f"{field.name}={value}"
-            for field in fields(c)
-            if field.name not in carried
-            and (value := getattr(c, field.name)) not in allowed.get(field.name, (field.default,))
-        ]
+        checked = [(f.name, getattr(c, f.name), f.default) for f in fields(c) if f.name not in carried]
+        lacks = [(name, value) for name, value, default in checked if value not in allowed.get(name, (default,))]
+        missing[target] = [f"{name}={value}" for name, value in lacks]
     target = min(missing, key=lambda t: len(missing[t]))
-    if missing[target]:
-        raise UserError(
-            f"transformers has no model class with {', '.join(missing[target])}: the closest, {TITLES[target]}, lacks it; "
-            "--output_format=torch keeps it for these scripts"
-        )
+    if keys := ", ".join(missing[target]):
+        closest = f"the closest, {TITLES[target]}, lacks it; --output_format=torch keeps it for these scripts"
+        raise UserError(f"transformers has no model class with {keys}: {closest}")
     return target
 
 
@@ -248,20 +227,16 @@ def to_hugging_face(model: GPT) -> tuple[str, dict, dict[str, torch.Tensor]]:
             weights[name] = tensor.t() if name.endswith(GPT2_CONV1D) else tensor
             if not c.bias and (name.endswith(GPT2_CONV1D) or "ln_" in name):  # GPT-2 always has biases
                 weights[name.removesuffix("weight") + "bias"] = torch.zeros(len(tensor))
-        return target, config | {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_ctx": c.block_size,
-            "activation_function": "gelu_new" if c.mlp == "gelu" else "gelu",
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout),
-        }, weights  # fmt: skip
-    K = c.n_kv_head * c.head_size
-    rows = {"attn.c_attn.weight": (c.n_embd, K, K), "mlp.c_fc.weight": (c.mlp_hidden, c.mlp_hidden)}
+        config |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_ctx": c.block_size}
+        config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+        return target, config | {"activation_function": "gelu_new" if c.mlp == "gelu" else "gelu"}, weights
+    kv_width = c.n_kv_head * c.head_size
+    rows = {"attn.c_attn.weight": (c.n_embd, kv_width, kv_width), "mlp.c_fc.weight": (c.mlp_hidden, c.mlp_hidden)}
     weights = {theirs: own[ours] for ours, theirs in LLAMA_TOP.items()}
     for n in range(c.n_layer):
         for ours, theirs in LLAMA_BLOCK.items():
             tensor = own[f"transformer.h.{n}.{ours}"]
             parts = tensor.split(rows.get(ours, len(tensor)))
             weights |= {f"model.layers.{n}.{name}": part for name, part in zip(theirs, parts)}
-    return target, config | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-        "mlp_bias": False,
-    }, weights  # fmt: skip
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    return target, config | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, weights

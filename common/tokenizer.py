@@ -1,14 +1,16 @@
 """Tokenizers: text to token ids and back. Checkpoints and datasets store the complete tokenizer as its to_dict().
 
-Every tokenizer has encode(text, special) -> list of ids, encode_batch(texts) -> array, decode(ids) -> text,
-token_bytes(id), n_vocab, eot (the end-of-text id), to_dict(), and to_json(), the tokenizer.json of the tokenizers library.
+Every tokenizer has encode(text, special) -> list of ids (special: special tokens in the text become their ids),
+encode_batch(texts) -> one array of ids with an end-of-text id before each text, decode(ids) -> text, token_bytes(id),
+n_vocab, eot (the end-of-text id or None), to_dict(), and to_json() -> the tokenizer.json of the tokenizers library.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,54 +28,49 @@ class CharTokenizer:
 
     def __init__(self, chars: str, eot: bool = False):
         self.chars = chars
-        self.ids = {c: i for i, c in enumerate(chars)}
-        self.eot = len(chars) if eot else None
-        self.n_vocab = len(chars) + eot
+        self.symbols = [*chars, EOT] if eot else list(chars)
+        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        self.eot, self.n_vocab = self.ids.get(EOT), len(self.symbols)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """special: EOT in the text becomes the eot id. Raises UserError for a character outside the vocabulary."""
-        if special and self.eot is not None and EOT in text:
-            parts = [self.encode(part) for part in text.split(EOT)]
-            return [i for n, part in enumerate(parts) for i in ([self.eot] if n else []) + part]
+        """Raises UserError for a character outside the vocabulary."""
+        is_split = special and self.eot is not None
+        symbols = re.findall(f"{re.escape(EOT)}|.", text, re.DOTALL) if is_split else text
         try:
-            return [self.ids[c] for c in text]
+            return [self.ids[symbol] for symbol in symbols]
         except KeyError as e:
             known = f"the {len(self.chars)} characters of the vocabulary: {self.chars!r}"
             raise UserError(f"character {e.args[0]!r} is not among {known}") from None
 
     def encode_batch(self, texts: list[str]) -> np.ndarray:
-        """The ids of all texts in one int32 array, an end-of-text id (if there is one) before each text."""
         codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
         table = np.full(max(map(ord, self.chars), default=0) + 2, -1, np.int32)
         table[[ord(c) for c in self.chars]] = np.arange(len(self.chars))
         ids = table[np.minimum(codes, len(table) - 1)]
         if len(ids) and ids.min() < 0:
             self.encode(chr(codes[ids.argmin()]))  # raises the UserError that names the character
-        if self.eot is None:
-            return ids
-        return np.insert(ids, np.cumsum([0, *map(len, texts[:-1])]), self.eot)
+        return ids if self.eot is None else np.insert(ids, np.cumsum([0, *map(len, texts[:-1])]), self.eot)
 
     def token_bytes(self, i: int) -> bytes:
-        return (EOT if i == self.eot else self.chars[i]).encode()
+        return self.symbols[i].encode()
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(EOT if i == self.eot else self.chars[i] for i in ids)
+        return "".join(self.symbols[i] for i in ids)
 
     def to_dict(self) -> dict:
         return {"kind": "char", "chars": self.chars, "eot": self.eot is not None}
 
     def to_json(self) -> str:
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-        vocab = self.ids | ({EOT: self.eot} if self.eot is not None else {})
-        model = {"type": "WordLevel", "vocab": vocab, "unk_token": EOT}
-        return tokenizer_json(model, {} if self.eot is None else {EOT: self.eot}, split, {"type": "Fuse"})
+        special = {} if self.eot is None else {EOT: self.eot}
+        return tokenizer_json("WordLevel", {"vocab": self.ids, "unk_token": EOT}, special, split, {"type": "Fuse"})
 
 
 class BPETokenizer:
     """Byte-level BPE, run by tiktoken. tokens[i] are the bytes of id i; the eot id follows, then the special tokens.
 
-    The pattern splits the text into pieces. A piece that is itself a token becomes that id; any other is merged from single
-    bytes, the lowest id first. Special tokens are recognised wherever they occur in a text.
+    The pattern splits the text into pieces. A piece that is a token becomes its id; others are merged from bytes, the
+    lowest id first. Special tokens are recognised wherever they occur in a text.
     """
 
     def __init__(self, kind: str, pattern: str, tokens: list[bytes], special_tokens: Iterable[str] = ()):
@@ -81,23 +78,20 @@ class BPETokenizer:
 
         if missing := 256 - sum(len(t) == 1 for t in tokens):
             raise ValueError(f"a byte-level vocabulary needs all 256 bytes; {missing} are missing")
-        self.kind, self.pattern, self.tokens = kind, pattern, tokens
-        self.special_tokens = list(special_tokens)
-        self.eot = len(tokens)
-        self.n_vocab = len(tokens) + 1 + len(self.special_tokens)
-        ranks = {t: i for i, t in enumerate(tokens)}
-        self.special = {t: i for i, t in enumerate([EOT, *self.special_tokens], self.eot)}
-        self.encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        self.kind, self.pattern, self.tokens, self.special_tokens = kind, pattern, tokens, list(special_tokens)
+        self.ranks = {t: i for i, t in enumerate(tokens)}
+        self.special = {t: i for i, t in enumerate([EOT, *self.special_tokens], len(tokens))}
+        self.eot, self.n_vocab = len(tokens), len(tokens) + len(self.special)
+        options = {"pat_str": pattern, "mergeable_ranks": self.ranks, "special_tokens": self.special}
+        self.encoding = tiktoken.Encoding(kind, **options)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """special: EOT in the text becomes the eot id; otherwise it is ordinary text."""
         if not special and not self.special_tokens:
             return self.encoding.encode_ordinary(text)
         allowed = {*self.special_tokens, EOT} if special else set(self.special_tokens)
         return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
     def encode_batch(self, texts: list[str]) -> np.ndarray:
-        """The ids of all texts in one uint32 array, an end-of-text id before each text."""
         if any(EOT in text for text in texts):  # EOT inside a text is ordinary text and must not become an id
             return np.array([i for text in texts for i in (self.eot, *self.encode(text))], np.uint32)
         return self.encoding.encode_to_numpy(EOT + EOT.join(texts), allowed_special="all")
@@ -114,14 +108,13 @@ class BPETokenizer:
 
     def to_json(self) -> str:
         symbols = {byte: symbol for symbol, byte in unicode_to_byte().items()}
-        ranks = {t: i for i, t in enumerate(self.tokens)}
-        splits = [(rank, t[:i], t[i:]) for t, rank in ranks.items() for i in range(1, len(t))]
-        pairs = sorted((rank, ranks[a], ranks[b]) for rank, a, b in splits if a in ranks and b in ranks)
-        words = ["".join(symbols[b] for b in t) for t in self.tokens]
+        words = ["".join(symbols[b] for b in token) for token in self.tokens]
+        halves = [(i, token[:n], token[n:]) for i, token in enumerate(self.tokens) for n in range(1, len(token))]
+        pairs = sorted((i, self.ranks[a], self.ranks[b]) for i, a, b in halves if a in self.ranks and b in self.ranks)
         merges = [[words[left], words[right]] for _, left, right in pairs]
-        model = {"type": "BPE", "vocab": {w: i for i, w in enumerate(words)}, "merges": merges, "ignore_merges": True}
+        model = {"vocab": {word: i for i, word in enumerate(words)}, "merges": merges, "ignore_merges": True}
         split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        return tokenizer_json(model, self.special, split, split)
+        return tokenizer_json("BPE", model, self.special, split, split)
 
 
 class PretrainedTokenizer:
@@ -141,12 +134,11 @@ class PretrainedTokenizer:
         self.to_byte = unicode_to_byte() if '"ByteLevel"' in text else None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """special: special tokens in the text become their ids, and the tokens that the model expects first are added."""
+        """special=True also adds the tokens that the model expects first."""
         self.library.encode_special_tokens = not special
         return self.library.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: list[str]) -> np.ndarray:
-        """The ids of all texts in one int64 array, an end-of-text id before each text."""
         self.library.encode_special_tokens = True
         encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
         return np.concatenate([part for e in encoded for part in ([self.eot], e.ids)]).astype(np.int64)
@@ -173,13 +165,13 @@ class PretrainedTokenizer:
 Tokenizer = CharTokenizer | BPETokenizer | PretrainedTokenizer
 
 
-def tokenizer_json(model: dict, special: dict[str, int], pre_tokenizer: dict, decoder: dict) -> str:
-    """A tokenizer.json for the tokenizers library. special: the special tokens and their ids."""
+def tokenizer_json(model: str, fields: dict, special: dict[str, int], pre_tokenizer: dict, decoder: dict) -> str:
+    """A tokenizer.json for the tokenizers library: a model of this type with these fields, and special tokens."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": i, "content": token, **flags} for token, i in special.items()]
-    fields = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
-    fields |= {"pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
-    return json.dumps(fields, ensure_ascii=False)
+    parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    parts |= {"pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder}
+    return json.dumps(parts | {"model": {"type": model, **fields}}, ensure_ascii=False)
 
 
 def gpt2_tokenizer() -> BPETokenizer:
@@ -189,10 +181,8 @@ def gpt2_tokenizer() -> BPETokenizer:
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as e:
-        raise UserError(
-            f"the GPT-2 vocabulary cannot be downloaded ({type(e).__name__}): connect to the internet once, set "
-            "TIKTOKEN_CACHE_DIR to a folder that holds it, or choose --tokenizer=char"
-        ) from None
+        advice = "connect to the internet once, set TIKTOKEN_CACHE_DIR to its folder, or choose --tokenizer=char"
+        raise UserError(f"the GPT-2 vocabulary cannot be downloaded ({type(e).__name__}): {advice}") from None
     return BPETokenizer("gpt2", encoding._pat_str, [encoding.decode_single_token_bytes(i) for i in range(50256)])
 
 
@@ -206,10 +196,7 @@ def word_tokenizer(text: str, vocab_size: int) -> BPETokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = ()) -> BPETokenizer:
-    """Train byte-pair encoding (https://arxiv.org/abs/1508.07909) of vocab_size ids, eot and special_tokens included.
-
-    Raises UserError for a vocabulary smaller than the bytes or larger than the text supports.
-    """
+    """Train byte-pair encoding (https://arxiv.org/abs/1508.07909); vocab_size includes eot and special_tokens."""
     special_tokens = list(special_tokens)
     n_special = 1 + len(special_tokens)
     if vocab_size < 256 + n_special:
@@ -219,26 +206,23 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Iterable[st
     except ImportError:
         raise UserError("training a tokenizer needs the tokenizers package: pip install -e '.[bpe]'") from None
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
+    pieces = pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - n_special, initial_alphabet=alphabet, show_progress=False)
     if special_tokens:
         pattern = "|".join(map(re.escape, special_tokens))
         texts = (re.sub(pattern, "\n", text) for text in texts)
     bpe.train_from_iterator(texts, trainer)
-    if bpe.get_vocab_size() < vocab_size - n_special:
-        limit = bpe.get_vocab_size() + n_special
+    if (limit := bpe.get_vocab_size() + n_special) < vocab_size:
         raise UserError(f"--vocab_size={vocab_size} is more than this text supports, which is at most {limit}")
-    to_byte = unicode_to_byte()
-    vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    tokens = [bytes(to_byte[c] for c in symbols) for symbols, _ in vocab]
+    to_byte, vocab = unicode_to_byte(), bpe.get_vocab()
+    tokens = [bytes(to_byte[c] for c in symbols) for symbols in sorted(vocab, key=vocab.get)]
     return BPETokenizer("bpe", GPT2_PATTERN, tokens, special_tokens)
 
 
 def unicode_to_byte() -> dict[str, int]:
-    """The inverse of GPT-2's bytes_to_unicode(): 188 bytes are written as themselves, the others as characters from 256."""
+    """The inverse of GPT-2's bytes_to_unicode(): 188 bytes stand for themselves, the others are characters from 256."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = {chr(b): b for b in printable}
     return symbols | {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(printable)))}
@@ -246,16 +230,17 @@ def unicode_to_byte() -> dict[str, int]:
 
 def tokenizer_from_dict(d: dict) -> Tokenizer:
     """The tokenizer that to_dict() described. Raises ValueError for an unknown kind."""
-    if d.get("kind") == "char":
+    kind = d.get("kind")
+    if kind == "char":
         return CharTokenizer(d["chars"], d["eot"])
-    if d.get("kind") == "gpt2" and "tokens" not in d:  # files of other projects do not store the vocabulary
+    if kind == "gpt2" and "tokens" not in d:  # files of other projects do not store the vocabulary
         return gpt2_tokenizer()
-    if d.get("kind") in ("gpt2", "bpe"):
+    if kind in ("gpt2", "bpe"):
         tokens = [t.encode("latin-1") for t in d["tokens"]]
-        return BPETokenizer(d["kind"], d["pattern"], tokens, d.get("special_tokens", ()))
-    if d.get("kind") == "pretrained":
+        return BPETokenizer(kind, d["pattern"], tokens, d.get("special_tokens", ()))
+    if kind == "pretrained":
         return PretrainedTokenizer(d["json"], d["eot"])
-    raise ValueError(f"unknown tokenizer kind {d.get('kind')!r}")
+    raise ValueError(f"unknown tokenizer kind {kind!r}")
 
 
 def same_vocabulary(a: dict, b: dict) -> bool:
@@ -264,17 +249,17 @@ def same_vocabulary(a: dict, b: dict) -> bool:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer.json in the folder of a pretrained model. Byte-level BPE with GPT-2's pattern becomes a BPETokenizer.
-
-    Raises UserError if the file is missing or damaged.
-    """
+    """The tokenizer of a pretrained model, as a BPETokenizer where tiktoken gives the same ids. Raises UserError."""
+    file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not file.exists():
+        raise UserError(f"{folder} has no tokenizer.json")
     try:
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
         fields = json.loads(text)
         model, added = fields["model"], [t["content"] for t in fields["added_tokens"]]
         eot = EOT if EOT in added else None
-        if (folder / "tokenizer_config.json").exists():
-            eos = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token") or eot
+        if config_file.exists():
+            eos = json.loads(config_file.read_text(encoding="utf-8")).get("eos_token") or eot
             eot = eos["content"] if isinstance(eos, dict) else eos
         vocab = {t: i for t, i in model["vocab"].items() if t not in added}
         merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
@@ -282,24 +267,21 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         # tiktoken merges by id, so the ids have to be in the order of the merges, without a gap.
         in_order = merged_ids == sorted(merged_ids) and sorted(vocab.values()) == list(range(len(vocab)))
         split = fields.get("pre_tokenizer") or {}
-        is_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True)
-        is_gpt2 = is_gpt2 and not split.get("add_prefix_space")
-        if is_gpt2 and in_order and fields.get("normalizer") is None and added == [EOT]:
-            to_byte = unicode_to_byte()
-            tokens = [bytes(to_byte[c] for c in t) for t in sorted(vocab, key=vocab.get)]
-            digest = hashlib.sha256(b"\n".join(tokens)).hexdigest()
-            return BPETokenizer("gpt2" if digest == GPT2_SHA256 else "bpe", GPT2_PATTERN, tokens)
-        return PretrainedTokenizer(text, eot)
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no tokenizer.json") from None
+        is_plain = fields.get("normalizer") is None and not split.get("add_prefix_space") and added == [EOT]
+        is_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True) and is_plain
+        if not is_gpt2 or not in_order:
+            return PretrainedTokenizer(text, eot)
+        to_byte = unicode_to_byte()
+        tokens = [bytes(to_byte[c] for c in t) for t in sorted(vocab, key=vocab.get)]
+        digest = hashlib.sha256(b"\n".join(tokens)).hexdigest()
+        return BPETokenizer("gpt2" if digest == GPT2_SHA256 else "bpe", GPT2_PATTERN, tokens)
     except UserError:
         raise
     except Exception as e:  # the tokenizers library raises plain Exceptions
-        raise UserError(f"{folder / 'tokenizer.json'} is damaged: {first_line(e)}") from None
+        raise UserError(f"{file} is damaged: {first_line(e)}") from None
 
 
 def download_tokenizer(name: str) -> Path:
-    """Download the tokenizer files of a model on the Hugging Face hub to its cache; returns their folder."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -308,14 +290,8 @@ def download_tokenizer(name: str) -> Path:
         raise UserError(f"--tokenizer={name}: not a folder, and the hub does not have it: {first_line(e)}") from None
 
 
-def learn_tokenizer(
-    kind: str, vocab_size: int, texts: Callable, train_texts: Callable | None = None, eot=True, special_tokens=()
-) -> Tokenizer:
-    """The tokenizer of a --tokenizer key; a char or bpe vocabulary is learned from the text.
-
-    A char vocabulary has every character of texts(), so that validation text can be encoded. A bpe vocabulary is trained
-    on train_texts() only. Raises UserError for an unknown kind.
-    """
+def learn_tokenizer(kind: str, vocab_size: int, texts, train_texts=None, eot=True, special_tokens=()) -> Tokenizer:
+    """The tokenizer of a --tokenizer key: char has every character of texts(), bpe is trained on train_texts() only."""
     if EOT in special_tokens or len(set(special_tokens)) < len(special_tokens):
         raise UserError(f"--special_tokens={','.join(special_tokens)}: name each once; {EOT} is always included")
     if special_tokens and kind != "bpe":
@@ -323,14 +299,12 @@ def learn_tokenizer(
     if kind == "gpt2":
         return gpt2_tokenizer()
     if kind == "char":
-        chars = set()
-        for text in texts():
-            chars.update(text)
-        return CharTokenizer("".join(sorted(chars)), eot)
+        return CharTokenizer("".join(sorted(set(itertools.chain.from_iterable(texts())))), eot)
     if kind == "bpe":
         return train_bpe(first_characters((train_texts or texts)()), vocab_size, special_tokens)
-    if Path(kind).is_dir() or "/" in kind:
-        pretrained = read_tokenizer(Path(kind) if Path(kind).is_dir() else download_tokenizer(kind))
+    is_folder = Path(kind).is_dir()
+    if is_folder or "/" in kind:
+        pretrained = read_tokenizer(Path(kind) if is_folder else download_tokenizer(kind))
         if pretrained.eot is None:
             raise UserError(f"--tokenizer={kind} has no end-of-text token to separate documents")
         return pretrained
