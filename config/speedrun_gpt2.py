@@ -1,9 +1,9 @@
-# GPT-2's size on 1.7 billion tokens of FineWeb, for the loss that the classic recipe reaches in 10 billion.
+# GPT-2's size on 1.7 billion tokens of FineWeb, on 8 GPUs, for the loss that the classic recipe reaches in 10 billion.
 # 12 layers, 12 heads, width 768, vocabulary 50,257: 162,148,608 parameters (85 million of them in the blocks).
-# Expected: 3.28 on FineWeb's validation tokens after 1.7 billion, 3,243 steps of 524,288. The public record for a 124M-class
-# model in plain PyTorch with RoPE, QK-norm, ReLU squared, zero-initialised projections and Muon, all of it here, is 1.7 billion
-# and fewer (modded-nanogpt); RoPE alone took 5.0 and Muon 3.1. These are that record's own shards.
-# Not yet measured: it needs the data and GPUs.
+# Time and loss: not measured. The goal is 3.28 on FineWeb's validation tokens after 3,243 steps of 524,288. That is the
+# public record (modded-nanogpt) for a 124M-class model in plain PyTorch with the same parts: RoPE, QK-norm, ReLU squared,
+# zero-initialised projections and Muon. With RoPE alone it took 5.0 billion tokens, with Muon 3.1. The shards are the
+# ones of that record.
 #
 #     python build_fineweb_shards.py --pretokenized=fineweb10B --max_tokens=1_900_000_000
 #     torchrun --standalone --nproc_per_node=8 train.py config/speedrun_gpt2.py

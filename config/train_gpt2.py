@@ -1,8 +1,9 @@
-# GPT-2 124M on OpenWebText, nanoGPT's classic run: a published validation loss of about 2.85 after 600,000 steps
-# on eight A100 GPUs (four days). 12 layers, 12 heads, width 768, vocabulary 50,257: 124,337,664 parameters.
-# Any number of GPUs trains the same run: the 40 micro-batches of a step are shared out among them.
+# GPT-2 124M on OpenWebText: nanoGPT's run, on any number of GPUs, which share the 40 micro-batches of a step.
+# 12 layers, 12 heads, width 768, vocabulary 50,257: 124,337,664 parameters.
+# Time and loss: not measured here. nanoGPT published a validation loss of about 2.85 after 600,000 steps, four days on
+# eight A100 GPUs.
 #
-#     python prepare_text.py --source=openwebtext        (38 GB of text)
+#     python prepare_text.py --source=openwebtext        38 GB of text
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 out_dir = "out/gpt2"
 dataset = "openwebtext"

@@ -1,5 +1,6 @@
-# GPT-2 124M on ten billion tokens of FineWeb-Edu, one pass: train.py's own defaults, with a longer last evaluation.
+# GPT-2 124M on ten billion tokens of FineWeb-Edu, one pass: train.py's own defaults, with a longer final evaluation.
 # 12 layers, 12 heads, width 768, vocabulary 50,257: 124,337,664 parameters.
+# Hardware: 8 GPUs. Time and loss: not measured.
 #
 #     python build_fineweb_shards.py
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_fineweb.py

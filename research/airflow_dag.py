@@ -1,4 +1,4 @@
-"""A pipeline file as an Airflow 3 DAG named gpt_research_pipeline: one task per step, the same commands, order and retries.
+"""A pipeline file as an Airflow 3 DAG named gpt_research_pipeline: one task per step, with its retries.
 
 Make this folder Airflow's dags_folder, or link this file into it, and set these environment variables:
 
@@ -8,8 +8,8 @@ Make this folder Airflow's dags_folder, or link this file into it, and set these
 
     airflow dags test gpt_research_pipeline
 
-A sweep becomes three tasks: one lists its runs; a mapped one has an instance for each run, which Airflow's executor
-distributes over its workers; one writes the tables. Needs apache-airflow (pip install -e '.[airflow]').
+A sweep becomes three tasks: one lists its runs, a mapped one runs them on Airflow's workers, and one writes the tables.
+Needs apache-airflow (pip install -e '.[airflow]').
 """
 
 import json
@@ -17,23 +17,19 @@ import os
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "research")]
-
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from airflow.providers.standard.operators.bash import BashOperator  # noqa: E402
 from airflow.sdk import DAG, task  # noqa: E402
-from pipeline import command_of, sort_steps, to_strings  # noqa: E402
+from pipeline import ROOT, command_of, sort_steps  # noqa: E402
 
 from configurator import run_file  # noqa: E402
 
 PIPELINE = os.environ.get("GPT_PIPELINE", str(ROOT / "config" / "pipeline" / "reproduce_small.py"))
-PYTHON = os.environ.get("GPT_PYTHON", sys.executable)
 WORK_DIR = os.environ.get("GPT_WORK_DIR", str(ROOT))
-worker_command = partial(command_of, python=PYTHON)
+worker_command = partial(command_of, python=os.environ.get("GPT_PYTHON", sys.executable))
 
 
 @task
@@ -43,15 +39,13 @@ def list_runs(run: str) -> list[str]:
     done = subprocess.run(command, cwd=WORK_DIR, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip())
-    numbers = [listed["run"] for listed in json.loads(done.stdout)]
-    return [shlex.join(worker_command(run, "--retry", f"--runs=[{number}]")) for number in numbers]
+    return [shlex.join(worker_command(run, "--retry", f"--runs=[{n}]")) for n in range(len(json.loads(done.stdout)))]
 
 
-def add_step(title: str, s: dict, env: dict):
+def add_step(title: str, s: dict):
     """Add the tasks of a step. Returns the first and the last one."""
-    variables = to_strings(env) | to_strings(s.get("env", {}))
-    options = dict(cwd=WORK_DIR, env=variables, append_env=True, retries=s.get("retries", 0))
-    if not s["run"].split()[0].endswith("sweep.py"):
+    options = dict(cwd=WORK_DIR, env=s["env"], append_env=True, retries=s["retries"])
+    if not shlex.split(s["run"])[0].endswith("sweep.py"):
         only = BashOperator(task_id=title, bash_command=shlex.join(worker_command(s["run"])), **options)
         return only, only
     commands = list_runs.override(task_id=f"{title}_list")(s["run"])
@@ -62,11 +56,9 @@ def add_step(title: str, s: dict, env: dict):
 
 
 keys = run_file(PIPELINE, {})
-doc = f"{keys.get('name', 'pipeline')}, from {PIPELINE}"
-start = datetime(2024, 1, 1, tzinfo=timezone.utc)
-with DAG("gpt_research_pipeline", schedule=None, start_date=start, catchup=False, doc_md=doc) as dag:
+with DAG("gpt_research_pipeline", schedule=None, doc_md=f"{keys.get('name', 'pipeline')}, from {PIPELINE}") as dag:
     last_tasks = {}
-    for title in sort_steps(keys["steps"]):
-        first, last_tasks[title] = add_step(title, keys["steps"][title], keys.get("env", {}))
-        for dependency in keys["steps"][title].get("after", []):
+    for title, s in sort_steps(keys["steps"], keys.get("env", {})).items():
+        first, last_tasks[title] = add_step(title, s)
+        for dependency in s["after"]:
             last_tasks[dependency] >> first

@@ -1,35 +1,27 @@
-"""What the figures of research/ share: colours, axes, labels."""
+"""Figures: the style of all of them, and those of scaling.py."""
 
 import math
+from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib import ticker  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from laws import columns, formula, frontier, power_law, surface
+from matplotlib import ticker
 
 # The palette of Okabe and Ito, for the colour-blind (https://jfly.uni-koeln.de/color/), dark colours first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999933")
-DASHES = ("-", "--", "-.", ":")
-
-
-def new_figure(width: float = 7.0, height: float = 4.5, rows: int = 1, columns: int = 1):
-    """A figure and its axes; with several rows or columns, an array (rows, columns) of axes."""
-    fig, panels = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", dpi=150, squeeze=False)
-    for axes in panels.flat:
-        axes.grid(True, color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return fig, panels if panels.size > 1 else panels[0, 0]
-
-
-def save_figure(fig, path) -> None:
-    fig.savefig(path)
-    plt.close(fig)
-
-
-def colour(n: int) -> str:
-    return COLOURS[n % len(COLOURS)]
+STYLE = {
+    "backend": "agg", "figure.figsize": (7.0, 4.5), "figure.dpi": 150, "figure.constrained_layout.use": True,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd", "grid.linewidth": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8,
+    "axes.prop_cycle": plt.cycler(color=COLOURS),  # "C0" is the first of COLOURS
+}  # fmt: skip
+plt.rcParams.update(STYLE)
+AXIS_LABELS = {
+    "n_embd": "width", "n_layer": "depth", "block_size": "context (tokens)", "data_fraction": "fraction of the data",
+    "tokens": "training tokens", "params": "parameters", "flops": "training FLOPs",
+}  # fmt: skip
+LOSS_LABEL = "validation loss (nats per token)"
 
 
 def short_number(value: float) -> str:
@@ -39,11 +31,96 @@ def short_number(value: float) -> str:
     return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
-def set_log_scale(axis, low: float, high: float) -> None:
+def set_log_scale(axis) -> None:
     """Make axes.xaxis or axes.yaxis logarithmic, with few labels that do not overlap."""
+    low, high = axis.get_data_interval()
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     decades = math.log10(high / low) if high > low > 0 else 0
     subs = (1, 2, 5) if decades < 2 else (1,)
     axis.set_major_locator(ticker.MaxNLocator(5) if decades < 0.7 else ticker.LogLocator(subs=subs, numticks=12))
     axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short_number(value)))
+
+
+def draw_all(points: list[dict], fits: dict, folder: Path) -> list[str]:
+    """Draw every law that was fitted. Returns the names of the files."""
+    fitted = {axis: law for axis, law in fits["axes"].items() if "refused" not in law}
+    drawings = {f"scaling_{axis}.png": (draw_axis, axis, law) for axis, law in fitted.items()}
+    if "refused" not in fits["params_and_tokens"]:
+        drawings["params_and_tokens.png"] = (draw_surface, points, fits["params_and_tokens"]["theta"])
+        drawings["residuals.png"] = (draw_residuals, points, fits["params_and_tokens"]["theta"])
+    if budgets := fits["isoflop"]["budgets"]:
+        drawings["isoflop.png"] = (draw_isoflop, points, budgets)
+    drawings["efficiency.png"] = (draw_efficiency, points)
+    for name, (draw, *arguments) in drawings.items():
+        fig, axes = plt.subplots()
+        draw(axes, *arguments)
+        fig.savefig(folder / name)
+    return list(drawings)
+
+
+def finish(axes, x_label: str) -> None:
+    axes.set(xlabel=x_label, ylabel=LOSS_LABEL)
+    set_log_scale(axes.xaxis)
+    set_log_scale(axes.yaxis)
+    axes.legend()
+
+
+def draw_axis(axes, axis: str, law: dict) -> None:
+    """The runs, both power laws, and the interval of the exponent, turned around the middle of the runs."""
+    x, power = np.array(law["x"]), law["power"]
+    axes.plot(x, law["loss"], "o", color="C1", label="runs", zorder=3)
+    line = np.geomspace(x.min(), x.max() * (x.max() / x.min()) ** 0.15, 100)
+    for fit, style in ((power, "C0-"), (law["offset"], "C2--")):
+        if "refused" not in fit:
+            label = f"{formula(fit)}, R² {fit['r2']:.3f}"
+            axes.plot(line, power_law(line, fit["a"], fit["b"], fit.get("c", 0.0)), style, label=label)
+    middle = math.exp(np.log(x).mean())
+    band = [power_law(line / middle, power_law(middle, power["a"], power["b"]), b) for b in power["interval"]["b"]]
+    label = "95 % interval of the exponent"
+    axes.fill_between(line, *band, label=label, color="C0", alpha=0.15, linewidth=0)
+    finish(axes, AXIS_LABELS[axis])
+
+
+def draw_surface(axes, points: list[dict], theta) -> None:
+    """Loss against parameters: the fit at each number of tokens, or at six of them, and the runs nearest to it."""
+    N, D, loss = columns(points, "params", "tokens", "loss")
+    levels = np.unique(D) if len(np.unique(D)) <= 6 else np.geomspace(D.min(), D.max(), 6)
+    nearest = abs(np.log(levels)[:, None] - np.log(D)).argmin(0)  # (n_points,)
+    sizes = np.geomspace(N.min(), N.max(), 100)
+    for n, tokens in enumerate(levels):
+        axes.plot(N[nearest == n], loss[nearest == n], "o", color=f"C{n}", markersize=4)
+        label = f"{short_number(tokens)} tokens"
+        axes.plot(sizes, np.exp(surface(theta, sizes, tokens)), color=f"C{n}", label=label)
+    finish(axes, AXIS_LABELS["params"])
+
+
+def draw_residuals(axes, points: list[dict], theta) -> None:
+    N, D, loss = columns(points, "params", "tokens", "loss")
+    predicted = np.exp(surface(theta, N, D))
+    axes.axhline(0, color="#333333", linewidth=0.8)
+    axes.plot(predicted, 100 * (loss / predicted - 1), "o", color="C1")
+    axes.set(xlabel=f"predicted {LOSS_LABEL}", ylabel="measured relative to predicted (%)")
+
+
+def draw_isoflop(axes, points: list[dict], budgets: list[dict]) -> None:
+    label_every = 1 + len(budgets) // 9  # more than nine labels do not fit
+    for n, budget in enumerate(budgets):
+        N, loss = columns([p for p in points if abs(p["flops"] / budget["flops"] - 1) <= 0.1], "params", "loss")
+        sizes = np.geomspace(N.min(), N.max(), 100)
+        axes.plot(N, loss, "o", color=f"C{n}", markersize=4)
+        label = None if n % label_every else f"{short_number(budget['flops'])} FLOPs"
+        axes.plot(sizes, np.polyval(budget["coefficients"], np.log(sizes)), color=f"C{n}", label=label)
+        axes.plot(budget["best_params"], budget["best_loss"], "*", color=f"C{n}", markersize=12)
+    finish(axes, AXIS_LABELS["params"])
+
+
+def draw_efficiency(axes, points: list[dict]) -> None:
+    """Loss against training FLOPs: a line for each model size, and the frontier."""
+    sizes = np.unique([point["params"] for point in points])
+    for n, size in enumerate(sizes):
+        runs = sorted((point["flops"], point["loss"]) for point in points if point["params"] == size)
+        label = f"{short_number(size)} parameters" if len(sizes) <= 10 else None
+        axes.plot(*zip(*runs), "o-", color=f"C{n}", linewidth=0.8, markersize=4, label=label)
+    axes.plot(*columns(frontier(points), "flops", "loss"), "k:", label="frontier")
+    finish(axes, AXIS_LABELS["flops"])

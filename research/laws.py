@@ -1,15 +1,18 @@
 """The fits of scaling.py: power laws along one axis, L(N, D), and IsoFLOP parabolas.
 
-N is the number of parameters, D the number of tokens, y the loss: float arrays (n,). The functions named why_not_* return
+The last two are those of https://arxiv.org/abs/2203.15556: L(N, D) in section 3.3 and appendix D.3, IsoFLOP in 3.2.
+N is the number of parameters, D the number of tokens, y the loss: float arrays (n,). Functions named why_not_* return
 why the points cannot support a law, or "". L(N, D) needs scipy.
 """
 
+import itertools
 import math
 
 import numpy as np
 
-# -----------------------------------------------------------------------------
-# One axis
+
+def columns(points: list[dict], *keys: str) -> list[np.ndarray]:
+    return [np.array([point[key] for point in points], float) for key in keys]
 
 
 def frontier(points: list[dict]) -> list[dict]:
@@ -21,19 +24,28 @@ def frontier(points: list[dict]) -> list[dict]:
     return best
 
 
-def why_not_axis(x: np.ndarray, y: np.ndarray) -> str:
-    distinct = np.unique(x)
+def why_not_exponent(name: str, values: np.ndarray) -> str:
+    distinct = np.unique(values)
     if len(distinct) < 3:
-        return f"{len(distinct)} different values, a power law needs 3"
+        return f"{len(distinct)} different {name}, an exponent needs 3"
     if distinct[-1] / distinct[0] < 3:
-        return f"the values span a factor of {distinct[-1] / distinct[0]:.2g}, a power law needs 3"
-    if np.corrcoef(np.log(x), np.log(y))[0, 1] > -0.5:
-        return "the loss does not fall along this axis"
+        return f"{name} span a factor of {distinct[-1] / distinct[0]:.2g}, an exponent needs 3"
     return ""
+
+
+def why_not_axis(x: np.ndarray, y: np.ndarray) -> str:
+    if reason := why_not_exponent("values", x):
+        return reason
+    falls = np.corrcoef(np.log(x), np.log(y))[0, 1] < -0.5
+    return "" if falls else "the loss does not fall along this axis"
 
 
 def power_law(x, a, b, c=0.0):
     return c + a * x**-b
+
+
+def formula(law: dict) -> str:
+    return (f"{law['c']:.4g} + " if "c" in law else "") + f"{law['a']:.4g} x^-{law['b']:.4g}"
 
 
 def fit_power(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -50,16 +62,15 @@ def fit_offset(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """
 
     def fit_given(c):
-        slope, intercept = np.polyfit(np.log(x), np.log(y - c), 1)
-        error = np.log(c + np.exp(intercept) * x**slope) - np.log(y)
-        return float(error @ error), float(np.exp(intercept)), float(-slope), c
+        a, b = fit_power(x, y - c)
+        error = np.log(power_law(x, a, b, c) / y)
+        return float(error @ error), a, b, c
 
     coarse = y.min() * (1 - np.geomspace(1, 1e-3, 200))
     best = min(map(fit_given, coarse))[3]
     width = y.min() * 0.02
     fine = np.clip(np.linspace(best - width, best + width, 101), 0, y.min() * 0.9999)
-    _, a, b, c = min(map(fit_given, fine))
-    return a, b, c
+    return min(map(fit_given, fine))[1:]
 
 
 def leave_one_out(x: np.ndarray, y: np.ndarray) -> float:
@@ -67,34 +78,23 @@ def leave_one_out(x: np.ndarray, y: np.ndarray) -> float:
     errors = []
     for value in np.unique(x):
         rest = x != value
-        if len(np.unique(x[rest])) >= 3:
-            predicted = power_law(x[~rest], *fit_offset(x[rest], y[rest]))
-            errors += list(abs(predicted / y[~rest] - 1))
+        predicted = power_law(value, *fit_offset(x[rest], y[rest]))
+        errors += list(abs(predicted / y[~rest] - 1))
     return float(np.mean(errors))
 
 
 def r_squared(y: np.ndarray, predicted: np.ndarray) -> float:
     """R² of log loss."""
-    y, predicted = np.log(y), np.log(predicted)
-    return float(1 - ((y - predicted) ** 2).sum() / ((y - y.mean()) ** 2).sum())
-
-
-# -----------------------------------------------------------------------------
-# N and D: https://arxiv.org/abs/2203.15556, section 3.3 and appendix D.3
+    return float(1 - (np.log(y / predicted) ** 2).mean() / np.log(y).var())
 
 
 def why_not_surface(N: np.ndarray, D: np.ndarray) -> str:
-    for name, values in (("params", N), ("tokens", D)):
-        if len(np.unique(values)) < 3:
-            return f"{len(np.unique(values))} different {name}, the exponent of each needs 3"
-        if values.max() / values.min() < 3:
-            return f"{name} span a factor of {values.max() / values.min():.2g}, their exponent needs 3"
+    if reason := why_not_exponent("params", N) or why_not_exponent("tokens", D):
+        return reason
     if len(N) < 8:
         return f"{len(N)} runs, five coefficients need 8"
     if abs(np.corrcoef(np.log(N), np.log(D))[0, 1]) > 0.98:
-        return (
-            "params and tokens grow together, so their effects cannot be separated; vary one while the other is fixed"
-        )
+        return "params and tokens grow together, which mixes their effects; vary one while the other is fixed"
     return ""
 
 
@@ -112,43 +112,33 @@ def objective(theta, N, D, y, delta):
     terms = np.stack((log_a - alpha * log_n, log_b - beta * log_d, np.full_like(y, log_e)))
     weights = np.exp(terms - predicted)  # (3, n): the part of each term in the predicted loss
     residual = predicted - np.log(y)
-    is_small = abs(residual) <= delta
-    value = np.where(is_small, residual**2 / 2, delta * (abs(residual) - delta / 2)).sum()
-    wa, wb, we = np.where(is_small, residual, delta * np.sign(residual)) * weights
+    clipped = np.clip(residual, -delta, delta)  # the derivative of the Huber loss
+    value = (clipped * (residual - clipped / 2)).sum()
+    wa, wb, we = clipped * weights
     gradient = np.array([wa.sum(), wb.sum(), we.sum(), -wa @ log_n, -wb @ log_d])
     return value / delta**2, gradient / delta**2
 
 
-def fit_surface(N, D, y, starts, delta: float = 1e-3) -> np.ndarray:
-    """theta with the lowest objective(), by L-BFGS from each start.
+def fit_surface(N, D, y, delta: float = 1e-3, start: np.ndarray | None = None) -> np.ndarray:
+    """theta with the lowest objective(), by L-BFGS from the theta `start`, or from every point of a grid.
 
-    The starts are in units of the geometric means of N and D, as grid_of_starts() and to_scaled() return them.
+    The grid divides the loss among the three terms in different ways, with exponents from 0.1 to 1.5.
     """
     from scipy.optimize import minimize
 
-    log_mean_n, log_mean_d = np.log(N).mean(), np.log(D).mean()
-    data = (N / np.exp(log_mean_n), D / np.exp(log_mean_d), y, delta)
+    # In units of the geometric means of N and D, log A and log B hardly depend on the exponents.
+    log_means = np.array([np.log(N).mean(), np.log(D).mean()])
+    if start is None:
+        parts, exponents = np.log(np.median(y) * np.array([0.05, 0.3, 0.8])), (0.1, 0.35, 0.8, 1.5)
+        starts = list(itertools.product(parts, parts, parts, exponents, exponents))
+    else:
+        starts = [np.concatenate([start[:2] - start[3:] * log_means, start[2:]])]
+    data = (N / np.exp(log_means[0]), D / np.exp(log_means[1]), y, delta)
     bounds = [(-30, 30), (-30, 30), (-30, 30), (0, 5), (0, 5)]
     options = dict(maxiter=1000, ftol=1e-13, gtol=1e-9)
     fits = [minimize(objective, s, data, "L-BFGS-B", jac=True, bounds=bounds, options=options) for s in starts]
-    log_a, log_b, log_e, alpha, beta = min(fits, key=lambda fit: fit.fun).x
-    return np.array([log_a + alpha * log_mean_n, log_b + beta * log_mean_d, log_e, alpha, beta])
-
-
-def to_scaled(theta, N, D) -> np.ndarray:
-    """theta in the units of fit_surface()'s starts."""
-    log_a, log_b, log_e, alpha, beta = theta
-    return np.array([log_a - alpha * np.log(N).mean(), log_b - beta * np.log(D).mean(), log_e, alpha, beta])
-
-
-def grid_of_starts(y) -> list[np.ndarray]:
-    """Starts at which the three terms divide the loss in different ways, with exponents from 0.1 to 1.5."""
-    level = math.log(float(np.median(y)))
-    parts, exponents = np.log((0.05, 0.3, 0.8)), (0.1, 0.35, 0.8, 1.5)
-    return [
-        np.array([level + p, level + q, level + r, alpha, beta])
-        for p in parts for q in parts for r in parts for alpha in exponents for beta in exponents
-    ]  # fmt: skip
+    best = min(fits, key=lambda fit: fit.fun).x
+    return np.concatenate([best[:2] + best[3:] * log_means, best[2:]])
 
 
 def coefficients(theta) -> dict[str, float]:
@@ -157,47 +147,39 @@ def coefficients(theta) -> dict[str, float]:
 
 
 def optimum(theta, flops: float) -> tuple[float, float]:
-    """Parameters and tokens with the lowest loss at 6 N D = flops (https://arxiv.org/abs/2203.15556, eq. 4)."""
+    """Parameters and tokens with the lowest loss at 6 N D = flops (eq. 4 of the paper)."""
     log_a, log_b, _, alpha, beta = theta
     log_g = (math.log(alpha) + log_a - math.log(beta) - log_b) / (alpha + beta)
     log_n = log_g + beta / (alpha + beta) * math.log(flops / 6)
     return math.exp(log_n), flops / 6 / math.exp(log_n)
 
 
-# -----------------------------------------------------------------------------
-# IsoFLOP: the same paper, section 3.2
-
-
 def fit_isoflop(points: list[dict]) -> dict:
-    """The best N of each budget by a parabola of loss in log N, and the power of C by which it grows, or why there is none.
+    """The best N of each budget, by a parabola of loss in log N, and the power of C by which it grows, or why not.
 
-    Points belong to one budget if their FLOPs are within 10 % of the smallest. A budget needs four sizes around the best one.
+    Points whose FLOPs are within 10 % of the smallest belong to one budget, which needs four sizes around the best.
     """
-    curves, refused = [], []
+    budgets, left_out = [], []
     remaining = sorted(points, key=lambda p: p["flops"])
     while remaining:
         group = [p for p in remaining if p["flops"] <= 1.1 * remaining[0]["flops"]]
         remaining = remaining[len(group) :]
-        flops = float(np.mean([p["flops"] for p in group]))
-        n, y = np.log([p["params"] for p in group]), np.array([p["loss"] for p in group])
-        sizes = len(np.unique(n))
+        C, N, y = columns(group, "flops", "params", "loss")
+        flops, log_n, sizes = float(C.mean()), np.log(N), len(np.unique(N))
         if sizes < 4:
-            refused += [f"{flops:.3g} FLOPs: {sizes} sizes, a parabola needs 4"] * (sizes > 1)
+            left_out += [f"{flops:.3g} FLOPs: {sizes} sizes, a parabola needs 4"] * (sizes > 1)
             continue
-        c2, c1, c0 = parabola = np.polyfit(n, y, 2)
+        c2, c1, c0 = parabola = np.polyfit(log_n, y, 2).tolist()
         best = -c1 / (2 * c2) if c2 > 0 else math.nan
-        if not n.min() < best < n.max():
-            missing = "larger" if c1 + 2 * c2 * n.max() < 0 else "smaller"
-            refused.append(f"{flops:.3g} FLOPs: no minimum among its sizes, add {missing} ones")
+        if not log_n.min() < best < log_n.max():
+            missing = "larger" if c1 + 2 * c2 * log_n.max() < 0 else "smaller"
+            left_out.append(f"{flops:.3g} FLOPs: no minimum among its sizes, add {missing} ones")
             continue
-        by_size = sorted((math.log(p["params"]), math.log(p["tokens"])) for p in group)
-        tokens = math.exp(np.interp(best, *zip(*by_size)))
-        found = dict(best_params=math.exp(best), best_loss=float(np.polyval(parabola, best)), best_tokens=tokens)
-        curves.append(dict(flops=flops, coefficients=[c2, c1, c0], **found))
-    law: dict = {"budgets": curves, "left_out": refused}
-    if len(curves) < 2:
-        reasons = f" ({'; '.join(refused)})" if refused else ""
-        return law | {"refused": f"{len(curves)} budgets with four sizes and a minimum, a trend needs 2{reasons}"}
-    C, N = (np.log([curve[key] for curve in curves]) for key in ("flops", "best_params"))
-    slope, intercept = np.polyfit(C, N, 1)
-    return law | dict(exponent_of_N=float(slope), factor=float(np.exp(intercept)))
+        best_loss = c0 - c1**2 / (4 * c2)
+        budgets.append(dict(flops=flops, coefficients=parabola, best_params=math.exp(best), best_loss=best_loss))
+    law: dict = {"budgets": budgets, "left_out": left_out}
+    if len(budgets) < 2:
+        reasons = f" ({'; '.join(left_out)})" if left_out else ""
+        return law | {"refused": f"{len(budgets)} budgets with four sizes and a minimum, a trend needs 2{reasons}"}
+    factor, exponent = fit_power(*columns(budgets, "flops", "best_params"))
+    return law | dict(exponent_of_N=-exponent, factor=factor)

@@ -1,12 +1,12 @@
 """A study: runs of train.py that differ only in the keys that are studied, and a comparison of their results.
 
     python research/sweep.py config/sweep/width.py --dry_run      print the runs and what they will cost
-    python research/sweep.py config/sweep/width.py                run them; the same command resumes after an interruption
+    python research/sweep.py config/sweep/width.py                run them; resumes after an interruption
     python research/sweep.py config/sweep/width.py --retry        run the failed runs again too
 
 A study is a config file with three parts:
   base     the arguments of train.py that all runs share
-  arms     what differs: `axes` (a grid of values), `zipped` (values that change together), or `arms` (named sets of keys)
+  arms     what differs: `axes` (a grid of values), `zipped` (values changed together), or `arms` (named sets of keys)
   seeds    each arm is run once with each seed
 Each run has its own folder under output_dir/runs. The study writes results.csv and results.jsonl (one row per run) and
 sweep_summary.json (arms, comparisons, unintended differences).
@@ -16,24 +16,19 @@ import difflib
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
-import signal
-import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from commands import catch_signals, run_script, split_command  # noqa: E402
-from runs import check_metric, check_scipy, compare_arms, print_statistics, read_json, unintended_differences, write_csv  # noqa: E402
+from runs import ROOT, catch_signals, check_scipy, compare_arms, print_table, read_json, split_args, wait_for, write_csv
 
-from common.files import atomic_write  # noqa: E402
-from configurator import UserError, configure, read_keys, short_errors  # noqa: E402
+from common.files import atomic_write
+from configurator import UserError, check_bounds, configure, error_in, read_keys, short_errors
 
 # Study
 name = "sweep"  # name of the study
@@ -58,10 +53,6 @@ STEP_LINE = r"\s*[\d,]+/"  # how a line of train.py about a step starts
 STUDY_KEYS = {"seed", "out_dir", "device", "resume"}  # set for each run by the study
 
 
-# -----------------------------------------------------------------------------
-# Runs
-
-
 class Run:
     """One run of train.py: an arm of the study with one seed, in its own folder."""
 
@@ -71,8 +62,7 @@ class Run:
         slug = re.sub(r"[^\w.=+-]+", "_", arm)
         self.folder = study_folder / "runs" / f"{slug}-seed{seed}"
         options = [f"--{key}={value}" for key, value in keys.items()]
-        self.arguments = [*split_command(base, "--base"), *options, f"--seed={seed}", f"--out_dir={self.folder}"]
-        self.process = self.lock_file = self.log_file = None
+        self.arguments = [*split_args(base, "--base"), *options, f"--seed={seed}", f"--out_dir={self.folder}"]
 
     def state(self) -> str:
         """new, started, done or failed. A run is new again when its arguments have changed."""
@@ -84,52 +74,30 @@ class Run:
             return "done"
         return "failed" if record.get("exit") else "started"
 
-    def start(self, device: str, signals: list[int]) -> None:
-        """Start train.py, unless a signal arrives first or the run turns out to be done."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.lock_folder(signals) or self.state() == "done":
-            return
-        resume = self.state() != "new"
-        self.record = {"command": self.arguments, "started": time.time()}
-        atomic_write(self.folder / "run.json", json.dumps(self.record))
-        self.log_file = open(self.folder / "train.log", "a" if resume else "w", encoding="utf-8")
-        command = [sys.executable, str(ROOT / "train.py"), *self.arguments]
-        command += ["--resume"] * resume + [f"--device={device}"] * bool(device)
-        inherited = [self.lock_file.fileno()] if os.name == "posix" else []
-        output = dict(stdout=self.log_file, stderr=subprocess.STDOUT)
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited, **output)
+    def train(self, device: str, signals: list[int]) -> None:
+        """Run train.py once the folder is free, unless a signal arrives first or the run is done by then.
 
-    def lock_folder(self, signals: list[int]) -> bool:
-        """Wait for the lock of the run's folder; False if a signal arrives first.
-
-        train.py inherits the lock, so it lasts as long as the training, even if this process is killed.
+        train.py inherits the folder's lock, which lasts as long as the training, even if this process is killed.
         """
-        self.lock_file = open(self.folder / "lock", "w")
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return True
-        reported = False
-        while not signals:
-            try:
-                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                if not reported:
-                    print(f"{self.title}: still running from an earlier call; waiting for it to end")
-                reported = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w") as lock, open(self.folder / "train.log", "a", encoding="utf-8") as log:
+            if not try_lock(lock):
+                print(f"{self.title}: still running from an earlier call; waiting for it to end")
+            while not signals and not try_lock(lock):
                 time.sleep(0.2)
-        return False
-
-    def is_running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def finish(self) -> None:
-        """Record the exit code of a failed run, and release the folder."""
-        if self.process and self.process.returncode not in (0, *STOPPED):
-            atomic_write(self.folder / "run.json", json.dumps(self.record | {"exit": self.process.returncode}))
-        for file in filter(None, (self.lock_file, self.log_file)):
-            file.close()
+            state = self.state()
+            if signals or state == "done":
+                return
+            if state == "new":
+                log.truncate(0)
+            record = {"command": self.arguments, "started": time.time()}
+            atomic_write(self.folder / "run.json", json.dumps(record))
+            command = [sys.executable, str(ROOT / "train.py"), *self.arguments]
+            command += ["--resume"] * (state != "new") + [f"--device={device}"] * bool(device)
+            streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            exit_code = wait_for(subprocess.Popen(command, pass_fds=[lock.fileno()], **streams), signals)
+            if exit_code not in (0, *STOPPED):
+                atomic_write(self.folder / "run.json", json.dumps(record | {"exit": exit_code}))
 
     def last_line(self, pattern: str) -> str:
         """The last line of the run's output that starts with a pattern."""
@@ -154,21 +122,31 @@ class Run:
         return row | {k: v for k, v in results.items() if k not in row and not isinstance(v, dict | list)}
 
 
+def try_lock(file) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def expand_arms() -> dict[str, dict]:
     """Name of each arm -> its keys. Raises UserError if the study does not make sense."""
     if arms and (axes or zipped):
         raise UserError("a study has either arms, or axes and zipped; remove one of them")
-    expanded = dict(arms)
-    if not arms:
-        for key, values in {**axes, **zipped}.items():
-            if not isinstance(values, list | tuple) or not values:
-                raise UserError(f"the values of {key} must be a list, not {values!r}")
-        if len({len(values) for values in zipped.values()}) > 1:
-            raise UserError(f"all keys of zipped must have the same number of values: {zipped}")
-        zipped_sets = [dict(zip(zipped, values)) for values in zip(*zipped.values())] or [{}]
-        for values, zipped_set in itertools.product(itertools.product(*axes.values()), zipped_sets):
-            keys = dict(zip(axes, values)) | zipped_set
-            expanded[" ".join(f"{k}={v}" for k, v in keys.items()) or "all"] = keys
+    for key, values in {**axes, **zipped}.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise UserError(f"the values of {key} must be a list, not {values!r}")
+    if len({len(values) for values in zipped.values()}) > 1:
+        raise UserError(f"all keys of zipped must have the same number of values: {zipped}")
+    grid = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    zipped_sets = [dict(zip(zipped, values)) for values in zip(*zipped.values())] or [{}]
+    combinations = [keys | more for keys in grid for more in zipped_sets]
+    expanded = arms or {" ".join(f"{k}={v}" for k, v in keys.items()) or "all": keys for keys in combinations}
     known = read_keys(ROOT / "train.py")
     for arm, keys in expanded.items():
         if not isinstance(keys, dict):
@@ -192,49 +170,48 @@ def plan_runs(folder: Path) -> list[Run]:
     return planned
 
 
-# -----------------------------------------------------------------------------
-# What the study will cost
+def run_script(script: str, *arguments: str) -> str:
+    """What a script of this repository prints. Raises UserError with its error message if it fails."""
+    command = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise UserError(f"{script}: {error_in(done.stderr).removeprefix('error: ') or f'exit code {done.returncode}'}")
+    return done.stdout
 
 
-def read_costs(run: Run) -> dict[str, float]:
-    """Parameters, tokens and FLOPs of a run as train.py --dry_run prints them; nan for what it does not print."""
+def read_costs(run: Run) -> tuple[float, float, float]:
+    """Parameters, tokens and FLOPs of a run as train.py --dry_run prints them; nan if it does not print them all."""
     output = run_script("train.py", *run.arguments, "--dry_run")
-
-    def number(pattern: str) -> float:
-        found = re.search(pattern, output)
-        return float(found[1].replace(",", "")) if found else math.nan
-
-    parameters, tokens = number(r"model: ([\d,]+) parameters"), number(r"steps, ([\d,]+)")
-    return {"parameters": parameters, "tokens": tokens, "flops": tokens * number(r"FLOPs: ([\d.e+]+)")}
+    found = re.search(r"model: ([\d,]+) parameters.*steps, ([\d,]+).*FLOPs: ([\d.e+]+)", output, re.DOTALL)
+    if not found:
+        return math.nan, math.nan, math.nan
+    parameters, tokens, flops_per_token = (float(number.replace(",", "")) for number in found.groups())
+    return parameters, tokens, tokens * flops_per_token
 
 
-def measure_flops_per_second(run: Run, cost: dict[str, float], all_runs: list[Run]) -> float:
-    """Median of the study's finished runs, otherwise of a few steps of `run` in bench.py; nan if bench.py fails."""
-    finished = [read_json(r.folder / "results.json") for r in all_runs if r.state() == "done"]
-    if rates := [r["train_flops"] / r["train_seconds"] for r in finished if r.get("train_seconds")]:
-        return statistics.median(rates)
-    output = run.folder.parent.parent / "bench.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
+def measure_tokens_per_second(run: Run, folder: Path) -> float:
+    """By a few steps of the run in bench.py; nan if bench.py fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / "bench.json"
     try:  # without the last two arguments, --seed and --out_dir, which bench.py does not have
         run_script("bench.py", *run.arguments[:-2], "--steps=5", "--real_data=True", f"--output={output}")
     except UserError:
         return math.nan
-    return json.loads(output.read_text(encoding="utf-8"))["tokens_per_second"] * cost["flops"] / cost["tokens"]
+    return read_json(output)["tokens_per_second"]
 
 
-def print_costs(planned: list[Run]) -> None:
-    costs: dict[str, dict[str, float]] = {}
+def print_costs(planned: list[Run], folder: Path) -> None:
     for run in planned:
         print(f"{run.state():>7}  python train.py {shlex.join(run.arguments)}")
-        if run.arm not in costs:
-            costs[run.arm] = read_costs(run)
     print(f"\n{'arm':<40} {'parameters':>14} {'tokens':>14} {'FLOPs':>10}")
-    for arm, cost in costs.items():
-        print(f"{arm:<40} {cost['parameters']:>14,.0f} {cost['tokens']:>14,.0f} {cost['flops']:>10.3g}")
-    remaining = [run for run in planned if run.state() != "done"]
-    tokens, flops = (sum(costs[run.arm][key] for run in remaining) for key in ("tokens", "flops"))
-    rate = measure_flops_per_second(planned[0], costs[planned[0].arm], planned)
-    seconds, speed = flops / rate / max(1, max_parallel), f"{rate / 1e9:,.0f} GFLOP/s per run"
+    costs = {run.arm: read_costs(run) for run in planned if run.seed == seeds[0]}
+    for arm, (parameters, tokens, flops) in costs.items():
+        print(f"{arm:<40} {parameters:>14,.0f} {tokens:>14,.0f} {flops:>10.3g}")
+    remaining = [costs[run.arm] for run in planned if run.state() != "done"]
+    _, tokens, flops = map(sum, zip(*remaining)) if remaining else (0, 0, 0)
+    _, first_tokens, first_flops = costs[planned[0].arm]
+    rate = measure_tokens_per_second(planned[0], folder) * first_flops / first_tokens
+    seconds, speed = flops / rate / max_parallel, f"{rate / 1e9:,.0f} GFLOP/s per run"
     duration = "duration unknown" if math.isnan(seconds) else f"about {format_time(seconds)} at {speed}"
     print(f"{len(remaining)} of {len(planned)} runs to do: {tokens:,.0f} tokens, {flops:.3g} FLOPs, {duration}")
 
@@ -244,15 +221,10 @@ def format_time(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
 
 
-# -----------------------------------------------------------------------------
-# Running
-
-
 class LiveDisplay:
     """Lines at the bottom of a terminal that are redrawn in place. Nothing is drawn where stdout is not a terminal."""
 
-    def __init__(self):
-        self.height = 0
+    height = 0
 
     def show(self, lines: list[str]) -> None:
         if sys.stdout.isatty():
@@ -268,65 +240,77 @@ def run_all(planned: list[Run]) -> None:
     SIGINT and SIGTERM are passed on to the runs, which save a checkpoint: the same command resumes them.
     """
     states = ("new", "started", "failed") if retry else ("new", "started")
-    queue = [run for run in planned if run.state() in states]
-    running: dict[Run, str] = {}  # run -> its device
-    total, ended_before = len(planned), len(planned) - len(queue)
-    ended = ended_before
+    remaining = [run for run in planned if run.state() in states]
+    total = len(planned)
+    ended = ended_before = total - len(remaining)
+    print(f"{name}: {total} runs, {ended} already ended")
     signals, start_time, display = catch_signals(), time.time(), LiveDisplay()
-    print(f"{name}: {total} runs, {ended_before} already ended")
-    while (queue and not signals) or running:
-        while queue and not signals and len(running) < max(1, max_parallel):
-            run, device = queue.pop(0), min(devices.split(","), key=list(running.values()).count)
-            run.start(device, signals)
-            running[run] = device
-        next_update = time.monotonic() + interval
-        while time.monotonic() < next_update and not signals and all(run.is_running() for run in running):
-            time.sleep(0.05)
-        if signals:
-            processes = [run.process for run in running if run.process]
-            for process in processes:
-                process.send_signal(signal.SIGTERM)
-            for process in processes:
-                process.wait()
-        for run in [run for run in running if not run.is_running()]:
-            del running[run]
-            run.finish()
-            if not signals:
-                ended += 1
-                seconds_per_run = (time.time() - start_time) / (ended - ended_before)
-                remaining = format_time(seconds_per_run * (total - ended))
-                display.show([])
-                print(f"{ended:>4}/{total}  {run.title:<44} {run.outcome()}  {remaining} remaining", flush=True)
-        rows = [f"   ...  {run.title}: {run.last_line(STEP_LINE)}" for run in running]
-        rows += [f"{ended} of {total} ended, {len(running)} running, {len(queue)} queued"] * bool(running)
-        display.show(rows)
+    free_devices = list(itertools.islice(itertools.cycle(devices.split(",")), max_parallel))
+
+    def train(run: Run) -> None:
+        device = free_devices.pop()
+        try:
+            run.train(device, signals)
+        finally:
+            free_devices.append(device)
+
+    with ThreadPoolExecutor(max_parallel) as pool:
+        pending = {pool.submit(train, run): run for run in remaining}
+        while pending:
+            for future in wait(pending, interval, FIRST_COMPLETED).done:
+                run = pending.pop(future)
+                future.result()  # raises the error of its thread, if any
+                if not signals:
+                    ended += 1
+                    seconds_per_run = (time.time() - start_time) / (ended - ended_before)
+                    time_left = format_time(seconds_per_run * (total - ended))
+                    display.show([])
+                    print(f"{ended:>4}/{total}  {run.title:<44} {run.outcome()}  {time_left} remaining")
+            running = [run for future, run in pending.items() if future.running()]
+            counts = f"{ended} of {total} ended, {len(running)} running, {len(pending) - len(running)} queued"
+            lines = [f"   ...  {run.title}: {run.last_line(STEP_LINE)}" for run in running]
+            display.show([*lines, counts] if running else [])
     if signals:
         done = sum(run.state() == "done" for run in planned)
         print(f"stopped with {done} of {total} runs done; the same command resumes")
         raise SystemExit(128 + signals[0])
 
 
-# -----------------------------------------------------------------------------
-# Results
+def unintended_differences(rows: list[dict], arm_keys: dict[str, dict]) -> list[str]:
+    """How the arms differ from the first one in anything but their own keys, parameters and tokens included."""
+    differences, configs = [], {}
+    for row in reversed(rows):  # the first row of an arm counts
+        sizes = {"parameters": row["params"], "tokens": row["tokens"]}
+        configs[row["arm"]] = read_json(Path(row["path"]) / "config.json") | sizes
+    for arm in [arm for arm in arm_keys if arm in configs]:
+        reference = rows[0]["arm"]
+        ours, theirs = configs[arm], configs[reference]
+        # config.json holds the values that train.py derived for the last two keys.
+        intended = {*arm_keys[arm], *arm_keys[reference], *STUDY_KEYS, "n_kv_head", "mlp_hidden"}
+        for key in [key for key in ours if ours[key] != theirs.get(key, ours[key])]:
+            if key in ("dataset", "block_size"):
+                differences.append(f"{arm}: {key} {ours[key]}, {reference} {theirs[key]}: other validation windows")
+            elif key not in intended and not (key == "parameters" and abs(ours[key] / theirs[key] - 1) <= 0.02):
+                differences.append(f"{arm}: {key} {ours[key]!r}, {reference} {theirs[key]!r}")
+    return differences
 
 
 def report(planned: list[Run], folder: Path) -> None:
     """Write the study's tables, and print the comparison of its arms."""
     rows = [run.row() for run in planned if run.state() == "done"]
-    order = list(dict.fromkeys(run.arm for run in planned))
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "results.csv", rows)
     atomic_write(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    check_metric(rows, metric)
-    table = compare_arms(rows, metric, order)
-    differences = unintended_differences(rows, {run.arm: run.keys for run in planned}, STUDY_KEYS)
+    arm_keys = {run.arm: run.keys for run in planned}
+    table = compare_arms(rows, metric, list(arm_keys))  # refuses a wrong metric, after the results are safe
+    differences = unintended_differences(rows, arm_keys)
     failed = [run.title for run in planned if run.state() == "failed"]
     summary = dict(name=name, base=base, metric=metric, seeds=seeds, arms=table, differences=differences, failed=failed)
     atomic_write(folder / "sweep_summary.json", json.dumps(summary | {"runs": rows}, indent=1))
     if arms:  # named arms are an ablation: the first arm, then the largest effects first
         table = table[:1] + sorted(table[1:], key=lambda entry: -abs(entry.get("difference", 0)))
     if table:
-        print_statistics(table, metric, order[0])
+        print_table(table, metric, next(iter(arm_keys)))
     else:
         print("no run has finished")
     for line in differences:
@@ -342,13 +326,14 @@ def report(planned: list[Run], folder: Path) -> None:
 def main() -> None:
     if not (axes or zipped or arms or base):
         raise UserError("no study given: name its file, such as config/sweep/width.py")
+    check_bounds(globals(), at_least_1="max_parallel")
     folder = Path(output_dir or f"out/{name}")
     planned = plan_runs(folder)
     if list_runs:
         print(json.dumps([dict(run=n, arm=run.arm, seed=run.seed) for n, run in enumerate(planned)]))
         return
     if dry_run:
-        print_costs(planned)
+        print_costs(planned, folder)
         return
     if not all(-1 <= n < len(planned) for n in runs):
         raise UserError(f"--runs={runs}: the study has runs 0 to {len(planned) - 1}")

@@ -109,8 +109,9 @@ def call_on_terminal(*argv, typed=(), timeout=60, **options) -> tuple[Script, st
 
 
 def readme_block(word: str) -> str:
-    """The code block of README.md that contains a word."""
-    blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    """The only code block of README.md and docs/*.md that contains a word."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [b for page in pages for b in re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.S)]
     (found,) = [b for b in blocks if word in b]
     return found
 

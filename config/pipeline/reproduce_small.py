@@ -1,5 +1,4 @@
 # A scaling law from start to end, in six minutes on two CPU cores: data, sweep, fits, figures, evaluation, export.
-#
 #     python research/pipeline.py config/pipeline/reproduce_small.py
 name = "reproduce_small"
 _study = "out/small_scaling"
@@ -22,7 +21,7 @@ steps = {
         "outputs": [f"{_study}/scaling_laws.json"],
     },
     "plot": {
-        "run": f"research/plot.py --results={_study}",
+        "run": f"research/plot.py --results={_study} --curve=train_loss",
         "after": ["sweep"],
         "inputs": [f"{_study}/results.jsonl"],
         "outputs": [f"{_study}/comparison.png"],

@@ -1,5 +1,4 @@
 # Attention: the number of heads, shared keys and values, QK-norm, and the explicit formula against the fused kernel.
-#
 #     python research/sweep.py config/sweep/attention.py
 name = "attention"
 base = "config/quickstart.py --max_iters=400 --eval_interval=50 --final_eval_tokens=0 --sample_prompt="

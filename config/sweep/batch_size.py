@@ -1,5 +1,4 @@
 # Batch size at equal training tokens: many small steps, or few large ones?
-#
 #     python research/sweep.py config/sweep/batch_size.py
 name = "batch_size"
 base = "config/quickstart.py --eval_interval=50 --final_eval_tokens=0 --sample_prompt="

@@ -1,5 +1,4 @@
 # Each optimizer at several learning rates, because optimizers must be compared at their best rates, not at one rate.
-#
 #     python research/sweep.py config/sweep/optimizer_lr.py
 name = "optimizer_lr"
 base = "config/quickstart.py --max_iters=300 --eval_interval=50 --final_eval_tokens=0 --sample_prompt= --embedding_lr=0 --head_lr=0 --vector_lr=0"

@@ -1,5 +1,4 @@
 # What each part of the modern recipe is worth, on Shakespeare by characters: each arm changes one part.
-#
 #     python prepare_text.py --source=shakespeare --dataset=shakespeare_char --tokenizer=char
 #     python research/sweep.py config/sweep/recipe.py
 name = "recipe"
