@@ -267,7 +267,10 @@ def main() -> None:
     own = examples[rank::world_size]
     if rank == 0:
         print(f"{len(examples):,} examples, {params:,} parameters, {local}, {runtime.dtype_name(weights_dtype)}")
-    results, start = [{"ind": e.get("ind", n), "label": e["label"]} for n, e in enumerate(own)], time.perf_counter()
+    results, start = (
+        [{"ind": e.get("ind", rank + n * world_size), "label": e["label"]} for n, e in enumerate(own)],
+        time.perf_counter(),
+    )
     for name in QUESTIONS if scoring == "both" else (scoring,):
         score_all(name, model, own, tokenizer, results, len(examples))
     if world_size > 1:

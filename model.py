@@ -1,4 +1,4 @@
-"""A GPT: the network, its KV cache, sampling, parameter and FLOP counts. PyTorch alone, but for the CPU's fused loss.
+"""A GPT: the network, its KV cache, sampling, parameter and FLOP counts. Depends only on PyTorch and common/cpu.py.
 
 The defaults are GPT-2's (https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)
 and the module names are those of GPT-2 and nanoGPT, so their state dicts load. Every other choice is a field of GPTConfig.
@@ -41,8 +41,8 @@ class GPTConfig:
     init: str = "gpt2"  # gpt2 | zero_proj: see GPT.init_weights
     attn: str = "sdpa"  # attention kernel: sdpa (fused) | manual (the formula written out)
     activation_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
-    lora_rank: int = 0  # fine-tune low-rank additions to the blocks' matrices only; 0: all weights
-    lora_alpha: float = 16.0  # the additions are scaled by lora_alpha / lora_rank
+    lora_rank: int = 0  # train only LoRA adapters of this rank on the blocks' linear layers; 0: all weights
+    lora_alpha: float = 16.0  # the adapters are scaled by lora_alpha / lora_rank
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -63,7 +63,7 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout={self.dropout}: must be at least 0 and less than 1")
         if self.lora_rank < 0 or self.lora_alpha <= 0:
-            raise ValueError(f"--lora_rank={self.lora_rank} --lora_alpha={self.lora_alpha}: at least 0, and above 0")
+            raise ValueError(f"--lora_rank={self.lora_rank} must be at least 0, --lora_alpha={self.lora_alpha} above 0")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -210,7 +210,7 @@ class CausalSelfAttention(nn.Module):
         bias = q.new_zeros(T, S)
         if mask is not None:
             bias = bias.masked_fill(~mask, float("-inf"))
-        q = q.reshape(B, K, H // K * T, D)  # the query heads of one key/value head, one below the other
+        q = q.reshape(B, K, H // K * T, D)  # query heads that share a key/value head, stacked along T
         scores = torch.add(bias.repeat(H // K, 1), q @ k.transpose(-2, -1), alpha=scale)  # (B, K, H/K T, S)
         return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).view(B, H, T, D)
 
@@ -330,7 +330,7 @@ class GPT(nn.Module):
         return c * torch.tanh(logits / c) if c else logits
 
     def loss_of(self, x, targets, label_smoothing=0.0, logits=None):
-        """Mean cross-entropy of the head's input x (B, T, C), or of its logits (B, T, V) if they are there."""
+        """Mean cross-entropy of the head's input x (B, T, C), or of its logits (B, T, V) if given."""
         V, targets = self.config.vocab_size, targets.reshape(-1)  # (B T,)
         if logits is None and fused_loss_is_faster(x, V) and not self.config.logit_softcap:
             return fused_linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets, V, label_smoothing)
@@ -346,14 +346,14 @@ class GPT(nn.Module):
     ) -> Iterator[torch.Tensor]:  # fmt: skip
         """Continue idx, integer (B, T): yields the next id of every row, (B,), until max_new_tokens or all rows stopped.
 
-        Shorter rows are padded with -1 at their end. Decoding starts at the end of the shortest row; until T the longer rows
-        yield their own ids, which are not counted in max_new_tokens. A row that met a stop token repeats it.
+        Shorter rows are padded with -1 at their end. Sampling starts at the end of the shortest row; longer rows first yield
+        the rest of their prompt, which does not count toward max_new_tokens. A finished row repeats its stop token.
         When block_size is full, the last half of the context is read again and the text continues.
 
         temperature 0 is greedy; top_k keeps the k most likely ids (0: all), top_p the most likely that sum to p
         (https://arxiv.org/abs/1904.09751), min_p those at least p times as likely as the most likely one
         (https://arxiv.org/abs/2407.01082). rng: a torch.Generator. on_logits(logits (B, V)): called at every step.
-        make_step(model, cache, sample): makes another decoding step, see common/inference.py.
+        make_step(model, cache, sample): builds another decoding step, such as inference.DecodeStep.
         Raises ValueError for an empty prompt or a setting out of range.
         """
         start = int((idx >= 0).sum(1).min()) if len(idx) else 0  # length of the shortest row
@@ -412,7 +412,7 @@ class GPT(nn.Module):
     def prefill(self, idx, cache: KVCache) -> torch.Tensor:
         """Read a prompt idx (B, T) into the cache from its start; return the logits after it, (B, 1, V).
 
-        Identical rows are read once. A long prompt is read in pieces, so that memory stays bounded.
+        Identical rows are computed once. A long prompt is read in pieces, so that memory stays bounded.
         """
         B, target = len(idx), cache
         if B > 1 and (idx == idx[0]).all():

@@ -35,7 +35,7 @@ from prepare_tinystories import ensure_synthetic
 # Run
 out_dir = "out"  # folder of the run: checkpoints, logs, results
 init_from = "scratch"  # scratch | resume | a run (its best.pt) or checkpoint | gpt2, gpt2-xl, ... | Hugging Face
-resume = False  # continue from out_dir's checkpoint, or start if there is none; --init_from=resume insists on one
+resume = False  # continue from out_dir's checkpoint, or start if there is none; --init_from=resume fails then
 seed = 1337  # of the weights, the batch order and dropout
 dry_run = False  # print sizes, FLOPs and memory, and stop before training
 eval_only = False  # evaluate eval_iters batches and stop
@@ -49,14 +49,14 @@ block_size = 1024  # tokens in a sequence, the context
 gradient_accumulation_steps = 8  # micro-batches in a step, over all ranks together
 total_batch_tokens = 0  # tokens in a step; sets gradient_accumulation_steps (0: off)
 # Model
-depth = 0  # build the recipe for N layers: sizes, batch, learning rates and steps follow; keys you give win (0: off)
+depth = 0  # number of layers; derives width, batch size, learning rates and steps; explicit keys win (0: off)
 n_layer = 12  # number of blocks
 n_head = 12  # attention heads
 n_embd = 768  # width
 dropout = 0.0  # 0 for pretraining; 0.1 or more for small datasets
 bias = False  # biases in linear layers and LayerNorms
-lora_rank = 0  # fine-tune low-rank additions to the blocks' matrices only (0: all weights)
-lora_alpha = 16.0  # the additions are scaled by lora_alpha / lora_rank
+lora_rank = 0  # train only LoRA adapters of this rank on the blocks' linear layers (0: all weights)
+lora_alpha = 16.0  # the adapters are scaled by lora_alpha / lora_rank
 add_keys(globals(), GPTConfig, skip=("vocab_size",))  # norm, mlp, pos, n_kv_head, attn, ...: see GPTConfig in model.py
 # Optimization
 optimizer = "adamw"  # adamw | adam | sgd | adafactor | muon
@@ -79,26 +79,26 @@ schedule = "cosine"  # after a linear warmup: cosine | linear | wsd (warmup-stab
 decay_lr = True  # False: learning_rate throughout
 warmup_iters = 715  # steps of linear warmup
 lr_decay_iters = 0  # step at which the schedule reaches min_lr (0: max_iters)
-decay_fraction = 0.2  # wsd: fraction of the run, at its end, in which the rate falls
+decay_fraction = 0.2  # wsd: final fraction of the run, in which the rate falls
 min_lr = 6e-5  # final learning rate; other groups' rates fall in proportion
 # Evaluation, logs, checkpoints
 eval_interval = 250  # steps between evaluations, each with a checkpoint (0: only at the end)
 eval_iters = 20  # batches of validation windows in an evaluation, evenly spaced, the same every time
-final_eval_tokens = 2**20  # validation tokens in the last evaluation (0: the whole split)
+final_eval_tokens = 2**20  # validation tokens per dataset in the last evaluation (0: the whole split)
 log_interval = 1  # steps between log lines
-always_save_checkpoint = True  # False: evaluations save best.pt only; ckpt.pt comes at the end
+always_save_checkpoint = True  # False: evaluations save best.pt only, not ckpt.pt
 checkpoint_interval = 0  # steps between further checkpoints (0: none)
 keep_checkpoints = 0  # keep the last N checkpoints as step_*.pt
 hellaswag_interval = 0  # steps between HellaSwag scores, and one at the end (0: off)
 hellaswag_limit = 0  # score the first N examples (0: all 10,042)
 hellaswag_data = ""  # a file of examples instead of the validation split, which is downloaded
 sample_interval = 0  # steps between texts written to samples/ (0: only at the end)
-sample_prompt = ""  # how they begin; empty: the start of a document
+sample_prompt = ""  # prompt of the samples; empty: the start of a document
 sample_temperature = 0.7  # 0: always the most likely token
 wandb_log = False  # log to Weights & Biases
-wandb_project = "gpt"  # its project
-wandb_run_name = "gpt2"  # its name of the run
-wandb_checkpoint = False  # upload best.pt to it at the end
+wandb_project = "gpt"  # Weights & Biases project
+wandb_run_name = "gpt2"  # Weights & Biases run name
+wandb_checkpoint = False  # upload best.pt to Weights & Biases at the end
 tensorboard = False  # write event files to out_dir/tensorboard
 # System
 device = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | cuda:1 | mps
@@ -108,11 +108,11 @@ backend = "nccl"  # of torchrun's ranks on GPUs; CPUs use gloo
 timeout = 600  # seconds a rank waits for the others
 peak_tflops = 0.0  # the device's peak, for MFU (0: from a table)
 
-# Alternatives: when a key of a group is set on the command line, the others, from a config file or the defaults, become 0.
+# Keys that set the same quantity. Those set last win (defaults < config file < command line); the others become 0.
 RUN_LENGTH = ("max_iters", "max_epochs", "max_flops", "max_minutes")
 ALTERNATIVES = (RUN_LENGTH, ("gradient_accumulation_steps", "total_batch_tokens"))
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
-SCHEDULES = {  # part of the decay so far, 0 to 1 -> part of the rate that is left
+SCHEDULES = {  # fraction of the decay done, 0 to 1 -> fraction of the rate left
     "cosine": lambda decayed: 0.5 * (1 + math.cos(math.pi * decayed)),
     "linear": lambda decayed: 1 - decayed,
     "wsd": lambda decayed: 1 - decayed,
@@ -138,7 +138,7 @@ class State:
 
 
 class Batches:
-    """This rank's micro-batches. Sequence i depends on the seed and i only; in a step the ranks take micro-batches in turn."""
+    """This rank's micro-batches. Sequence i depends only on (seed, i). In a step, micro-batches go to the ranks in turn."""
 
     def __init__(self, windows: TrainingWindows | MixedWindows, device: torch.device, rank: int, world_size: int):
         self.windows, self.device, self.rank, self.world_size = windows, device, rank, world_size
@@ -163,7 +163,7 @@ class Batches:
 class Run:
     """What train_step and evaluate need."""
 
-    model: GPT  # plain: saved and sampled from
+    model: GPT  # the plain module: saved, evaluated and sampled from
     step_model: torch.nn.Module  # the same weights, compiled and wrapped in DDP
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
@@ -221,8 +221,8 @@ def make_optimizers(model: GPT, amp_dtype: torch.dtype = torch.float32) -> list[
     """The optimizers that together update every trainable parameter exactly once.
 
     Muon takes the blocks' matrices; embeddings, head, norms and biases go to AdamW. Weight decay applies to matrices only.
-    A group's "lr_scale" is its peak rate over learning_rate. amp_dtype: of Muon's matrix products. An optimizer with
-    defaults["fused"] must read found_inf, as torch's fused ones do (see train_step); others are skipped with a GPU sync.
+    A group's "lr_scale" is its peak rate / learning_rate. amp_dtype: dtype of Muon's matrix products. An optimizer with
+    defaults["fused"] must check found_inf itself; train_step skips the others, at the cost of a GPU sync.
     """
     hidden, groups = [], {}
     peak_lr = {"embedding": embedding_lr, "head": head_lr, "vector": vector_lr}
@@ -279,7 +279,7 @@ def make_optimizers(model: GPT, amp_dtype: torch.dtype = torch.float32) -> list[
 def train_step(run: Run, state: State, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
     """One update. Returns this rank's mean loss and the gradient norm, on the device, without waiting for them.
 
-    After a gradient that is not finite no update is applied any more; the loop notices one step later and stops.
+    Once a gradient is not finite, all later updates are skipped, until the loop reads the loss and stops the run.
     """
     for each in run.optimizers:
         for group in each.param_groups:
@@ -328,7 +328,7 @@ def train_step(run: Run, state: State, lr: float) -> tuple[torch.Tensor, torch.T
 def evaluate(run: Run, datasets: list, n_windows: int, interrupted=lambda: False) -> dict | None:
     """Loss (nats per token) and accuracy on each dataset's fixed validation windows, and their means by the datasets' weights.
 
-    n_windows: of each dataset, evenly spaced; 0: all. The ranks share them. None if interrupted() on any rank.
+    n_windows: evenly spaced windows per dataset (0: all), split over the ranks. None if interrupted() on any rank.
     """
     result = {"loss": 0.0, "accuracy": 0.0, "by_source": {}}
     run.model.eval()  # the plain model: compiling it again for evaluation would take longer than it saves
@@ -393,7 +393,7 @@ def main(config: dict) -> None:
     run_device, amp_dtype, rank, world_size = setup.set_up_device(globals())
     master = rank == 0
 
-    # Data and model: new, with weights to start from, or from a checkpoint to resume
+    # Data and model: from scratch, from other weights, or from the checkpoint to resume
     if "tinystories_synthetic" in re.split("[:,]", dataset):
         if master:
             ensure_synthetic(Path(data_dir) / "tinystories_synthetic")
@@ -451,7 +451,7 @@ def main(config: dict) -> None:
     evaluated, saved = None, state.step  # the steps evaluated and saved last
 
     while True:
-        # N updates take N + 1 rounds: a round starts with what is due after the update before it.
+        # Each round first saves, evaluates and samples after the last update, then makes one: N updates take N + 1 rounds.
         step, last = state.step, is_finished(state, monitor.minutes)
         evaluate_now = (last or is_due(eval_interval, step)) and evaluated != step
         save_now = last or (always_save_checkpoint and evaluate_now) or is_due(checkpoint_interval, step)
@@ -506,10 +506,10 @@ def main(config: dict) -> None:
         if run_device.type != "cuda":
             log_step(run, state, log, monitor)
 
-    # The end: a run that was stopped ends with its exit code, another with a longer evaluation and its results.
+    # The end: a stopped run exits with 128 + signal, a finished run does the final evaluation and writes its results.
     saver.wait()
     monitor.signals.catch(False)  # everything that training made is on the disk
-    run.step_model = model  # drops DDP: freed after its process group it would deadlock
+    run.step_model = model  # frees DDP before its process group: the other order deadlocks
     result = None if monitor.stop else evaluate(run, datasets, -(-final_eval_tokens // block_size))
     runtime.shutdown_distributed()  # all ranks together: torchrun ends the others when one exits
     if monitor.stop and "ckpt.pt" not in saver.failed:

@@ -38,7 +38,7 @@ class DamagedCheckpoint(UserError):
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write to a temporary name, sync, rename: at every instant the old file or the new one is whole.
+    """Write to a temporary file, sync, rename: a crash leaves either the old file or the new one intact.
 
     The old ckpt.pt stays as ckpt_previous.pt. Raises OSError, and leaves the old files, where the disk is full.
     """
@@ -68,18 +68,26 @@ def hard_link(path: Path, other: Path) -> None:
     os.replace(part, other)
 
 
-def copy_to_host(value, into=None):
-    """A copy of nested dicts and lists with all tensors on the CPU, in the memory of `into`, an earlier copy, where it fits."""
+def copy_to_host(value, into=None, copies=None):
+    """A copy of nested dicts and lists with all tensors on the CPU, reusing the tensors of `into`, an earlier copy.
+
+    copies: what was copied so far, by address: tied weights are copied once and share their storage in the file.
+    """
+    copies = {} if copies is None else copies
     if isinstance(value, dict):
-        return {k: copy_to_host(v, into.get(k) if isinstance(into, dict) else None) for k, v in value.items()}
+        return {k: copy_to_host(v, into.get(k) if isinstance(into, dict) else None, copies) for k, v in value.items()}
     if isinstance(value, list):
         into = into if isinstance(into, list) and len(into) == len(value) else [None] * len(value)
-        return [copy_to_host(v, old) for v, old in zip(value, into)]
+        return [copy_to_host(v, old, copies) for v, old in zip(value, into)]
     if not isinstance(value, torch.Tensor):
         return value
+    key = (value.data_ptr(), value.shape, value.dtype)
+    if value.numel() and key in copies:
+        return copies[key]
     if not isinstance(into, torch.Tensor) or into.shape != value.shape or into.dtype != value.dtype:
         into = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
-    return into.copy_(value.detach(), non_blocking=value.is_cuda)
+    copies[key] = into.copy_(value.detach(), non_blocking=value.is_cuda)
+    return into
 
 
 class CheckpointSaver:
@@ -251,7 +259,7 @@ def find_runs(root: Path = Path()) -> list[Path]:
 
 
 def chosen_model(out_dir: str, init_from: str) -> str:
-    """What a script's keys out_dir and init_from name: init_from, or with "resume" out_dir, or the newest run."""
+    """The model a script should load: init_from; if that is "resume", out_dir; if that is empty, the newest run."""
     if init_from != "resume":
         return init_from
     if not out_dir and not find_runs():
@@ -292,8 +300,11 @@ def find_tokenizer(checkpoint: dict, data_dir: str = "data") -> Tokenizer:
     name = checkpoint.get("config", {}).get("dataset", "")
     if name and (Path(data_dir) / name / "meta.pkl").exists():
         return tokenizer_from_dict(load_dataset(name, data_dir).tokenizer)
-    if checkpoint["model_args"]["vocab_size"] < 50257:
-        raise UserError(f"the checkpoint has no tokenizer and there is no {data_dir}/{name}/meta.pkl: set --data_dir")
+    if checkpoint["model_args"]["vocab_size"] not in (50257, 50304):
+        where = (
+            f"set --data_dir: there is no {data_dir}/{name}/meta.pkl" if name else "add tokenizer.json to its folder"
+        )
+        raise UserError(f"the model has no tokenizer: {where}")
     return tokenizer_from_dict({"kind": "gpt2"})
 
 
@@ -381,7 +392,7 @@ def load_to_resume(requested: dict, rank: int) -> dict | None:
     with the same keys.
     """
     asked = requested["resume"] or requested["init_from"] == "resume"
-    # Summed over the ranks: a host that came back counts its restarts from 0.
+    # Summed over the ranks, because a replaced host counts its restarts from 0.
     restarts = all_reduce(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
     if not asked and not restarts:
         return None
@@ -402,9 +413,10 @@ def load_to_resume(requested: dict, rank: int) -> dict | None:
 
 
 def restore_best(state, rank: int, out_dir: str) -> None:
-    """Take the best loss from best.pt, on all ranks: it may be newer than the checkpoint.
+    """Take the best loss from best.pt, on all ranks. A best.pt of a later step is ignored: training repeats those steps.
 
-    A best.pt from this same step is evaluated again without counting against patience.
+    ckpt.pt is saved before the evaluation of its step, so a best.pt of the same step is newer. That step is evaluated again
+    without counting against patience.
     """
     best, path = None, Path(out_dir) / "best.pt"
     if rank == 0 and path.exists():
@@ -452,7 +464,7 @@ def restore_optimizers(optimizers: list, scaler, checkpoint: dict, config: dict,
             for name in {"exp_avg", "exp_avg_sq"} & values.keys():
                 moment = values[name]
                 values[name] = F.pad(moment, (0, 0) * (moment.dim() - 1) + (0, len(params[index]) - len(moment)))
-        for theirs, ours in zip(saved["param_groups"], settings):  # they decide where the step count lives
+        for theirs, ours in zip(saved["param_groups"], settings):  # they decide on which device AdamW counts steps
             theirs |= {k: ours[k] for k in ("fused", "capturable") if k in ours}
         optimizer.load_state_dict(saved)
         for group, ours in zip(optimizer.param_groups, settings):  # this run's keys, not the checkpoint's
@@ -464,7 +476,7 @@ def restore_optimizers(optimizers: list, scaler, checkpoint: dict, config: dict,
 def changed_keys(before: dict, now: dict, fixed: set[str], config_before: dict, config: dict) -> list[str]:
     """Descriptions of the keys that differ and matter: "weight_decay 0.1 -> 0.2"."""
     silent = {"resume", "init_from", "out_dir", "max_iters", "lr_decay_iters", "eval_only", *fixed}
-    silent |= {"batch_size", "gradient_accumulation_steps", "total_batch_tokens", "skip_bad_steps"}
+    silent |= {"batch_size", "gradient_accumulation_steps", "total_batch_tokens"}
     changed = [f"{k} {v} -> {now[k]}" for k, v in before.items() if k not in silent and now.get(k, v) != v]
 
     def per_step(c: dict) -> int:

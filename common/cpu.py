@@ -17,7 +17,7 @@ def manual_attention_is_faster(q, S: int, training: bool) -> bool:
 
 
 def fused_loss_is_faster(x, vocab_size: int) -> bool:
-    """Whether to use fused_linear_cross_entropy for the head's input x: training on a CPU, with more than a few hundred ids."""
+    """Whether to use fused_linear_cross_entropy for the head's input x: training on a CPU, with a vocabulary of at least 512."""
     training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return x.device.type == "cpu" and training and vocab_size >= 512 and head_dtype(x) != torch.float16
 

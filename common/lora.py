@@ -1,4 +1,4 @@
-"""LoRA (https://arxiv.org/abs/2106.09685): fine-tune low-rank additions to the blocks' matrices and nothing else."""
+"""LoRA (https://arxiv.org/abs/2106.09685): train low-rank adapters on the blocks' linear layers and nothing else."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a run runs on: device and dtype, the ranks of torchrun, the numbers of a step, signals."""
+"""Device and dtype, the ranks of torchrun, the numbers of a step, signals, explained errors."""
 
 import contextlib
 import math
@@ -133,7 +133,7 @@ def init_distributed(device: torch.device, backend: str, timeout: float) -> tupl
     wait, options = timedelta(seconds=timeout), {}
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store keeps the addresses of ranks from before a restart: a prefix per attempt hides them.
+            # After a restart torchrun's store still has the old addresses of the ranks: a prefix per attempt separates them.
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, False, wait)
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             options = {"store": store, "rank": rank, "world_size": world_size}
@@ -153,12 +153,14 @@ def check_all_reduce(device: torch.device, rank: int, world_size: int) -> None:
     dist.all_gather_object(hosts, socket.gethostname())
     numbers, seconds = torch.ones(2**22, device=device), []
     for _ in range(4):  # the first also opens the connections
+        numbers.fill_(1)
+        synchronize(device)
         start = time.perf_counter()
         dist.all_reduce(numbers)
         total = numbers[-1].item()  # syncs
         seconds.append(time.perf_counter() - start)
-    if total != world_size**4:
-        raise RuntimeError(f"all-reduce is wrong: {total} instead of {world_size**4}")
+        if total != world_size:
+            raise RuntimeError(f"all-reduce is wrong: {total} instead of {world_size}")
     sent = 2 * (world_size - 1) / world_size * 4 * numbers.numel()  # bytes each rank sends in a ring
     if rank == 0:
         counts = ", ".join(f"{n} on {host}" for host, n in Counter(hosts).items())
@@ -300,16 +302,16 @@ def explain_errors(keys: dict):
             ) from None
         if world_size > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
             if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) < world_size:
-                time.sleep(5)  # sooner, torchrun has not noticed that a host is lost and would restart with it
+                time.sleep(5)  # until torchrun notices the lost host; sooner, it would restart with that host
             raise UserError(f"rank {rank}: another rank is gone ({first_line(e)})") from None
         raise
 
 
 def bad_step_error(run, stats: StepStats) -> UserError:
-    """The error of a step whose loss or gradient is not finite: whose micro-batch it was, and where its text is.
+    """The error of a step whose loss or gradient is not finite. Names the rank, the micro-batch and the place of its text.
 
-    run: train.py's Run. Called by all ranks. Repeats the step's micro-batches one by one without an update, because after
-    the gradients were averaged over the ranks nothing tells whose was bad.
+    run: train.py's Run. Called by all ranks. Recomputes the step's micro-batches one at a time, because averaged gradients
+    do not show which was bad.
     """
     found = ""
     run.seed_dropout(stats.step - 1)
@@ -330,6 +332,6 @@ def bad_step_error(run, stats: StepStats) -> UserError:
         dist.all_gather_object(everyone, found)
     where = "; ".join(filter(None, everyone)) or "no single micro-batch, their sum overflows"
     return UserError(
-        f"step {stats.step:,}: loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g}. It comes from {where}. No weight was "
-        "changed by it. Lower --learning_rate or --grad_clip, or try --dtype=float32; --resume continues from the last checkpoint"
+        f"step {stats.step:,}: loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g}. It comes from {where}. The update "
+        "was skipped. Lower --learning_rate or --grad_clip, or try --dtype=float32; --resume continues from the last checkpoint"
     )

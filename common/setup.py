@@ -18,12 +18,12 @@ from model import GPT
 
 
 def from_depth(keys: dict, explicit: set[str]) -> dict:
-    """The keys that --depth=N stands for: the modern recipe with N blocks of width 64 N. Keys you give are used in them.
+    """The keys that --depth=N stands for: the modern recipe with N blocks of width 64 N. Explicit keys enter these formulas.
 
     1. Tokens: 20 per weight in the blocks' matrices, 12 N (64 N)^2 of them (https://arxiv.org/abs/2203.15556).
     2. Tokens per step grow as weights^(2/3), from 2^14 at depth 2 to 2^19 at depth 12.
     3. The head's rate falls as 1 / width; the others suit any width (tests/test_recipe.py).
-    4. Weight decay averages over the length of the run (https://arxiv.org/abs/2405.13698).
+    4. Weight decay is 1 / (rate x steps): the weights average over the run (https://arxiv.org/abs/2405.13698).
     """
     check_bounds(keys, at_least_0="depth max_iters", at_least_1="n_layer n_embd block_size batch_size")
 
@@ -60,7 +60,7 @@ def check_keys(keys: dict, optimizers, schedules) -> None:
         at_least_1="batch_size block_size log_interval eval_iters timeout",
         at_least_0="depth learning_rate embedding_lr head_lr vector_lr min_lr weight_decay warmup_iters grad_clip norm_eps "
         "patience max_iters max_epochs max_flops max_minutes total_batch_tokens gradient_accumulation_steps eval_interval "
-        "final_eval_tokens sample_interval sample_temperature checkpoint_interval keep_checkpoints hellaswag_interval "
+        "final_eval_tokens lr_decay_iters sample_interval sample_temperature checkpoint_interval keep_checkpoints hellaswag_interval "
         "hellaswag_limit seed",
         below_1="beta1 beta2 momentum label_smoothing",
     )
