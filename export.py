@@ -21,6 +21,7 @@ from pathlib import Path
 from common.checkpoint import chosen_model, find_checkpoint, find_tokenizer, load_model, save_checkpoint
 from common.files import atomic_write
 from common.inference import read_results
+from common.logger import perplexity
 from common.lora import merge_lora
 from common.pretrained import is_pretrained, to_hugging_face
 from common.runtime import DTYPES
@@ -39,8 +40,8 @@ data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their data
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 FILES |= {"README.md", "model.pt"}
 COMMAND_KEYS = (  # of train.py, for the model card
-    "init_from seed dataset data_fraction batch_size block_size gradient_accumulation_steps max_iters optimizer "
-    "learning_rate min_lr embedding_lr head_lr vector_lr schedule warmup_iters lr_decay_iters decay_fraction decay_lr "
+    "init_from seed dataset data_fraction batch_size block_size gradient_accumulation_steps max_iters max_minutes "
+    "optimizer learning_rate min_lr embedding_lr head_lr vector_lr schedule warmup_iters lr_decay_iters decay_fraction decay_lr "
     "weight_decay beta1 beta2 momentum grad_clip label_smoothing"
 )
 EXAMPLE = """\
@@ -55,16 +56,18 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
 """
 
 
-def model_card(name: str, model: GPT, config: dict, results: dict, target: str) -> str:
+def model_card(name: str, model: GPT, checkpoint: dict, results: dict, target: str) -> str:
     """README.md: what the model is, how good, trained on what, and with which command."""
+    config = checkpoint.get("config", {})
+    val_loss = checkpoint.get("val_loss", results.get("final_val_loss"))
     base = {"resume": "scratch"}.get(config.get("init_from"), config.get("init_from"))
     origin = f"trained from {base}" if base else "converted"
     facts = {
         "trained on": config.get("dataset"),
-        "steps": results.get("total_steps"),
-        "tokens": results.get("tokens"),
-        "validation loss (nats per token)": results.get("final_val_loss"),
-        "validation perplexity": results.get("final_val_perplexity"),
+        "steps": checkpoint.get("step"),
+        "tokens": checkpoint.get("tokens"),
+        "validation loss (nats per token)": val_loss,
+        "validation perplexity": val_loss and perplexity(val_loss),
         "HellaSwag acc_norm": results.get("hellaswag_acc_norm"),
         "training time (s)": results.get("train_seconds"),
         "device": results.get("device"),
@@ -110,7 +113,7 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
     for name in weights:
         rows = vocab_size if name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight")) else None
         weights[name] = weights[name][:rows].to(DTYPES[dtype]).contiguous().clone()
-    card = model_card(folder.name, model, checkpoint.get("config", {}), results, target)
+    card = model_card(folder.name, model, checkpoint, results, target)
     objects = {"config.json": config, "generation_config.json": sampling, "tokenizer_config.json": reader}
     texts = {name: json.dumps(value, indent=1) for name, value in objects.items()}
     part = folder.with_name(folder.name + ".part")
@@ -157,6 +160,8 @@ def main() -> None:
     if output_format == "torch":
         return export_torch(model, checkpoint, tokenizer, folder)
     results = {} if is_pretrained(name) else read_results(run)
+    if results.get("total_steps") != checkpoint.get("step"):  # best.pt is from before the run's end
+        results = {key: results[key] for key in ("device", "versions", "git_commit") if key in results}
     export_hugging_face(model, checkpoint, tokenizer, folder, results)
 
 

@@ -403,22 +403,21 @@ def main(config: dict) -> None:
     resuming = loaded is not None
     if resuming:
         init_from = "resume"
+        requested["init_from"] = loaded.get("requested", loaded["config"]).get("init_from", "scratch")
     elif init_from not in ("scratch", "resume"):
         loaded = checkpoint.read_model(init_from)
     model = make_model(datasets[0][0], loaded).to(run_device).train()
     state = State(**{k: loaded[k] for k in State.__dataclass_fields__ if k in loaded}) if resuming else State()
     windows = make_windows(datasets) if datasets[0][0].train else None  # None: a dry run without its dataset
     setup.resolve_limits(globals(), state, windows, model, world_size)  # sets max_iters, gradient_accumulation_steps
-    config = {key: globals()[key] for key in config}
+    config = {key: globals()[key] for key in config} | {"init_from": requested["init_from"]}  # not "resume"
     if master:
         logger.print_summary(model, datasets, config, run_device, amp_dtype)
     if dry_run:
         return runtime.shutdown_distributed()
     eval_windows = eval_iters * batch_size
     if resuming and loaded.get("requested", {}).get("eval_iters") == eval_iters:
-        eval_windows = loaded[
-            "eval_windows"
-        ]  # unless --eval_iters changed, the same windows, also with another batch size
+        eval_windows = loaded["eval_windows"]  # the same windows as before, also with another batch size
     scaler = torch.amp.GradScaler(run_device.type, enabled=amp_dtype == torch.float16)
     batches, accum = Batches(windows, run_device, rank, world_size), gradient_accumulation_steps // world_size
     run = Run(model, model, [], scaler, batches, run_device, amp_dtype, accum, rank, world_size)

@@ -441,10 +441,7 @@ def restore_optimizers(optimizers: list, scaler, checkpoint: dict, config: dict,
     if "dataset" in checkpoint["config"]:  # the one that was found
         before["dataset"] = checkpoint["config"]["dataset"]
     fixed = {f.name for f in fields(GPTConfig)} - RUNTIME_FIELDS | {"optimizer"}
-    if before.get("init_from", "scratch") not in (
-        "scratch",
-        "resume",
-    ):  # its model came from other weights, not from keys
+    if before.get("init_from", "scratch") not in ("scratch", "resume"):  # its model came from other weights, not keys
         fixed = {"optimizer", "lora_rank"}
     start_again = f"keep it, or start a run with --init_from={config['out_dir']}"
     for key in sorted(fixed & before.keys() & now.keys()):

@@ -56,6 +56,16 @@ def test_transformers_loads_an_export_with_the_same_logits_text_and_tokens(run, 
     assert texts[0] == texts[1]
 
 
+def test_the_card_of_the_best_weights_gives_their_loss_and_not_the_last(run, chars):
+    run("train.py", *SMALL, "--dataset=chars", *GPT2)
+    best = torch.load(chars / "out" / "best.pt", weights_only=True)
+    torch.save(best | {"step": 1, "val_loss": 1.2345}, chars / "out" / "best.pt")
+    run("export.py")
+    card = (chars / "out" / "export" / "README.md").read_text()
+    assert "| steps | 1 |" in card and "| validation loss (nats per token) | 1.2345 |" in card
+    assert "HellaSwag" not in card and "training time" not in card
+
+
 def test_character_models_bfloat16_and_torch_files_are_exported(run, refused, chars):
     run("train.py", *SMALL, "--dataset=chars", *GPT2)
     run("export.py", "--dtype=bfloat16", "--output_dir=half")

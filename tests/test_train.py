@@ -643,5 +643,8 @@ def test_a_run_from_other_weights_says_that_they_set_the_model_keys_and_resumes(
     printed = run(*tune, "--n_layer=3", "--mlp=relu2", "--max_iters=3")
     assert "2 layers, 2 heads, width 32" in printed and "from out, which sets the model keys" in printed
     run(*tune, "--n_layer=3", "--mlp=relu2", "--max_iters=4", "--resume")  # the same command again
+    run("train.py", *SMALL, "--dataset=chars", "--out_dir=tuned", "--max_iters=5", "--init_from=resume")
     run(*tune, "--max_iters=6", "--resume")
+    saved = torch.load(chars / "tuned" / "ckpt.pt", weights_only=True)
+    assert saved["requested"]["init_from"] == saved["config"]["init_from"] == "out"
     assert json.loads((chars / "tuned" / "config.json").read_text())["n_layer"] == 2
