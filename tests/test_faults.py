@@ -1,4 +1,4 @@
-"""Faults injected into real runs, which are then resumed and held against a run that met none, bit for bit.
+"""Faults injected into real runs, which are then resumed and compared with a run without faults, bit for bit.
 
 `pytest` runs a short form. The longer one, with its figures at the end:
 
@@ -219,7 +219,7 @@ def test_resume_keeps_the_model_and_the_validation_windows(run, refused, chars):
     assert f"val loss {before:.4f}" in line
 
 
-def test_resume_before_the_first_checkpoint_begins_and_insisting_is_refused(run, refused, chars):
+def test_resume_before_the_first_checkpoint_starts_and_init_from_resume_is_refused(run, refused, chars):
     printed = run("train.py", *SMALL, "--dataset=chars", "--resume")
     assert "out has no checkpoint to resume from: starting the run" in printed
     message = refused("train.py", *SMALL, "--dataset=chars", "--init_from=resume", "--out_dir=none")
@@ -343,7 +343,7 @@ root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reaso
 
 
 @root
-def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(run, refused, chars):
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_continues(run, refused, chars):
     setting = "--dropout=0.1"
     whole_run(chars, setting)
     size = (chars / "whole" / "ckpt.pt").stat().st_size // 1024

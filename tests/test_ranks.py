@@ -100,7 +100,7 @@ def logged(out: Path) -> int:
     return len(losses(out)) if (out / "metrics.jsonl").exists() else 0
 
 
-def test_ranks_greet_train_one_run_and_only_the_first_writes(chars, tmp_path_factory):
+def test_ranks_check_the_network_train_one_run_and_only_rank_0_writes(chars, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("rank1")
     keys = [*JOB, f"--data_dir={chars}/data", "--max_iters=12", "--sample_interval=3"]
     first, second = two_ranks(*keys, "--out_dir=two", cwds=(chars, elsewhere))
@@ -125,7 +125,7 @@ def test_ranks_greet_train_one_run_and_only_the_first_writes(chars, tmp_path_fac
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])  # micro-batches of a rank: with and without DDP's static graph
-def test_compiled_ranks_reduce_while_the_backward_pass_goes_on(chars, accumulation):
+def test_compiled_ranks_reduce_during_the_backward_pass(chars, accumulation):
     sizes = ["--n_embd=160", "--n_layer=2", f"--gradient_accumulation_steps={2 * accumulation}", "--max_iters=3"]
     keys = [*JOB, *sizes, "--sample_prompt=", "--final_eval_tokens=64"]
     logged = {"TORCH_LOGS": "ddp_graphs"}
@@ -137,7 +137,7 @@ def test_compiled_ranks_reduce_while_the_backward_pass_goes_on(chars, accumulati
     assert plain.returncode == 0 and losses(chars / "compiled") == pytest.approx(losses(chars / "plain"), abs=1e-4)
 
 
-def test_a_rank_that_does_not_come_is_told_within_the_timeout(chars):
+def test_a_missing_rank_is_an_error_within_the_timeout(chars):
     start = time.monotonic()
     (alone,) = two_ranks(*JOB, "--timeout=3", cwds=(chars,), ranks=(0,))
     assert alone.returncode == 2 and time.monotonic() - start < 40
@@ -185,7 +185,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_error(chars):
     assert load_checkpoint(chars / "out" / "ckpt.pt")["step"] > 0
 
 
-def test_torchrun_restarts_go_on_from_the_last_checkpoint(chars):
+def test_torchrun_restarts_continue_from_the_last_checkpoint(chars):
     keys = [*JOB, "--max_iters=300", "--eval_interval=50"]
     done = two_ranks(*keys, "--out_dir=whole", cwds=(chars, chars))
     assert all(d.returncode == 0 for d in done)
@@ -233,7 +233,7 @@ def two_hosts():
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="makes network namespaces")
 def test_two_hosts_train_and_survive_the_loss_of_one(chars):
-    """README's recipe for several hosts; the second host's cable is cut and it dies, then it comes back."""
+    """README's recipe for several hosts; the second host's cable is cut and its processes are killed, then it starts again."""
     keys = [*JOB, "--max_iters=60"]
     done = two_ranks(*keys, "--out_dir=whole", cwds=(chars, chars))
     assert all(d.returncode == 0 for d in done)
@@ -269,7 +269,7 @@ def test_two_hosts_train_and_survive_the_loss_of_one(chars):
     assert losses(chars / "parts") == losses(chars / "whole")
 
 
-def test_the_slurm_recipe_saves_when_told_and_queues_itself_again(chars):
+def test_the_slurm_recipe_saves_on_a_signal_and_queues_itself_again(chars):
     """README's job script, with Slurm's part played: it gets the signal, and scontrol is a file that says it was called."""
     bin = chars / "bin"
     bin.mkdir()

@@ -42,7 +42,7 @@ def torchrun(ranks: int, *arguments, cwd):
     return done.stdout
 
 
-def test_a_run_leaves_what_is_promised(run, chars):
+def test_a_run_writes_its_files(run, chars):
     printed = run(
         "train.py", *SMALL, "--dataset=chars", "--sample_interval=2", "--checkpoint_interval=2", "--keep_checkpoints=2"
     )
@@ -271,7 +271,7 @@ def test_two_ranks_stop_by_one_clock(chars):
     assert results["total_steps"] == metrics(chars / "out")[-1]["step"] > 5
 
 
-def test_patience_ends_a_run_that_learns_no_more(run, chars):
+def test_patience_ends_a_run_whose_loss_no_longer_falls(run, chars):
     keys = ["--learning_rate=0.0", "--min_lr=0.0", "--eval_interval=2", "--max_iters=50", "--patience=3"]
     printed = run("train.py", *SMALL, "--dataset=chars", *keys)
     assert "stopping at step 6: no lower loss in 3 evaluations" in printed
@@ -287,7 +287,7 @@ def test_patience_counts_alike_on_all_ranks_after_a_resume(chars):
     assert json.loads((chars / "out" / "results.json").read_text())["total_steps"] == 9
 
 
-def test_rates_may_change_on_resume_but_not_begin(run, refused, chars):
+def test_group_rates_may_change_on_resume_but_not_from_zero(run, refused, chars):
     keys = [*SMALL, "--dataset=chars", "--embedding_lr=1e-3", "--head_lr=1e-3", "--tie_weights=False"]
     run("train.py", *keys)
     run("train.py", *keys, "--resume", "--max_iters=8", "--head_lr=5e-4")
@@ -463,7 +463,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(a) for a, _ in BAD])
-def test_bad_input_is_told_in_one_line(refused, chars, arguments, words):
+def test_bad_input_is_a_one_line_error(refused, chars, arguments, words):
     assert words in refused("train.py", *SMALL, "--dataset=chars", *arguments)
 
 
@@ -475,7 +475,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run, refused, chars):
     assert "context of 32" in refused("train.py", *SMALL, "--dataset=chars", "--init_from=out", "--block_size=64")
 
 
-def test_resuming_with_other_keys_is_told_or_refused(run, refused, chars):
+def test_resuming_with_other_keys_prints_them_or_refuses_them(run, refused, chars):
     run("train.py", *SMALL, "--dataset=chars")
     for key, value in (("optimizer", "sgd"), ("block_size", "16")):
         assert f"--{key}={value}: the run to resume had" in refused(

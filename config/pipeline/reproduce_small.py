@@ -33,7 +33,7 @@ steps = {
         "outputs": [f"{_study}/evaluation/evaluation_results.csv"],
     },
     "export": {
-        "run": f"export.py --out_dir={_study}/runs/n_embd=128_max_iters=1600-seed1 --format=torch --overwrite=True --output_dir={_study}/export",
+        "run": f"export.py --out_dir={_study}/runs/n_embd=128_max_iters=1600-seed1 --output_format=torch --overwrite=True --output_dir={_study}/export",
         "after": ["sweep"],
         "inputs": [f"{_study}/results.jsonl"],
         "outputs": [f"{_study}/export"],
