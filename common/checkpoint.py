@@ -171,8 +171,7 @@ def load_checkpoint(path: Path) -> dict:
     Raises DamagedCheckpoint if it is not whole, UserError if it cannot be read now or holds anything but plain data.
     """
     if not path.is_file():
-        runs = ", ".join(map(str, find_runs()[:3]))
-        raise UserError(f"there is no checkpoint {path}: {f'there is {runs}' if runs else 'train first'}")
+        raise no_checkpoint(path)
     try:
         if zipfile.is_zipfile(path):  # torch.load does not verify the checksums
             with zipfile.ZipFile(path) as archive:
@@ -258,10 +257,21 @@ def find_runs(root: Path = Path()) -> list[Path]:
     return list(dict.fromkeys(folder for _, folder in found))
 
 
+def no_checkpoint(path: str | Path) -> UserError:
+    """The error of a checkpoint or run folder that does not exist; names the newest runs."""
+    runs = ", ".join(map(str, find_runs()[:3]))
+    return UserError(f"there is no checkpoint {path}: {f'there is {runs}' if runs else 'train first'}")
+
+
 def chosen_model(out_dir: str, init_from: str) -> str:
-    """The model a script should load: init_from; if that is "resume", out_dir; if that is empty, the newest run."""
+    """The model a script should load: init_from; if that is "resume", out_dir; if that is empty, the newest run.
+
+    Raises UserError if there is no such folder, or no run.
+    """
     if init_from != "resume":
         return init_from
+    if out_dir and not Path(out_dir).exists():
+        raise no_checkpoint(out_dir)
     if not out_dir and not find_runs():
         hint = "run python train.py config/quickstart.py, or set --out_dir"
         raise UserError(f"there is no trained model under out/: {hint}")

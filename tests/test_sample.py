@@ -328,3 +328,7 @@ def test_stop_applies_to_explain_and_chat(trained, chatty):
 def test_a_chat_survives_odd_settings_and_does_not_save_an_empty_conversation(trained):
     text = chat(trained, "/save x.txt\n/temp 1e-44\nabc\n/temp 0\nabc\n/quit\n")
     assert "there is no conversation yet" in text and "defg" in text
+
+
+def test_a_missing_run_folder_is_named_and_not_taken_for_a_model_of_the_hub(refused):
+    assert "there is no checkpoint out/none" in refused("sample.py", "--out_dir=out/none")
