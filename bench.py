@@ -117,8 +117,8 @@ def make_run() -> train.Run:
     synthetic = shards.Dataset("synthetic tokens", [], [], None, vocab_size)
     datasets = setup.load_datasets(KEYS, rank) if real_data else [(synthetic, 1.0)]
     loaded = None if train.init_from == "scratch" else checkpoint.read_model(train.init_from)
-    model = train.make_model(datasets[0][0], loaded).to(device).train()
-    windows = train.make_windows(datasets) if real_data else SyntheticWindows(model.config.vocab_size)
+    model = setup.make_model(KEYS, datasets[0][0], loaded).to(device).train()
+    windows = setup.make_windows(KEYS, datasets) if real_data else SyntheticWindows(model.config.vocab_size)
     setup.resolve_limits(KEYS, train.State(), None, model, world_size)
     batches, accum = train.Batches(windows, device, rank, world_size), train.gradient_accumulation_steps // world_size
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -162,7 +162,7 @@ def bench_train() -> dict:
     print(f"{1e3 * seconds:.1f} ms per step, peak memory {memory or math.nan:,.0f} MiB")
     figures = {"tokens_per_second": rate, "ms_per_step": 1e3 * seconds, "peak_memory_mib": memory}
     if peak := runtime.peak_flops(device, train.peak_tflops):
-        palm = model.flops_per_token(train.block_size) * tokens_per_step / run.world_size
+        palm = runtime.flops_per_token(model, train.block_size) * tokens_per_step / run.world_size
         print(f"MFU {palm / seconds / peak:.1%} (PaLM) of {peak / 1e12:,.0f} TFLOP/s")
     if run.world_size > 1:
         return figures
@@ -171,7 +171,7 @@ def bench_train() -> dict:
         figures[f"ms_{name}"] = 1e3 * part
         print(f"  {name:<12} {1e3 * part:>9.1f} ms  {part / seconds:>6.1%}")
     flops, bandwidth = roofline(device, run.dtype)
-    products = model.flops_per_token(train.block_size, "causal") * tokens_per_step / flops
+    products = runtime.flops_per_token(model, train.block_size, "causal") * tokens_per_step / flops
     traffic = sum(p.numel() for p in model.parameters()) * 4 * 7 / bandwidth  # AdamW reads 4 tensors and writes 3
     figures["ms_roofline"] = 1e3 * (products + traffic)
     bound = f"{1e3 * products:.1f} ms for the products, {1e3 * traffic:.1f} ms for the optimizer's memory"

@@ -34,7 +34,7 @@ from common.cpu import tune_malloc
 from common.files import atomic_write, download
 from common.inference import for_inference
 from common.scoring import token_losses
-from common.tokenizer import Tokenizer
+from common.tokenizer import Tokenizer, tokenizer_from_dict
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
 from model import GPT, KVCache
 
@@ -207,15 +207,16 @@ class Score:
         return (right / examples, right_norm / examples) if examples else (math.nan, math.nan)
 
 
-def classic_questions(examples: list[dict], tokenizer: Tokenizer, block_size: int) -> list[tuple[Question, int | None]]:
-    """Every example with its label. Raises UserError if a model with this context cannot score them."""
+def load_classic(data: str, data_dir: str, limit: int, tokenizer: dict, block_size: int) -> list[tuple]:
+    """Questions and labels for train.py. Raises UserError if a model with this context cannot score them."""
+    examples, tokenizer = load_examples(data, data_dir, limit), tokenizer_from_dict(tokenizer)
     questions = [(classic_question(e, tokenizer), e["label"]) for e in examples]
     check_lengths([q for q, _ in questions], block_size)
     return questions
 
 
 def classic_accuracy(model: GPT, questions: list[tuple], rank=0, world_size=1) -> tuple[float, float]:
-    """acc and acc_norm of classic_questions(), for train.py. The ranks share the questions."""
+    """acc and acc_norm of load_classic(), for train.py. The ranks share the questions."""
     own, score, training = questions[rank::world_size], Score(), model.training
     model.eval()
     for indices, losses in ending_losses(model, [q for q, _ in own]):

@@ -1,4 +1,4 @@
-"""A GPT: the network, its KV cache, sampling, parameter and FLOP counts. Depends only on PyTorch and common/cpu.py.
+"""A GPT: the network, its KV cache, sampling. Depends only on PyTorch and common/cpu.py.
 
 The defaults are GPT-2's (https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)
 and the module names are those of GPT-2 and nanoGPT, so their state dicts load. Every other choice is a field of GPTConfig.
@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common.cpu import fused_linear_cross_entropy, fused_loss_is_faster, manual_attention_is_faster
+from common.cpu import fused_linear_cross_entropy, fused_loss_is_faster, manual_attention, manual_attention_is_faster
 
 
 @dataclass
@@ -187,9 +187,9 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def attend(self, q, k, v, mask=None):
-        """Causal attention: the T queries are the last T of S positions. A mask replaces the causal one.
+        """softmax(q k^T / sqrt(D)) v: the T queries are the last T of S positions, and none sees a later one.
 
-        q (B, H, T, D), k and v (B, K, S, D), mask bool (T, S), True where attended to. Returns (B, H, T, D).
+        q (B, H, T, D), k and v (B, K, S, D). A mask, bool (T, S), True where attended to, replaces the causal one.
         """
         T, S = q.size(2), k.size(2)
         dropout = self.config.dropout if self.training else 0.0
@@ -197,22 +197,9 @@ class CausalSelfAttention(nn.Module):
         if mask is None and T > 1 and (manual or S > T):
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         if manual:
-            return self.attend_manually(q, k, v, mask, dropout)
+            return manual_attention(q, k, v, mask, dropout)
         causal, grouped = T > 1 and mask is None, q.size(1) != k.size(1)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
-
-    def attend_manually(self, q, k, v, mask, dropout: float):
-        """softmax(q k^T / sqrt(D) + mask) v"""
-        (B, H, T, D), K, S = q.shape, k.size(1), k.size(2)
-        scale = D**-0.5
-        if q.dtype == torch.float16:  # scale before the product, which could overflow
-            q, scale = q * scale, 1
-        bias = q.new_zeros(T, S)
-        if mask is not None:
-            bias = bias.masked_fill(~mask, float("-inf"))
-        q = q.reshape(B, K, H // K * T, D)  # query heads that share a key/value head, stacked along T
-        scores = torch.add(bias.repeat(H // K, 1), q @ k.transpose(-2, -1), alpha=scale)  # (B, K, H/K T, S)
-        return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).view(B, H, T, D)
 
 
 class MLP(nn.Module):
@@ -359,10 +346,8 @@ class GPT(nn.Module):
         start = int((idx >= 0).sum(1).min()) if len(idx) else 0  # length of the shortest row
         if not start:
             raise ValueError("the prompt is empty: give at least one token")
-        V = self.config.vocab_size
-        if not 0 <= top_k <= V:
-            raise ValueError(f"--top_k={top_k}: must be between 0 (all) and the vocabulary size, {V}")
-        for name, value, high in (("temperature", temperature, math.inf), ("top_p", top_p, 1), ("min_p", min_p, 1)):
+        limits = {"temperature": math.inf, "top_k": self.config.vocab_size, "top_p": 1, "min_p": 1}
+        for (name, high), value in zip(limits.items(), (temperature, top_k, top_p, min_p)):
             if not 0 <= value <= high:
                 raise ValueError(f"--{name}={value}: must be between 0 and {high}")
 
@@ -433,9 +418,6 @@ class GPT(nn.Module):
             return torch.get_autocast_dtype(device)
         return torch.float32 if device == "cpu" else self.transformer.wte.weight.dtype
 
-    # -------------------------------------------------------------------------
-    # Counts
-
     def describe(self) -> str:
         c = self.config
         sizes = f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}"
@@ -446,21 +428,6 @@ class GPT(nn.Module):
         count = sum(p.numel() for p in self.parameters())
         copies = 1 if self.config.tie_weights else 2
         return count - copies * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-
-    def flops_per_token(self, T: int | None = None, convention="palm") -> float:
-        """Floating-point operations to train on one token at context T (forward and backward; a multiply-add is two).
-
-        palm: 6 N + 12 L C T, N all parameters but positions (https://arxiv.org/abs/2204.02311, appendix B), as nanoGPT.
-        causal: matrix products only, with attention over the (T + 1) / 2 keys that a causal query sees on average.
-        """
-        c, T = self.config, T or self.config.block_size
-        if convention == "palm":
-            positions = self.transformer.wpe.weight.numel() if c.pos == "learned" else 0
-            return 6 * (sum(p.numel() for p in self.parameters()) - positions) + 12 * c.n_layer * c.n_embd * T
-        if convention == "causal":
-            matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and ".h." in n)
-            return 6 * (matrices + c.padded_vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * (T + 1) / 2
-        raise ValueError(f"FLOP convention {convention!r}: choose palm or causal")
 
 
 def sample_next_token(logits, temperature, top_k, top_p, min_p, rng=None):

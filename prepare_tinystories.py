@@ -11,6 +11,7 @@ The grammar of the synthetic stories combines people, animals, things and places
 binds names, pronouns, things, colors and places anew, so a model has to learn who did what.
 """
 
+import functools
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -60,7 +61,7 @@ ADULTS = {"girl": ["mom", "grandma", "aunt"], "boy": ["dad", "grandpa", "uncle"]
 PRONOUNS = {"girl": {"he": "she", "him": "her", "his": "her"}, "boy": {"he": "he", "him": "him", "his": "his"}}
 
 
-def cast(rng: random.Random) -> dict[str, str]:
+def draw_words(rng: random.Random) -> dict[str, str]:
     """The words of one story: hero, friend and adult with their pronouns (he, fhe, ahe, He, ...), things and places."""
     hero_kind, friend_kind, adult_kind = (rng.choice(("girl", "boy")) for _ in range(3))
     names = {"girl": rng.sample(GIRLS, 2), "boy": rng.sample(BOYS, 2)}
@@ -80,162 +81,30 @@ def cast(rng: random.Random) -> dict[str, str]:
     return words | {key.capitalize(): word.capitalize() for key, word in words.items()}
 
 
-OPENINGS = [
-    "Once upon a time, there was a {adj} {kind} named {hero}. {He} was very {trait}.",
-    "Once upon a time, there was a {trait} {kind} named {hero}. {He} lived in {acolor2} house near {place}.",
-    "Once upon a time, a {adj} {kind} named {hero} lived with {his} {adult}. {He} was always {trait}.",
-    "There once was a {adj} {kind} whose name was {hero}. Everyone said that {he} was {trait}.",
-    "{hero} was a {trait} {kind} who lived near {place}.",
-]
-MEETINGS = [
-    "{His} best friend was a {ftrait} {fkind} named {friend}.",
-    "{He} had a friend named {friend}, who was very {ftrait}.",
-    "{hero} liked to play with {his} friend {friend}.",
-]
 MORNINGS = ["One day,", "One sunny morning,", "One afternoon,", "One windy day,", "One warm day,", "One Sunday,"]
-ENDINGS = [
-    "That night, {hero} told {his} {adult} all about it and fell asleep with a smile.",
-    "From that day on, {hero} and {friend} were the best of friends.",
-    "{hero} and {friend} laughed and played until the sun went down.",
-    "It was the best day ever.",
-    "{hero} went home with a happy heart.",
-    "They all lived happily ever after.",
-]
-
-# A plot is a list of passages; a passage is a list of variants, of which a story takes one.
-PLOTS = {
-    "lost": [
-        ["{morning} {hero} took {his} {color} {toy} to {place}."],
-        ["{He} played with the {toy} all morning, but then {he} could not find it.", "{He} put the {toy} down to chase a {animal}. When {he} came back, the {toy} was gone."],
-        ['"Oh no! Where is my {toy}?" cried {hero}. {He} was very sad.', '"My {color} {toy} is lost!" said {hero}, and {he} began to cry.'],
-        ['{friend} heard {him} and came to help. "Do not cry," said {friend}. "I will help you look for it."',
-         '{friend} saw that {hero} was sad. "What is wrong?" asked {friend}. "I lost my {toy}," said {hero}. "Let us look together," said {friend}.'],
-        ["First, they looked {spot}, but it was not there. Then they looked {spot2}, but it was not there."],
-        ["At last, {friend} looked {spot3}. There was the {color} {toy}!", "Then {friend} saw something {color} {spot3}. It was the {toy}!"],
-        ['"Thank you, {friend}!" said {hero}, and {he} gave {fhim} a big hug.', '{hero} was so happy. "You are a good friend, {friend}," {he} said.'],
-    ],
-    "share": [
-        ["{morning} {hero} went to {place} with {afood} in {his} bag.", "{morning} {his} {adult} gave {hero} {afood}, and {he} went to {place}."],
-        ["There {he} saw {friend}, who sat {spot} and looked sad.", "{friend} was sitting {spot}, all alone."],
-        ['"Why are you sad?" asked {hero}. "I am hungry, and I have nothing to eat," said {friend}.',
-         '"What is the matter?" asked {hero}. "I forgot my lunch," said {friend}, "and I am so hungry."'],
-        ["{hero} looked at the {food}. It was big enough for two.", "{hero} wanted to eat the whole {food}, but {he} felt sorry for {friend}."],
-        ['So {he} cut the {food} in half. "Here, one half is for you," {he} said.', '"We can share my {food}," said {hero}, and {he} gave {friend} half of it.'],
-        ["{friend} ate it and smiled. The next day, {fhe} brought {acolor2} {toy} and shared it with {hero}.",
-         '{friend} was not sad anymore. "Now I will share my {color2} {toy} with you," {fhe} said, and they played together.'],
-        ["{hero} learned that sharing makes friends.", "{hero} was glad that {he} had shared the {food}."],
-    ],
-    "broken": [
-        ["{morning} {hero} showed {friend} {his} new {color} {toy}."],
-        ['"May I play with it?" asked {friend}. "Yes, but please be careful," said {hero}.'],
-        ["But {friend} ran too fast and dropped the {toy}. Crack! It broke.", "{friend} threw the {toy} high up. It fell on a stone and broke."],
-        ['{hero} was angry. "You broke my {toy}!" {he} said. {friend} began to cry.', "{hero} started to cry, because {he} loved that {toy}."],
-        ['"I am so sorry," said {friend}. "I did not want to break it. Let us fix it."'],
-        ["They asked {his} {adult} for help. {hero} held the {toy}, and {friend} put glue on it.", "{friend} got some tape, and {hero} held the pieces. {His} {adult} helped them."],
-        ["Soon the {color} {toy} was as good as new.", "In the end, the {toy} worked again."],
-        ['"I am not angry anymore," said {hero}. {friend} smiled, and they played together.', "{hero} forgave {friend}, because {fhe} had said sorry."],
-    ],
-    "stuck": [
-        ["{morning} {hero} walked to {place} with {his} {adult}."],
-        ["There {he} heard a tiny sound. A little {color} {animal} was stuck {spot}!", "Suddenly {he} saw a little {animal} {spot}. It was stuck and could not move."],
-        ['"Help me, please!" said the {animal}. "I have been here all night."', '"Please help me," cried the {animal}. "I want to go home to my family."'],
-        ["{hero} pulled and pulled, but {he} was not strong enough.", "{hero} tried to help, but {he} was too small."],
-        ["So {he} called {his} {adult}. Together they pulled, and the {animal} was free.", "Then {his} {adult} came and lifted the heavy branch, and the {animal} jumped out."],
-        ['"Thank you," said the {animal}. "You are very {trait}." Then it ran home to its family.', 'The {animal} was so happy that it danced. "Thank you, {hero}!" it said.'],
-        ["The next day, the {animal} came back and gave {hero} {acolor} flower.", "{hero} was proud, because {he} had helped someone small."],
-    ],
-    "rain": [
-        ["{morning} {hero} wanted to fly {his} {color} kite with {friend}.", "{morning} {hero} and {friend} wanted to go to {place}."],
-        ["But then dark clouds came, and it began to rain.", "But it was raining, and the wind was cold."],
-        ['"Now we cannot go outside," said {hero}. {He} was sad.', '"I do not like the rain," said {friend}, and {fhe} looked out of the window.'],
-        ['{His} {adult} had an idea. "You can build a house out of blankets," {ahe} said.', '"Do not be sad," said {his} {adult}. "We can bake {afood} together."'],
-        ["So they stayed inside and laughed and sang songs.", "They worked hard and made a big mess, and {friend} laughed."],
-        ["When they were done, the rain stopped, and {acolor} bird sang outside.", "Then the sun came out, and there was a big rainbow over {place}."],
-        ['"The rain was not so bad," said {hero}. {friend} nodded.', '"I like rainy days now," said {hero}.'],
-    ],
-    "dark": [
-        ["{hero} had one secret. {He} was afraid of the dark.", "But there was one thing {hero} did not like. {He} was scared of the dark."],
-        ["One night, {he} heard a noise {where}.", "One night, there was a strange sound {where}."],
-        ['"{Adult}, there is a monster!" {he} called.', '"Help! A monster!" cried {hero}, and {he} hid under the blanket.'],
-        ["{His} {adult} came with a lamp. \"Let us look together,\" {ahe} said."],
-        ["{hero} took a deep breath and looked {where}. It was only a small {animal}!", "They looked {where}. There was no monster, only a little {animal} that wanted to play."],
-        ['{hero} laughed. "You are not a monster," {he} said, and {he} gave the {animal} some milk.', '"Hello, little {animal}," said {hero}. {He} was not afraid anymore.'],
-        ["After that, {hero} was never scared of the dark again.", "{His} {adult} said, \"You were very brave today.\""],
-    ],
-    "gift": [
-        ["It was the birthday of {his} friend {friend}, and {hero} did not have a gift.", "{morning} {hero} remembered that it was {friend}'s birthday, but {he} had no gift."],
-        ['"What can I give to {friend}?" {he} asked {his} {adult}. "{Fhe} likes {color} things," said {his} {adult}.',
-         '{He} asked {his} {adult} for help. "You can make something {color}," {ahe} said.'],
-        ["So {hero} took {color} paper and some string and made a {toy}.", "{hero} found some {color} paint and painted an old {toy}. Now it was as good as new."],
-        ["{He} put it in a box and went to {friend}'s house.", "Then {he} put the {toy} in a box and ran to the party."],
-        ['"Happy birthday, {friend}!" said {hero}. {friend} opened the box and smiled.'],
-        ['"{Acolor} {toy}! This is the best gift of all," said {friend}, "because you made it for me."', '"I love it!" said {friend}. "I will keep this {color} {toy} forever."'],
-    ],
-    "truth": [
-        ["{morning} {hero} was playing with {his} {color} {toy} inside the house.", "{morning} {hero} ran around the kitchen with {his} {toy}."],
-        ["The {toy} hit {acolor2} cup, and the cup fell on the floor and broke.", "{He} bumped into the table, and {acolor2} cup fell down and broke."],
-        ["{hero} was scared. {He} hid the pieces {where}.", "{hero} did not know what to do, so {he} hid {where}."],
-        ['Soon {his} {adult} came in. "Who broke my {color2} cup?" {ahe} asked.'],
-        ['{hero} wanted to say that the {animal} did it. But that was not true.', "{hero} could say that {friend} did it. But {he} knew that it was wrong to lie."],
-        ['"I did it," {he} said. "I am very sorry."', '"It was me," said {hero} in a small voice. "I am sorry."'],
-        ['{His} {adult} hugged {him}. "Thank you for telling the truth," {ahe} said. "A cup is only a cup."',
-         '"I am glad that you told me the truth," said {his} {adult}, and {ahe} was not angry.'],
-        ["Together they cleaned the floor, and {hero} felt much better.", "{hero} learned that it is good to tell the truth."],
-    ],
-    "seed": [
-        ["{morning} {his} {adult} gave {hero} a tiny seed.", "{morning} {hero} found a tiny seed {spot}."],
-        ['"What will it be?" asked {hero}. "You must wait and see," said {his} {adult}.'],
-        ["{hero} put the seed in the ground and gave it water every day.", "{He} planted the seed in {acolor2} pot and watered it every morning."],
-        ['But nothing happened. "It is not growing," said {hero}. {He} wanted to give up.', "{He} waited and waited, but the pot was still empty. {hero} was sad."],
-        ['"Be patient," said {friend}. "Good things take time."', '{friend} came to visit. "Do not give up," {fhe} said. "Keep giving it water."'],
-        ["One day, a small green leaf came out of the ground.", "Then, after many days, there was a little green leaf."],
-        ["It grew and grew, and soon there was a big {color} flower.", "The plant grew taller and taller, and at last it had {acolor} flower."],
-        ['"Look what I grew!" said {hero}. {His} {adult} was very proud of {him}.', "{hero} gave the {color} flower to {friend}, and {friend} smiled."],
-    ],
-    "race": [
-        ["{morning} there was a big race {inplace}.", "{morning} all the children came to {place} for a race."],
-        ['"I will win and get the {color} {toy}!" said {friend}. {hero} wanted to win, too.', "The prize was {acolor} {toy}. {hero} and {friend} both wanted to win it."],
-        ["They ran as fast as they could. {hero} was first, and {friend} was behind {him}."],
-        ["Suddenly {friend} fell and hurt {fhis} knee.", "Then {friend} tripped over a stone and fell down."],
-        ["{hero} heard {fhim} cry and stopped. {He} went back to help {friend}.", '"Are you hurt?" asked {hero}, and {he} ran back to {friend}.'],
-        ["{He} helped {fhim} up, and they walked to the end together, hand in hand."],
-        ["They did not win, but everyone clapped for them.", "They were last, but nobody laughed."],
-        ['"You are a true friend," said {friend}. {hero} was happier than if {he} had won the {toy}.', 'The teacher gave the {color} {toy} to {hero}. "You were the kindest of all," she said.'],
-    ],
-    "greedy": [
-        ["{morning} {his} {adult} made {afood} for the whole family.", "{morning} there was {afood} on the kitchen table. It smelled so good."],
-        ['"Please wait until dinner," said {his} {adult}. "It is for all of us."', '"Do not eat it now," said {his} {adult}. "{friend} is coming for dinner."'],
-        ["But {hero} was hungry, and {he} ate one bite, and then one more.", "{hero} wanted only one small bite. But it was so good that {he} could not stop."],
-        ["Soon the whole {food} was gone, and {his} tummy hurt.", "{He} ate the whole {food}, and then {he} felt sick."],
-        ['"Oh, my tummy!" cried {hero}. "I ate too much."', '{hero} lay down on the bed. "I should have waited," {he} said.'],
-        ['{His} {adult} gave {him} some tea. "Now you know why we wait," {ahe} said.'],
-        ["The next day, {hero} helped to make a new {food}, and this time {he} shared it with {friend}."],
-    ],
-    "tree": [
-        ["{morning} {hero} and {friend} flew {acolor} kite {inplace}.", "{morning} {hero} played with {acolor} balloon {inplace}, and {friend} was there, too."],
-        ["A strong wind came and took it up into a tall tree.", "The wind blew it high up into a tree."],
-        ['"It is too high," said {friend}. "We cannot reach it."', "{hero} jumped and jumped, but {he} could not reach it."],
-        ['"I will climb the tree," said {hero}. "No, that is not safe," said {friend}. "Let us ask for help."'],
-        ["So they ran to find {his} {adult}, who had a long ladder.", "{friend} saw {his} {adult} and called out. {His} {adult} was very tall."],
-        ["{His} {adult} went up and brought it down.", "{His} {adult} reached up and pulled it out of the tree."],
-        ['"Thank you!" said {hero} and {friend}. "Next time, hold on tight," said {his} {adult}.', '"It is good that you asked for help," said {his} {adult}. {hero} smiled at {friend}.'],
-    ],
-}  # fmt: skip
 ROOMS = ["under the bed", "behind the door", "in the closet", "behind the curtain", "under the table"]
-USES_FRIEND_FIRST = ("lost", "broken", "rain", "seed", "race", "greedy", "tree", "truth")
+
+
+@functools.cache
+def read_grammar() -> dict[str, list[list[str]]]:
+    """The sections of common/stories.txt: name -> passages, each a list of variants."""
+    text = (Path(__file__).parent / "common" / "stories.txt").read_text(encoding="utf-8")
+    sections = (section.split("\n", 1) for section in text.split("\n# ")[1:])
+    return {name: [passage.splitlines() for passage in body.strip().split("\n\n")] for name, body in sections}
 
 
 def story(rng: random.Random) -> str:
     """One story of about 130 words."""
-    words = cast(rng)
+    words, grammar = draw_words(rng), read_grammar()
     words |= {"morning": rng.choice(MORNINGS), "where": rng.choice(ROOMS)}
-    name = rng.choice(list(PLOTS))
-    opening = rng.choice(OPENINGS)
-    if name in USES_FRIEND_FIRST:
-        opening += " " + rng.choice(MEETINGS)
-    passages = [rng.choice(variants) for variants in PLOTS[name]]
-    has_friend = any("{friend}" in passage for passage in passages) or name in USES_FRIEND_FIRST
-    ending = rng.choice([e for e in ENDINGS if has_friend or "{friend}" not in e])
+    name = rng.choice(list(grammar)[3:])  # the plots follow the openings, meetings and endings
+    (openings,), (meetings,), (endings,) = (grammar[title] for title in ("openings", "meetings", "endings"))
+    opening, has_friend = rng.choice(openings), name.endswith("(friend)")
+    if has_friend:
+        opening += " " + rng.choice(meetings)
+    passages = [rng.choice(variants) for variants in grammar[name]]
+    has_friend = has_friend or any("{friend}" in passage for passage in passages)
+    ending = rng.choice([e for e in endings if has_friend or "{friend}" not in e])
     half = len(passages) // 2
     paragraphs = [opening, " ".join(passages[:half]), " ".join(passages[half:]) + " " + ending]
     return "\n".join(paragraph.format(**words) for paragraph in paragraphs)

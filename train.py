@@ -20,12 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import checkpoint, logger, lora, muon, runtime, setup
+from common import checkpoint, logger, muon, runtime, setup
 from common.scoring import sum_losses
 from common.shards import MixedWindows, TrainingWindows, validation_batches, validation_windows
-from common.tokenizer import tokenizer_from_dict
-from configurator import UserError, add_keys, configure, short_errors
-from eval_hellaswag import classic_accuracy, classic_questions, load_examples
+from configurator import add_keys, configure, short_errors
+from eval_hellaswag import classic_accuracy, load_classic
 from model import GPT, GPTConfig
 from prepare_tinystories import ensure_synthetic
 
@@ -111,7 +110,14 @@ peak_tflops = 0.0  # the device's peak, for MFU (0: from a table)
 # Keys that set the same quantity. Those set last win (defaults < config file < command line); the others become 0.
 RUN_LENGTH = ("max_iters", "max_epochs", "max_flops", "max_minutes")
 ALTERNATIVES = (RUN_LENGTH, ("gradient_accumulation_steps", "total_batch_tokens"))
-OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "muon")
+OPTIMIZERS = {  # groups of parameters -> optimizer
+    "adamw": lambda groups: torch.optim.AdamW(groups, betas=(beta1, beta2), fused=True),
+    "adam": lambda groups: torch.optim.Adam(groups, betas=(beta1, beta2), fused=True),
+    # Not fused: torch's fused SGD uses an uninitialised momentum buffer after a skipped first step.
+    "sgd": lambda groups: torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0),
+    "adafactor": lambda groups: torch.optim.Adafactor(groups),
+    "muon": lambda groups: torch.optim.AdamW(groups, betas=(beta1, beta2), fused=True),  # what Muon does not take
+}
 SCHEDULES = {  # fraction of the decay done, 0 to 1 -> fraction of the rate left
     "cosine": lambda decayed: 0.5 * (1 + math.cos(math.pi * decayed)),
     "linear": lambda decayed: 1 - decayed,
@@ -144,19 +150,18 @@ class Batches:
         self.windows, self.device, self.rank, self.world_size = windows, device, rank, world_size
         self.prefetched = (-1, None)  # first sequence, batch
 
-    def first_sequence(self, position: int, micro: int) -> int:
+    def first_sequence(self, position: int, micro: int = 0) -> int:
         """The first sequence of this rank's micro-batch `micro`, in a step that starts at sequence `position`."""
         return position + (micro * self.world_size + self.rank) * batch_size
 
     def load(self, first: int) -> list[torch.Tensor]:
         """Inputs and targets (batch_size, block_size), int64 on the device: the sequences from `first` on."""
+        if first == self.prefetched[0]:
+            return self.prefetched[1]
         return runtime.to_device(self.device, *self.windows.batch(first, batch_size))
 
     def prefetch(self, first: int) -> None:
         self.prefetched = (first, self.load(first))
-
-    def take(self, first: int) -> list[torch.Tensor]:
-        return self.prefetched[1] if self.prefetched[0] == first else self.load(first)
 
 
 @dataclass
@@ -226,49 +231,31 @@ def make_optimizers(model: GPT, amp_dtype: torch.dtype = torch.float32) -> list[
     """
     hidden, groups = [], {}
     peak_lr = {"embedding": embedding_lr, "head": head_lr, "vector": vector_lr}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if optimizer == "muon" and p.dim() == 2 and ".h." in name:
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, p in trainable:
+        is_vector, is_embedding = p.dim() < 2, name.startswith("transformer.w")  # wte, wpe
+        if optimizer == "muon" and not is_vector and ".h." in name:
             hidden.append((name, p))
             continue
-        if p.dim() < 2:
-            kind = "vector"
-        elif name.startswith("transformer.w"):  # wte, wpe
-            kind = "embedding"
-        else:
-            kind = "head" if name == "lm_head.weight" else "hidden"
+        kind = "vector" if is_vector else "embedding" if is_embedding else "head" if name == "lm_head.weight" else ""
         lr = peak_lr.get(kind) or learning_rate
-        is_vector = p.dim() < 2
         # Kinds without a rate of their own share two groups, matrices and vectors, as in nanoGPT's checkpoints.
         key = (is_vector, kind if peak_lr.get(kind) else "")
-        decay = 0.0 if is_vector else weight_decay
-        groups.setdefault(key, dict(params=[], lr=lr, weight_decay=decay))["params"].append(p)
+        group = groups.setdefault(key, dict(params=[], lr=lr, weight_decay=0.0 if is_vector else weight_decay))
+        group["params"].append(p)
     groups = [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # matrices first
 
-    optimizers = []
+    optimizers = [OPTIMIZERS[optimizer](groups)] if groups else []
     if hidden:
         rows = [muon.rows_of_matrices(name, p, model.config) for name, p in hidden]
         products = torch.bfloat16 if amp_dtype == torch.bfloat16 else torch.float32
-        optimizers.append(muon.Muon([p for _, p in hidden], learning_rate, weight_decay, momentum, rows, products))
-    if groups and optimizer in ("adamw", "muon"):
-        optimizers.append(torch.optim.AdamW(groups, betas=(beta1, beta2), fused=True))
-    elif groups and optimizer == "adam":
-        optimizers.append(torch.optim.Adam(groups, betas=(beta1, beta2), fused=True))
-    elif groups and optimizer == "sgd":
-        # Not fused: torch's fused SGD uses an uninitialised momentum buffer after a skipped first step.
-        optimizers.append(torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0))
-    elif groups and optimizer == "adafactor":
-        optimizers.append(torch.optim.Adafactor(groups))
-
-    params = [p for each in optimizers for group in each.param_groups for p in group["params"]]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    assert sorted(map(id, params)) == sorted(map(id, trainable)), (
-        f"--optimizer={optimizer} misses or repeats parameters"
-    )
-    for each in optimizers:
-        for group in each.param_groups:
-            group["lr_scale"] = group["lr"] / learning_rate if learning_rate else 1.0
+        matrices = [p for _, p in hidden]
+        optimizers.insert(0, muon.Muon(matrices, learning_rate, weight_decay, momentum, rows, products))
+    all_groups = [group for each in optimizers for group in each.param_groups]
+    updated = sorted(id(p) for group in all_groups for p in group["params"])
+    assert updated == sorted(id(p) for _, p in trainable), f"--optimizer={optimizer} misses or repeats parameters"
+    for group in all_groups:
+        group["lr_scale"] = group["lr"] / learning_rate if learning_rate else 1.0
     return optimizers
 
 
@@ -286,7 +273,7 @@ def train_step(run: Run, state: State, lr: float) -> tuple[torch.Tensor, torch.T
             group["lr"] = lr * group["lr_scale"]
     run.seed_dropout(state.step)
     mean_loss = torch.zeros((), device=run.device)
-    x, y = run.batches.take(run.batches.first_sequence(state.sequences, 0))
+    x, y = run.batches.load(run.batches.first_sequence(state.sequences))
     for micro in range(run.grad_accum_steps):
         last = micro == run.grad_accum_steps - 1
         if run.world_size > 1:  # reduce gradients once per step; DDP reads this flag in the forward pass
@@ -321,7 +308,7 @@ def train_step(run: Run, state: State, lr: float) -> tuple[torch.Tensor, torch.T
     state.step += 1
     state.sequences += run.sequences_per_step
     state.tokens += run.sequences_per_step * block_size
-    run.batches.prefetch(run.batches.first_sequence(state.sequences, 0))  # while the device still works
+    run.batches.prefetch(run.batches.first_sequence(state.sequences))  # while the device still works
     return mean_loss, grad_norm
 
 
@@ -352,28 +339,6 @@ def evaluate(run: Run, datasets: list, n_windows: int, interrupted=lambda: False
 # Set-up and the loop
 
 
-def make_model(dataset, loaded: dict | None) -> GPT:
-    """The model to train, on the CPU: from the keys, or from a loaded checkpoint."""
-    torch.manual_seed(seed)
-    if loaded is None:
-        if lora_rank:
-            raise UserError(f"--lora_rank={lora_rank} is for fine-tuning: give --init_from, the weights to start from")
-        return checkpoint.model_from_keys(globals(), dataset.vocab_size)
-    model = checkpoint.build_model_to_train(loaded, dataset, globals())
-    loaded["model"] = None  # frees its memory
-    if init_from != "resume":
-        lora.merge_lora(model)
-        if lora_rank:
-            lora.add_lora(model, lora_rank, lora_alpha)
-    return model
-
-
-def make_windows(datasets: list) -> TrainingWindows | MixedWindows:
-    """The training sequences, in the order of the seed."""
-    parts = [TrainingWindows(d.train, block_size, d.vocab_size, seed, data_fraction) for d, _ in datasets]
-    return parts[0] if len(parts) == 1 else MixedWindows(parts, [weight for _, weight in datasets], seed)
-
-
 def is_finished(state: State, minutes: float) -> bool:
     """The first limit reached ends the run."""
     out_of_steps = 0 < max_iters <= state.step
@@ -386,7 +351,6 @@ def is_due(interval: int, step: int) -> bool:
 
 
 def main(config: dict) -> None:
-    global init_from
     start_time = time.perf_counter()
     requested = dict(config)  # keys as given; below, config becomes the keys as resolved
     setup.check_keys(globals(), OPTIMIZERS, SCHEDULES)
@@ -394,21 +358,14 @@ def main(config: dict) -> None:
     master = rank == 0
 
     # Data and model: from scratch, from other weights, or from the checkpoint to resume
-    if "tinystories_synthetic" in re.split("[:,]", dataset):
-        if master:
-            ensure_synthetic(Path(data_dir) / "tinystories_synthetic")
-        runtime.barrier()
+    if master and "tinystories_synthetic" in re.split("[:,]", dataset):
+        ensure_synthetic(Path(data_dir) / "tinystories_synthetic")
+    runtime.barrier()
     datasets = setup.load_datasets(globals(), rank)  # [(Dataset, weight)]
-    loaded = checkpoint.load_to_resume(requested, rank)
-    resuming = loaded is not None
-    if resuming:
-        init_from = "resume"
-        requested["init_from"] = loaded.get("requested", loaded["config"]).get("init_from", "scratch")
-    elif init_from not in ("scratch", "resume"):
-        loaded = checkpoint.read_model(init_from)
-    model = make_model(datasets[0][0], loaded).to(run_device).train()
+    loaded, resuming = checkpoint.load_start(requested, rank)
+    model = setup.make_model(globals(), datasets[0][0], loaded, resuming).to(run_device).train()
     state = State(**{k: loaded[k] for k in State.__dataclass_fields__ if k in loaded}) if resuming else State()
-    windows = make_windows(datasets) if datasets[0][0].train else None  # None: a dry run without its dataset
+    windows = setup.make_windows(globals(), datasets)  # None in a dry run without its dataset
     setup.resolve_limits(globals(), state, windows, model, world_size)  # sets max_iters, gradient_accumulation_steps
     config = {key: globals()[key] for key in config} | {"init_from": requested["init_from"]}  # not "resume"
     if master:
@@ -428,8 +385,6 @@ def main(config: dict) -> None:
         return runtime.shutdown_distributed()
 
     # Optimizers, the compiled step, logs
-    for each, _ in datasets:
-        validation_windows(each.val, block_size)  # too little text is an error now, not after the first steps
     run.optimizers = make_optimizers(model, amp_dtype)
     if resuming:
         checkpoint.restore_optimizers(run.optimizers, scaler, loaded, config, requested)
@@ -438,8 +393,7 @@ def main(config: dict) -> None:
     run.step_model = setup.compile_and_wrap(run, compile, label_smoothing)
     questions = None
     if hellaswag_interval:
-        examples = load_examples(hellaswag_data, data_dir, hellaswag_limit)
-        questions = classic_questions(examples, tokenizer_from_dict(datasets[0][0].tokenizer), block_size)
+        questions = load_classic(hellaswag_data, data_dir, hellaswag_limit, datasets[0][0].tokenizer, block_size)
     config |= {key: value for key, value in asdict(model.config).items() if key in config}
     log = logger.Logger(run, config, datasets[0][0].tokenizer, state) if master else logger.NullLogger()
     saver = checkpoint.CheckpointSaver(run, config, requested, datasets, eval_windows, log.tokenizer_dict)
@@ -478,7 +432,7 @@ def main(config: dict) -> None:
             evaluated, state.evals_since_best = step, state.evals_since_best + 1
             if result["loss"] < state.best_val_loss:
                 state.best_val_loss, state.evals_since_best = result["loss"], 0
-                if step > 0 or init_from != "scratch":
+                if step > 0 or requested["init_from"] != "scratch":
                     saver.save("best.pt", state, with_optimizer=False, val_loss=result["loss"])
             log.evaluation(state, result)
             if is_finished(state, monitor.minutes) and not last:
@@ -511,13 +465,12 @@ def main(config: dict) -> None:
     run.step_model = model  # frees DDP before its process group: the other order deadlocks
     result = None if monitor.stop else evaluate(run, datasets, -(-final_eval_tokens // block_size))
     runtime.shutdown_distributed()  # all ranks together: torchrun ends the others when one exits
-    if monitor.stop and "ckpt.pt" not in saver.failed:
-        log.stopped(state)
-        raise SystemExit(128 + (monitor.signals.received or signal.SIGTERM))
     if not monitor.stop:
         log.finish(state, result, time.perf_counter() - monitor.start_time)
-    for name, failed_step in saver.failed.items():
-        raise UserError(f"{out_dir}/{name} of step {failed_step:,} is not saved: free some space, then --resume")
+    saver.raise_if_failed()
+    if monitor.stop:
+        log.stopped(state)
+        raise SystemExit(128 + (monitor.signals.received or signal.SIGTERM))
 
 
 def log_step(run: Run, state: State, log: logger.Logger, monitor: runtime.StepMonitor) -> None:

@@ -147,6 +147,10 @@ class CheckpointSaver:
             self.thread.join()
             self.thread = None
 
+    def raise_if_failed(self) -> None:
+        for name, step in self.failed.items():
+            raise UserError(f"{self.folder}/{name} of step {step:,} is not saved: free some space, then --resume")
+
 
 def kept_steps(folder: Path) -> list[Path]:
     found = [p for p in folder.glob("step_*.pt") if p.stem[5:].isdigit()]
@@ -393,6 +397,19 @@ def build_model_to_train(checkpoint: dict, dataset: Dataset, keys: dict) -> GPT:
 
 # -----------------------------------------------------------------------------
 # Resuming
+
+
+def load_start(requested: dict, rank: int) -> tuple[dict | None, bool]:
+    """The checkpoint that a run starts from, None if from scratch, and whether it resumes it rather than takes its weights.
+
+    Of a run that resumes, requested["init_from"] becomes what it first started from.
+    """
+    if loaded := load_to_resume(requested, rank):
+        requested["init_from"] = loaded.get("requested", loaded["config"]).get("init_from", "scratch")
+        return loaded, True
+    if requested["init_from"] == "scratch":
+        return None, False
+    return read_model(requested["init_from"]), False
 
 
 def load_to_resume(requested: dict, rank: int) -> dict | None:

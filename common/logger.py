@@ -19,7 +19,7 @@ from tqdm.contrib import DummyTqdmFile
 
 from common.files import atomic_file, atomic_write
 from common.inference import complete, prompt_ids
-from common.runtime import StepStats, dtype_name, peak_flops, peak_memory
+from common.runtime import StepStats, dtype_name, flops_per_token, peak_flops, peak_memory
 from common.tokenizer import tokenizer_from_dict
 from configurator import UserError
 
@@ -66,7 +66,7 @@ class Logger:
         self.logged, self.minutes_before = (state.step, state.train_seconds), state.total_seconds / 60
         self.wandb, self.speed, self.last_val_loss, self.scores, self.plotted = None, 0.0, None, {}, 0.0
         self.peak = peak_flops(run.device, config["peak_tflops"])
-        self.flops_per_token = run.model.flops_per_token(config["block_size"])
+        self.flops_per_token = flops_per_token(run.model, config["block_size"])
         try:
             self.tokenizer = tokenizer_from_dict(tokenizer)
         except UserError as e:
@@ -378,7 +378,7 @@ def print_summary(model, datasets: list, config: dict, device: torch.device, dty
     plural = "es" if micro_batches > 1 else ""
     print(f"step: {B} x {T} tokens x {micro_batches} micro-batch{plural} = {tokens:,} tokens; {' or '.join(limits)}")
     if config["dry_run"]:
-        palm, causal = model.flops_per_token(T), model.flops_per_token(T, "causal")
+        palm, causal = flops_per_token(model, T), flops_per_token(model, T, "causal")
         total = f"; {palm * steps * tokens:.3g} in all" if steps else ""
         print(f"FLOPs: {palm:.4g} per token (PaLM), {causal:.4g} (causal, matrix products only){total}")
         copies = {"sgd": 3, "adafactor": 2}.get(config["optimizer"], 4)  # weights, gradients, moments

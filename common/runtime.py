@@ -98,6 +98,20 @@ def peak_flops_of(name: str) -> float | None:
     return next((1e12 * peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
 
+def flops_per_token(model, T: int, convention: str = "palm") -> float:
+    """Floating-point operations to train a GPT on one token at context T (forward and backward; a multiply-add is two).
+
+    palm: 6 N + 12 L C T, N all parameters but positions (https://arxiv.org/abs/2204.02311, appendix B), as nanoGPT.
+    causal: matrix products only, with attention over the (T + 1) / 2 keys that a causal query sees on average.
+    """
+    c, attention = model.config, 12 * model.config.n_layer * model.config.n_embd
+    if convention == "palm":
+        weights = sum(p.numel() for name, p in model.named_parameters() if name != "transformer.wpe.weight")
+        return 6 * weights + attention * T
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name)
+    return 6 * (matrices + c.padded_vocab_size * c.n_embd) + attention * (T + 1) / 2
+
+
 def peak_memory(device: torch.device) -> float | None:
     """Peak memory in MiB: of the GPU's allocator (on a Mac: its present size), or resident on a CPU; None if unknown."""
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What train.py does before its first step: the --depth dial, the range of its keys, datasets, the number of steps.
+"""What train.py does before its first step: the --depth dial, the range of its keys, datasets, model, number of steps.
 
 `keys` is always train.py's globals().
 """
@@ -10,9 +10,18 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from common import checkpoint
 from common.cpu import tune_malloc
-from common.runtime import all_reduce, init_distributed, is_out_of_memory, pick_dtype, pick_local_device
-from common.shards import Dataset, load_mixture
+from common.lora import add_lora, merge_lora
+from common.runtime import (
+    all_reduce,
+    flops_per_token,
+    init_distributed,
+    is_out_of_memory,
+    pick_dtype,
+    pick_local_device,
+)
+from common.shards import Dataset, MixedWindows, TrainingWindows, load_mixture, validation_windows
 from configurator import UserError, check_bounds, check_choice, first_line
 from model import GPT
 
@@ -101,6 +110,34 @@ def load_datasets(keys: dict, rank: int) -> list[tuple[Dataset, float]]:
     return load_mixture(keys["dataset"], root, keys["verify_data"] and rank == 0)
 
 
+def make_model(keys: dict, dataset: Dataset, loaded: dict | None, resuming: bool = False) -> GPT:
+    """The model to train, on the CPU: from the keys, or from a loaded checkpoint, whose weights are freed."""
+    torch.manual_seed(keys["seed"])
+    if loaded is None:
+        if keys["lora_rank"]:
+            rank = keys["lora_rank"]
+            raise UserError(f"--lora_rank={rank} is for fine-tuning: give --init_from, the weights to start from")
+        return checkpoint.model_from_keys(keys, dataset.vocab_size)
+    model = checkpoint.build_model_to_train(loaded, dataset, keys)
+    loaded["model"] = None
+    if not resuming:
+        merge_lora(model)
+        if keys["lora_rank"]:
+            add_lora(model, keys["lora_rank"], keys["lora_alpha"])
+    return model
+
+
+def make_windows(keys: dict, datasets: list) -> TrainingWindows | MixedWindows | None:
+    """The training sequences in the order of the seed. Raises UserError if a split cannot fill a window."""
+    if not datasets[0][0].train:  # a dry run without its dataset
+        return None
+    T, seed, fraction = keys["block_size"], keys["seed"], keys["data_fraction"]
+    for dataset, _ in datasets:
+        validation_windows(dataset.val, T)
+    parts = [TrainingWindows(d.train, T, d.vocab_size, seed, fraction) for d, _ in datasets]
+    return parts[0] if len(parts) == 1 else MixedWindows(parts, [weight for _, weight in datasets], seed)
+
+
 def resolve_limits(keys: dict, state, windows, model: GPT, world_size: int) -> None:
     """Set gradient_accumulation_steps from total_batch_tokens, and max_iters to the first limit of steps, epochs and FLOPs."""
     micro_batch = keys["batch_size"] * keys["block_size"]
@@ -127,7 +164,7 @@ def resolve_limits(keys: dict, state, windows, model: GPT, world_size: int) -> N
     if keys["max_epochs"] and windows:
         goals.append(keys["max_epochs"] * windows.per_epoch)
     if keys["max_flops"]:
-        goals.append(keys["max_flops"] / (model.flops_per_token(keys["block_size"]) * keys["block_size"]))
+        goals.append(keys["max_flops"] / (flops_per_token(model, keys["block_size"]) * keys["block_size"]))
     limits = [max(1, state.step + round((goal - state.sequences) / sequences_per_step)) for goal in goals]
     if keys["max_iters"]:
         limits.append(keys["max_iters"])
@@ -150,7 +187,7 @@ def compile_and_wrap(run, compile: bool | str, label_smoothing: float) -> torch.
     if run.world_size > 1:  # the backward graph cannot be tried below without reducing: build it with the forward graph
         torch._functorch.config.force_non_lazy_backward_lowering = True
     step_model, failure = wrap_in_ddp(run, torch.compile(run.model, dynamic=False)), ""
-    x, y = run.batches.load(run.batches.first_sequence(0, 0))
+    x, y = run.batches.load(run.batches.first_sequence(0))
     try:  # torch compiles at the first call: make it here, where an error is the compiler's and not training's
         if run.world_size > 1:
             step_model.require_backward_grad_sync = False

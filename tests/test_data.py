@@ -214,9 +214,9 @@ def test_a_prefetched_batch_is_the_one_that_is_taken(tmp_path, monkeypatch):
     expected = {first: batches.load(first) for first in (4, 6)}
     batches.prefetch(4)
     prefetched = batches.prefetched[1]
-    assert batches.take(4) is prefetched
+    assert batches.load(4) is prefetched
     for first in (4, 6):  # another than the prefetched one is loaded
-        assert all(torch.equal(a, b) for a, b in zip(batches.take(first), expected[first]))
+        assert all(torch.equal(a, b) for a, b in zip(batches.load(first), expected[first]))
 
 
 def test_long_files_are_split_without_losing_tokens(tmp_path):

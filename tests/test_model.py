@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from common.checkpoint import load_weights
 from common.cpu import fused_linear_cross_entropy
 from common.pretrained import from_llama
-from common.runtime import peak_flops_of
+from common.runtime import flops_per_token, peak_flops_of
 from common.scoring import token_losses
 from configurator import UserError
 from model import GPT, GPTConfig, KVCache, rotary_table, rotate, sample_next_token
@@ -144,8 +144,8 @@ def test_parameter_and_flop_counts_of_gpt2():
         with_bias, without = GPT(GPTConfig()), GPT(GPTConfig(bias=False))
     assert with_bias.num_params() == 124_439_808
     assert without.num_params() == 124_337_664
-    assert round(with_bias.flops_per_token(1024) / 1e5) == 8554
-    assert round(with_bias.flops_per_token(1024, "causal") / 1e5) == 7981
+    assert round(flops_per_token(with_bias, 1024) / 1e5) == 8554
+    assert round(flops_per_token(with_bias, 1024, "causal") / 1e5) == 7981
     assert peak_flops_of("NVIDIA H200") == 989e12 and peak_flops_of("Some GPU") is None
 
 

@@ -77,7 +77,7 @@ def test_a_text_longer_than_the_context_is_written(trained):
     ("arguments", "words"),
     [
         (["--start=ABC"], "character 'A' is not among the 26"),
-        (["--start=abc", "--top_k=27"], "--top_k=27: must be between 0 (all) and the vocabulary size, 26"),
+        (["--start=abc", "--top_k=27"], "--top_k=27: must be between 0 and 26"),
         (["--start=" + "abc" * 20], "60 tokens, the model's context is 32"),
         (["--temperature=-1", "--start=abc"], "--temperature=-1.0"),
         (["--num_samples=0"], "--num_samples=0"),

@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Run every command of README.md and docs/*.md once, in a copy of the repository: .ci/readme_commands FOLDER.
+"""Run every command of README.md and docs/*.md once, in a copy of the repository: python tests/readme_commands.py FOLDER.
 
 Appended arguments make each command short. Commands that prepare data run first. A small hub on this machine (tests/hub.py)
 replaces the network, two CPU ranks replace the GPUs, and Weights & Biases is offline.
@@ -42,7 +41,9 @@ INSTEAD = {  # replaces what this machine lacks
 
 def lay_out() -> None:
     """Copy the repository's files, and write the input files that the commands name."""
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes((ROOT / name).read_bytes())
     text = "".join(f"{n} men went to town, and {n * n} came back.\n" for n in range(3000))
@@ -92,7 +93,7 @@ def shortened(command: str) -> list[str]:
     if "torchrun" in words:
         words += shlex.split(f"{TINY} --dataset=edu_fineweb10B --hellaswag_limit=8")
         words = [w.replace("hellaswag_interval=2000", "hellaswag_interval=30") for w in words]
-    elif script == "train.py" and any(w in command for w in ("baby_gpu", "train_chat", "--init_from")):
+    elif script == "train.py" and any(w in command for w in ("baby_gpu", "chat", "--init_from")):
         words += shlex.split(TINY)
     if "--resume" in words:
         words.append("--max_iters=40")
@@ -141,7 +142,9 @@ for page in pages:
     for command in commands_of(page):
         if not command.startswith(("pip", "pytest")):  # .ci/run runs these
             first_page.setdefault(command, page.name)
-for command, page in sorted(first_page.items(), key=lambda item: not item[0].startswith(("python prepare", "python build"))):
+for command, page in sorted(
+    first_page.items(), key=lambda item: not item[0].startswith(("python prepare", "python build"))
+):
     words, start = shortened(command), time.perf_counter()
     print("+", shlex.join(words), flush=True)
     if "demo.py" in words:
