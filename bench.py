@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import train
 from common import checkpoint, corpus, inference, runtime, setup, shards
 from common.cpu import manual_attention_is_faster
-from common.files import atomic_write
+from common.files import atomic_write, check_writable, parse_json
 from common.tokenizer import EOT, gpt2_tokenizer
 from configurator import UserError, check_bounds, check_choice, configure, error_in, read_keys, short_errors
 from eval_hellaswag import Question, classic_question, ending_losses, load_examples
@@ -103,11 +103,11 @@ class SyntheticWindows:
     """Random tokens with the interface of TrainingWindows."""
 
     def __init__(self, vocab_size: int):
-        self.tokens = np.random.default_rng(0).integers(vocab_size, size=2**20, dtype=np.int64)
+        tokens = np.random.default_rng(0).integers(vocab_size, size=2**20, dtype=np.int64)
+        self.windows = np.lib.stride_tricks.sliding_window_view(tokens, train.block_size + 1)
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, train.block_size + 1)
-        rows = windows[np.arange(first, first + count) * 977 % len(windows)]
+        rows = self.windows[np.arange(first, first + count) * 977 % len(self.windows)]
         return rows[:, :-1].copy(), rows[:, 1:].copy()
 
 
@@ -139,7 +139,7 @@ def attention_kernel(run: train.Run) -> str:
     if c.attn == "manual" or manual_attention_is_faster(q, T, training=True):
         return "manual"
     choice = torch._fused_sdp_choice(q, q, q, None, c.dropout, True)
-    return torch.nn.attention.SDPBackend(choice).name.lower().replace("_attention", "")
+    return torch.nn.attention.SDPBackend(choice).name.lower().removesuffix("_attention")
 
 
 def bench_train() -> dict:
@@ -177,10 +177,8 @@ def bench_train() -> dict:
     bound = f"{1e3 * products:.1f} ms for the products, {1e3 * traffic:.1f} ms for the optimizer's memory"
     print(f"roofline: {bound}: the step takes {seconds / (products + traffic):.1f} times that")
     if profile:
-        state = train.State()
         with torch.profiler.profile() as trace:
-            for _ in range(3):
-                train.train_step(run, state, train.learning_rate)
+            seconds_of(partial(train.train_step, run, train.State(), 0.0), device=device, times=3, warmup=0)
         file = "trace.json" if profile is True else profile
         trace.export_chrome_trace(file)
         print(f"{file}: open it in chrome://tracing or ui.perfetto.dev")
@@ -195,21 +193,18 @@ def time_parts(run: train.Run) -> dict[str, float]:
     compiled = run.step_model is not run.model
     loss_of = torch.compile(run.model.loss_of, dynamic=False) if compiled else run.model.loss_of
 
-    def forward():
+    def in_autocast(function, *arguments, **options):
         with run.autocast():
-            return run.step_model(x, y, return_logits=False)[1]
-
-    def head():
-        with run.autocast():
-            return loss_of(hidden, y)
+            return function(*arguments, **options)
 
     def optimize():
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), train.grad_clip or math.inf)
         for optimizer in run.optimizers:
             optimizer.step()
 
-    load = partial(run.batches.load, 0)
-    works = (load, forward, head, lambda: run.scaler.scale(forward()).backward(), optimize)
+    forward = partial(in_autocast, run.step_model, x, y, return_logits=False)
+    backward = lambda: run.scaler.scale(forward()[1]).backward()  # noqa: E731
+    works = (partial(run.batches.load, 0), forward, partial(in_autocast, loss_of, hidden, y), backward, optimize)
     batch, whole, loss_head, both, optimizer = map(statistics.median, seconds_of(*works, device=run.device))
     parts = {"batch": batch, "forward": max(0.0, whole - loss_head), "loss_head": loss_head, "backward": both - whole}
     return {name: run.grad_accum_steps * part for name, part in parts.items()} | {"optimizer": optimizer}
@@ -224,21 +219,19 @@ def bench_batches() -> dict:
         try:
             seconds = statistics.median(time_steps(make_run()))
         except Exception as e:
-            if not runtime.is_out_of_memory(e):
+            if not (runtime.is_out_of_memory(e) and figures):
                 raise
-            if not figures:
-                raise UserError(f"not even one sequence of {train.block_size} tokens fits") from None
-            print(f"{rows:>12} does not fit")
             break
         rate, memory = rows * train.block_size / seconds, runtime.peak_memory(device) or 0.0
         slower = 0 if rate > max(figures.values(), default=0) * 1.02 else slower + 1
         figures[f"tokens_per_second_batch_{rows}"] = rate
         print(f"{rows:>12} {rate:>12,.0f} {1e3 * seconds:>12.1f} {memory:>8,.0f}")
         rows *= 2
-        available = psutil.virtual_memory().available / 2**20 + memory  # on a GPU torch raises instead
-        if device.type == "cpu" and 2 * memory > available:
-            print(f"{rows:>12} would not fit")
+        # A CPU's memory is not tried: the system would end the process.
+        if device.type == "cpu" and memory > psutil.virtual_memory().available / 2**20:
             break
+    if slower < 2:
+        print(f"{rows:>12} does not fit")
     print(f"the fastest: --batch_size={max(figures, key=figures.get).rpartition('_')[2]}")
     return figures
 
@@ -250,8 +243,8 @@ def bench_batches() -> dict:
 def bench_decode() -> dict:
     """Tokens/s of GPT.generate, for one text and for a batch of them."""
     device, dtype, _, _ = setup.set_up_device(KEYS)
-    from_scratch, cuda, figures = train.init_from == "scratch", device.type == "cuda", {}
-    model = checkpoint.model_from_keys(KEYS, vocab_size) if from_scratch else checkpoint.load_model(train.init_from)[0]
+    cuda, figures = device.type == "cuda", {}
+    model, _ = load_or_make_model(vocab_size)
     if 16 + tokens > model.config.block_size:
         raise UserError(f"--tokens={tokens}: with a prompt of 16, more than the context of {model.config.block_size}")
     weights = quantize or runtime.dtype_name(dtype)
@@ -276,36 +269,38 @@ def bench_decode() -> dict:
     return figures
 
 
+def load_or_make_model(vocab_size: int) -> tuple[GPT, dict]:
+    """The model of --init_from with its checkpoint, or a new one by the keys."""
+    if train.init_from == "scratch":
+        return checkpoint.model_from_keys(KEYS, vocab_size), {"tokenizer": {"kind": "gpt2"}}
+    return checkpoint.load_model(train.init_from)
+
+
 def bench_hellaswag() -> dict:
     """Examples/s of eval_hellaswag.py, and of the same model one example at a time, in turn."""
     device, dtype, _, _ = setup.set_up_device(KEYS)
-    if train.init_from == "scratch":
-        tokenizer = gpt2_tokenizer()
-        model = checkpoint.model_from_keys(KEYS, tokenizer.n_vocab)
-    else:
-        model, loaded = checkpoint.load_model(train.init_from)
-        tokenizer = checkpoint.find_tokenizer(loaded, train.data_dir)
-    drawn = load_examples(inputs, train.data_dir, 0)
-    drawn = random.Random(train.seed).sample(drawn, min(examples, len(drawn)))
+    model, loaded = load_or_make_model(50257)
+    tokenizer = checkpoint.find_tokenizer(loaded, train.data_dir)
+    found = load_examples(inputs, train.data_dir, 0)
+    drawn = random.Random(train.seed).sample(found, min(examples, len(found)))
     questions = [classic_question(e, tokenizer) for e in drawn]
     few = questions[: -(-len(questions) // 10)]
     plain = copy.deepcopy(model).to(device).eval()
     inference.for_inference(model, device, dtype)
     print(f"{plain.num_params():,} parameters, {device}; {len(questions)} examples, {len(few)} of them one at a time")
-    alone, batched = np.zeros((len(few), 4)), np.zeros((len(questions), 4))
+    choices = np.zeros((2, len(questions)), int)  # one at a time, together
 
     def one_at_a_time() -> None:
-        for n, question in enumerate(few):
-            alone[n] = plain_losses(plain, question).cpu()
+        choices[0, : len(few)] = [plain_losses(plain, question).argmin().item() for question in few]
 
     def together() -> None:
         for indices, losses in ending_losses(model, questions):
-            batched[indices] = losses
+            choices[1, indices] = losses.argmin(1)
 
     one, whole = seconds_of(one_at_a_time, together, device=device)
     baseline = report("one at a time, float32", " examples/s", len(few), one)
     rate = report(f"together, {runtime.dtype_name(dtype)}", " examples/s", len(questions), whole)
-    same = (alone.argmin(1) == batched[: len(few)].argmin(1)).sum()
+    same = (choices[0] == choices[1])[: len(few)].sum()
     print(f"{rate / baseline:.2f} x that, the same choice in {same} of {len(few)}")
     return {"hellaswag_examples_per_second": rate}
 
@@ -329,7 +324,7 @@ def bench_data() -> dict:
     """One core's encode_ordinary, the whole way from text to shards, and the reader of batches of 64 x 1024 tokens."""
     with tempfile.TemporaryDirectory() as name:
         folder, text = Path(name), Path(name) / "text.txt"
-        write_text(text)
+        text.write_text(text_to_tokenize(), encoding="utf-8")
         documents = [document for document, _ in corpus.split_text(text)]
         if not documents:
             raise UserError(f"--inputs={inputs}: there is no text in it")
@@ -368,15 +363,13 @@ def bench_data() -> dict:
     return {"tokenizing_tokens_per_second": 1e6 * tokenizing, "reading_tokens_per_second": 1e6 * rate}
 
 
-def write_text(path: Path) -> None:
-    """The first --megabytes of --inputs, or synthetic stories."""
-    size, rng = megabytes * 10**6, random.Random(1337)
-    with open(path, "w", encoding="utf-8") as f:
-        if inputs:
-            with open(inputs, encoding="utf-8", errors="replace") as given:
-                f.write(given.read(size))
-        while f.tell() < size and not inputs:
-            f.write("".join(f"{story(rng)}\n{EOT}\n" for _ in range(1000)))
+def text_to_tokenize() -> str:
+    """The first --megabytes of --inputs, or that much of synthetic stories."""
+    if inputs:
+        with open(inputs, encoding="utf-8", errors="replace") as f:
+            return f.read(megabytes * 10**6)
+    rng = random.Random(1337)
+    return f"\n{EOT}\n".join(story(rng) for _ in range(megabytes * 1600))
 
 
 def process_seconds(*command: str, times: int = 3, **environment: str) -> list[float]:
@@ -393,31 +386,35 @@ def process_seconds(*command: str, times: int = 3, **environment: str) -> list[f
 
 def bench_startup() -> dict:
     """Whole processes: what a person waits for before anything is to be seen."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, data = f"--out_dir={folder}/run", f"--data_dir={folder}/data"
-        one_step = ["--max_iters=1", "--eval_iters=1", "--final_eval_tokens=1000", "--eval_interval=0"]
-        quickstart = [str(HERE / "train.py"), str(HERE / "config/quickstart.py"), data, out, *one_step]
-        compiled, cache = [*quickstart, "--compile=True"], {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
-        sample = [str(HERE / "sample.py"), out, "--max_new_tokens=20"]
-        process_seconds(*quickstart, times=1)  # makes its data
-        seconds = {
-            "import torch": process_seconds("-c", "import torch", times=repeat),
-            "sample.py, a small run": process_seconds(*sample, times=repeat),
-            "train.py, one step": process_seconds(*quickstart, times=repeat),
-            "the same compiled, the first time": process_seconds(*compiled, times=1, **cache),
-            "again, from the cache on disk": process_seconds(*compiled, times=2, **cache),
-        }
-    figures = {f"seconds_{name.replace(' ', '_')}": statistics.median(values) for name, values in seconds.items()}
-    for (name, values), median in zip(seconds.items(), figures.values()):
+    figures = {}
+
+    def time_process(name: str, *command: str, times: int = repeat, **environment: str) -> None:
+        seconds = process_seconds(*command, times=times, **environment)
+        figures[f"seconds_{name.replace(' ', '_')}"] = median = statistics.median(seconds)
         ratio = f"{median / figures['seconds_import_torch']:.2f} x import torch"
-        print(f"{name:<34} {median:>6.2f} s ({min(values):.2f} to {max(values):.2f})  {ratio}")
+        print(f"{name:<34} {median:>6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})  {ratio}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        out, one_step = (
+            f"--out_dir={folder}/run",
+            "--max_iters=1 --eval_iters=1 --final_eval_tokens=1000 --eval_interval=0",
+        )
+        quickstart = [str(HERE / "train.py"), str(HERE / "config/quickstart.py"), f"--data_dir={folder}/data", out]
+        quickstart += one_step.split()
+        compiled, cache = [*quickstart, "--compile=True"], {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        process_seconds(*quickstart, times=1)  # makes its data
+        time_process("import torch", "-c", "import torch")
+        time_process("sample.py, a small run", str(HERE / "sample.py"), out, "--max_new_tokens=20")
+        time_process("train.py, one step", *quickstart)
+        time_process("the same compiled, the first time", *compiled, times=1, **cache)
+        time_process("again, from the cache on disk", *compiled, times=2, **cache)
     return figures
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     """Arguments for bench.py's own keys, and those for train.py's."""
-    own = {k for k in read_keys(__file__) if not k.startswith("#")} | {"input"}
-    mine = [a for a in argv if a in ("--help", "-h") or a.removeprefix("--").partition("=")[0].replace("-", "_") in own]
+    own = {*read_keys(__file__), "input", "help", "_h"}
+    mine = [a for a in argv if a.removeprefix("--").partition("=")[0].replace("-", "_") in own]
     return mine, [a for a in argv if a not in mine]
 
 
@@ -431,13 +428,15 @@ def main() -> None:
     check_bounds(globals(), at_least_1="megabytes steps tokens decode_batch repeat examples")
     if find_batch and mode != "train":
         raise UserError(f"--find_batch is for --mode=train, not {mode}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (mode != "train" or find_batch):
+    if "WORLD_SIZE" in os.environ and (mode != "train" or find_batch):
         raise UserError("under torchrun only --mode=train runs, without --find_batch")
+    if output:
+        check_writable("output", output)
     for key, path in (("inputs", inputs), ("compare", compare)):
         if path and not Path(path).is_file():
             raise UserError(f"--{key}={path}: no such file")
     try:
-        before = json.loads(Path(compare).read_text(encoding="utf-8")) if compare else {}
+        before = parse_json(Path(compare).read_text(encoding="utf-8")) if compare else {}
     except ValueError:
         raise UserError(f"--compare={compare}: not a file that --output wrote") from None
     figures = bench_batches() if find_batch else BENCHES[mode]()

@@ -11,15 +11,16 @@ interrupted run. FineWeb-Edu (https://arxiv.org/abs/2406.17557) is a set of educ
 100 or 350 billion tokens.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from common.corpus import DatasetWriter, find_files, is_up_to_date, open_stream, stream_documents
-from common.files import check_disk_space, download
+from common.corpus import DatasetWriter, find_files, is_up_to_date, open_stream, split_long, stream_documents, text_of
+from common.files import check_disk_space, download, parse_json
 from common.shards import open_shard
 from common.tokenizer import Tokenizer, learn_tokenizer
-from configurator import UserError, check_bounds, check_choice, configure, short_errors
+from configurator import UserError, check_bounds, check_choice, configure, first_line, short_errors
 
 sample = "10BT"  # sample of FineWeb-Edu: 10BT | 100BT | 350BT
 source = ""  # read these .parquet or .jsonl files or folders instead, separated by commas
@@ -33,6 +34,7 @@ worker = 0  # index of this machine, from 0 to num_workers - 1
 num_workers = 1  # number of machines; each reads its own files and writes its own shards
 pretokenized = ""  # fineweb10B | fineweb100B | finewebedu10B: download shards of GPT-2 tokens
 pretokenized_source = "https://huggingface.co/datasets/kjj0/{name}-gpt2/resolve/main"  # URL of those shards
+max_bad = 100  # documents in --source that may be damaged or without text; they are skipped and counted
 overwrite = False  # replace an existing dataset
 
 HUB_ID = "HuggingFaceFW/fineweb-edu"
@@ -40,18 +42,76 @@ TOKENS = {"10BT": 10e9, "100BT": 100e9, "350BT": 350e9}
 PRETOKENIZED = {"fineweb10B": ("fineweb", 103), "fineweb100B": ("fineweb", 1030), "finewebedu10B": ("finewebedu", 99)}
 
 
-def open_documents(files: list[Path]):
-    """This worker's share of the documents, as a stream of `datasets`. Raises UserError if they cannot be read."""
-    if files:
-        kind = "parquet" if files[0].suffix == ".parquet" else "json"
-        stream = open_stream(kind, source, data_files=[str(p) for p in files], split="train")
-    else:
-        stream = open_stream(HUB_ID, name=f"sample-{sample}", split="train")
-    if num_workers == 1:
-        return stream
+def open_hub():
+    """This worker's share of FineWeb-Edu, as a stream of `datasets`. Raises UserError if it cannot be read."""
+    stream = open_stream(HUB_ID, name=f"sample-{sample}", split="train")
     if num_workers > stream.num_shards:
         raise UserError(f"--num_workers={num_workers}: the source has only {stream.num_shards} files to distribute")
-    return stream.shard(num_workers, worker, contiguous=False)
+    return stream.shard(num_workers, worker, contiguous=False) if num_workers > 1 else stream
+
+
+def read_rows(path: Path, start: int) -> Iterator[tuple[int, object]]:
+    """(number, row) of a file from row `start` on; the row is an exception where it is damaged.
+
+    Only the column of the text is read, so that the files may differ in their other columns.
+    """
+    if path.suffix.lower() != ".parquet":
+        with open(path, "rb") as f:
+            for number, line in itertools.islice(enumerate(f), start, None):
+                try:
+                    yield number, parse_json(line) if line.strip() else {text_field: None}
+                except ValueError as e:
+                    yield number, e
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if text_field not in file.schema_arrow.names:
+            raise UserError(
+                f"{path} has no column {text_field!r}, only {', '.join(file.schema_arrow.names)}: set --text_field"
+            )
+        number = 0
+        for batch in file.iter_batches(1000, columns=[text_field]):
+            for value in batch.column(0)[max(0, start - number) :]:
+                try:
+                    yield start, {text_field: value.as_py()}
+                except UnicodeDecodeError as e:
+                    yield start, e
+                start += 1
+            number += len(batch)
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(
+            f"{path} is damaged ({first_line(e)}): remove or replace it, then the same command resumes"
+        ) from None
+
+
+def read_files(files: list[Path], position) -> Iterator[tuple[str, list[int]]]:
+    """The documents of this worker's files, each with the position after it.
+
+    A position is [file, row, damaged rows so far, parts of the row that were read already, if it is a long one].
+    """
+    first, start, bad, skip = position or (0, 0, 0, 0)
+    own, good = files[worker::num_workers], position is not None
+    for n, path in enumerate(own[first:], first):
+        for number, row in read_rows(path, start):
+            try:
+                if isinstance(row, Exception):
+                    raise UserError(f"{path}, document {number + 1}: {first_line(row)}")
+                text = text_of(row, text_field, f"{path}, document {number + 1}")
+            except UserError as e:
+                bad += 1
+                if not good or bad > max_bad:  # the first document: the key is wrong, not the document
+                    raise UserError(f"{e} (--max_bad={max_bad})" if good else str(e)) from None
+                print(f"skipped: {e}")
+                continue
+            good = good or bool(text)
+            parts = list(split_long(text))
+            for count, part in enumerate(parts[skip:], skip + 1):
+                yield part, [n, number + 1, bad, 0] if count == len(parts) else [n, number, bad, count]
+            skip = 0
+        start = 0
 
 
 def build(folder: Path, files: list[Path]) -> None:
@@ -59,7 +119,7 @@ def build(folder: Path, files: list[Path]) -> None:
     keys = ("text_field", "tokenizer", "max_tokens", "shard_tokens", "worker", "num_workers")
     arguments = {k: globals()[k] for k in keys}
     arguments |= {"files": [[str(p), p.stat().st_size] for p in files]} if files else {"hub": HUB_ID, "sample": sample}
-    name, label = (folder.name, source) if source else ("edufineweb", HUB_ID)
+    name = folder.name if source else "edufineweb"
     if is_up_to_date(folder, arguments, overwrite, name):
         return
     # An upper bound of what is written: tokens take fewer bytes than their text, and about as many as parquet.
@@ -71,9 +131,11 @@ def build(folder: Path, files: list[Path]) -> None:
         number = count * num_workers + worker
         return f"{name}_{'train' if number else 'val'}_{number:06d}.npy"
 
-    def documents(position) -> Iterator[tuple[str, Callable]]:
-        stream = open_documents(files)
-        texts = stream_documents(stream, text_field, label, position)
+    def documents(position) -> Iterator[tuple[str, object]]:
+        if files:
+            return read_files(files, position)
+        stream = open_hub()
+        texts = stream_documents(stream, text_field, HUB_ID, position)
         return ((text, stream.state_dict) for text in texts)  # slow, so it is called only when the position is saved
 
     def make_tokenizer() -> Tokenizer:
@@ -117,15 +179,17 @@ def main() -> None:
     if tokenizer in ("char", "bpe"):
         choices = "gpt2, or the folder or hub id of a model; prepare_text.py learns a vocabulary"
         raise UserError(f"--tokenizer={tokenizer}: choose {choices}")
-    check_bounds(globals(), at_least_0="worker max_tokens", at_least_1="num_workers shard_tokens")
+    check_bounds(globals(), at_least_0="worker max_tokens max_bad", at_least_1="num_workers shard_tokens")
     if worker >= num_workers:
         raise UserError(f"--worker={worker}: must be less than --num_workers={num_workers}")
     if num_workers > 1 and tokenizer != "gpt2":
         reason = "merged shards have no meta.json, so they are read as GPT-2's"
         raise UserError(f"--num_workers={num_workers} needs --tokenizer=gpt2: {reason}")
-    files = find_files("source", source, (".parquet", ".jsonl"))
-    if source and {p.suffix for p in files} not in ({".parquet"}, {".jsonl"}):
-        raise UserError(f"--source={source}: give files of one kind, .parquet or .jsonl")
+    files = find_files("source", source, (".parquet", ".jsonl", ".ndjson"))
+    if other := next((p for p in files if p.suffix.lower() not in (".parquet", ".jsonl", ".ndjson")), None):
+        raise UserError(f"--source={other}: give .parquet or .jsonl files")
+    if files and num_workers > len(files):
+        raise UserError(f"--num_workers={num_workers}: the source has only {len(files)} files to distribute")
     default = re.sub(r"\W+", "_", Path(source.split(",")[0]).stem) if source else "edu_fineweb" + sample[:-1]
     folder = Path(data_dir) / (dataset or pretokenized or default)
     if pretokenized:

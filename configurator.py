@@ -17,6 +17,7 @@ A config file is ordinary Python and may compute from the values set before it. 
 import ast
 import contextlib
 import difflib
+import errno
 import os
 import shutil
 import sys
@@ -24,10 +25,12 @@ import textwrap
 import traceback
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+TEXTS = {"start", "stop", "system", "sample_prompt"}  # keys whose value is no path
 
 
 class UserError(Exception):
@@ -144,6 +147,8 @@ class Overrides:
     def set(self, key: str, value: object, where: str, level: float) -> None:
         key = self.aliases.get(key, key)
         default, annotation = self.default_of(key, where)
+        if isinstance(value, str) and value.startswith("~/") and key not in TEXTS:  # a shell expands only a leading ~
+            value = str(Path(value).expanduser())
         try:
             self.namespace[key] = check_type(value, default, annotation)
         except TypeError:
@@ -249,8 +254,7 @@ def run_file(path: str, current: dict) -> dict:
     scope = dict(current, __file__=str(file), __name__="config")
     try:
         source = file.read_text(encoding="utf-8")
-        names = [n for n in ast.walk(ast.parse(source, path)) if isinstance(n, ast.Name)]
-        stored = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        stored = {name.id for name in module_level_names(ast.parse(source, path)) if isinstance(name.ctx, ast.Store)}
         exec(compile(source, path, "exec"), scope)
     except Exception as e:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
@@ -262,6 +266,15 @@ def run_file(path: str, current: dict) -> dict:
         if plain and (key not in current or value is not current[key] or key in stored):
             found[key] = value
     return found
+
+
+def module_level_names(node: ast.AST) -> Iterator[ast.Name]:
+    """The names in a module, without those inside of its functions and classes."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Name):
+            yield child
+        elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            yield from module_level_names(child)
 
 
 def print_help(namespace: dict, comments: dict[str, str], defaults: dict) -> None:
@@ -311,23 +324,80 @@ def error_in(stderr: str) -> str:
     return next((line for line in lines if line.startswith("error: ")), lines[-1])
 
 
+class Console:
+    """stdout or stderr for a script: printing never ends it, nor keeps it from saving its work.
+
+    A character that the stream cannot encode becomes "?". Text that finds the disk full is lost. When the reader is gone,
+    the stream falls silent, and `broken` becomes true.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.broken = stream, False
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace", line_buffering=True)  # lines appear at once, in a file too
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *arguments) -> None:
+        try:
+            function(*arguments)
+        except (OSError, ValueError) as e:
+            if getattr(e, "errno", None) != errno.ENOSPC:
+                self.silence()
+
+    def silence(self) -> None:
+        self.broken = True
+        with contextlib.suppress(OSError, ValueError):  # what is still buffered goes there too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def finish(self) -> None:
+        """Flush; what cannot be written would change the exit code, so it is dropped."""
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.silence()
+
+
+@contextlib.contextmanager
+def consoles():
+    """Within the block stdout and stderr are Consoles. Closed ones are opened: a file must not take their number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    before = sys.stdout, sys.stderr
+    own = [Console(stream or open(n, "w")) for n, stream in enumerate(before, 1)]
+    sys.stdin = sys.stdin or open(0)
+    sys.stdout, sys.stderr = own
+    try:
+        yield
+    finally:
+        for console in own:
+            console.finish()
+        sys.stdout, sys.stderr = before
+
+
 @contextlib.contextmanager
 def short_errors():
     """A UserError, or a file that cannot be read or written, ends the script with one line and exit code 2.
 
-    Everything else keeps its traceback. GPT_TRACEBACK=1 shows the traceback of a UserError too.
+    Everything else keeps its traceback. GPT_TRACEBACK=1 shows the traceback of a UserError too. Printing is safe inside.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has closed it
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (UserError, OSError) as e:
-        if os.environ.get("GPT_TRACEBACK") or not (isinstance(e, UserError) or e.filename):
-            raise
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    with consoles():
+        try:
+            yield
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except (UserError, OSError) as e:
+            if os.environ.get("GPT_TRACEBACK") or not (isinstance(e, UserError) or e.filename):
+                raise
+            print(f"error: {e}", file=sys.stderr)
+            sys.exit(2)

@@ -10,7 +10,6 @@ Needs the extra: pip install -e '.[demo]'. The page loads nothing from other mac
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,8 +18,10 @@ import torch
 
 from common import inference
 from common.checkpoint import find_checkpoint, find_runs
-from common.inference import END_OF_TURN, read_results, text_pieces, until
+from common.files import read_json
+from common.inference import END_OF_TURN, text_pieces, until
 from common.pretrained import is_pretrained
+from common.tokenizer import replace_surrogates
 from configurator import UserError, configure, short_errors
 
 out_dir = ""  # the run to select first; empty: the newest one
@@ -34,6 +35,7 @@ port = 7870  # port to listen on
 visitors = 8  # texts sampled at once, taking turns token by token; later visitors wait in a queue
 max_prompt = 20_000  # characters of a prompt at most
 pace = 0.0  # seconds per token at least, to watch them come
+auth = ""  # name:password that visitors must give; for --host=0.0.0.0
 
 TIPS = """\
 - Start as the training texts start: a model of stories knows "Once upon a time", not questions.
@@ -82,7 +84,7 @@ step_lock = threading.Lock()  # whoever holds it has the whole machine for one t
 
 def label(name: str) -> str:
     """A run as the picker shows it: with its loss and size."""
-    results = read_results(Path(name))
+    results = read_json(Path(name) / "results.json")
     loss, size = results.get("final_val_loss"), results.get("model_parameters")
     if loss and size:
         return f"{name}: loss {loss:.3f}, {size / 1e6:.2f}M parameters"
@@ -142,7 +144,7 @@ def build_page(gr):
         try:
             yield
         except (UserError, OSError, RuntimeError) as e:
-            raise gr.Error(str(e)) from None
+            raise gr.Error(str(e), print_exception=False) from None
 
     def model_of(name: str | None, text: str = "", seed: str = "") -> tuple:
         """Model, tokenizer and checkpoint of a run. Raises UserError for a text or a seed that is out of range, too."""
@@ -163,7 +165,7 @@ def build_page(gr):
             ids = all_ids[-model.config.block_size :]
             cut = len(all_ids) > len(ids)
             note = f"; it sees the last {len(ids):,} of the prompt's {len(all_ids):,} tokens" if cut else ""
-            text, began = prompt, time.perf_counter()
+            text, began = replace_surrogates(prompt), time.perf_counter()
 
             def speed(count: int) -> str:
                 return f"{count} tokens, {count / (time.perf_counter() - began):.0f} a second{note}"
@@ -177,6 +179,7 @@ def build_page(gr):
         """The text as it is sampled, the most likely tokens of each step, and the one that was sampled."""
         with errors_on_page():
             model, tokenizer, _ = model_of(name, text, settings[-1])
+            text = replace_surrogates(text)
             ids, logits, new = inference.prompt_ids(tokenizer, text)[-model.config.block_size :], [], []
             stream = sample_ids(model, tokenizer, ids, settings, limit, on_logits=lambda rows: logits.append(rows[0]))
             for i in stream:
@@ -194,6 +197,7 @@ def build_page(gr):
         """The conversation as the answer is sampled. remembered: the exchanges (message, answer) in the model's context."""
         with errors_on_page():
             model, tokenizer, checkpoint = model_of(name, message, settings[-1])
+            message = replace_surrogates(message)
             if not message.strip():
                 yield history, message, remembered
                 return
@@ -216,7 +220,7 @@ def build_page(gr):
             model_of(name)
         except (UserError, OSError, RuntimeError) as e:
             if current is None:
-                raise gr.Error(str(e)) from None
+                raise gr.Error(str(e), print_exception=False) from None
             gr.Warning(f"{e} {current} stays.")
             return gr.update(value=current), current, gr.skip(), gr.skip()
         return gr.update(), name, [], []
@@ -232,7 +236,7 @@ def build_page(gr):
         if (folder / "loss.png").exists():
             with Image.open(folder / "loss.png") as file:
                 picture = file.copy()
-        results = read_results(folder)
+        results = read_json(folder / "results.json")
         keys = "final_val_loss final_val_perplexity model_parameters tokens total_steps train_seconds device"
         for key in keys.split():
             if (value := results.get(key)) is not None:
@@ -318,6 +322,8 @@ def main() -> None:
     for key, low, high in (("port", 1, 65535), ("visitors", 1, 1000), ("max_prompt", 1, 10**7), ("pace", 0, 60)):
         if not low <= globals()[key] <= high:
             raise UserError(f"--{key}={globals()[key]}: must be between {low} and {high}")
+    if auth and not all(auth.partition(":")):
+        raise UserError("--auth: give a name and a password, --auth=name:password")
     given = out_dir if init_from == "resume" else init_from
     if given:
         models.pretrained = given if is_pretrained(given) else ""
@@ -325,6 +331,7 @@ def main() -> None:
     # The system's fonts: none is downloaded.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     options = {"server_name": host, "server_port": port, "theme": theme, "ssr_mode": False, "footer_links": []}
+    options |= {"max_file_size": 1, "auth": tuple(auth.split(":", 1)) if auth else None}  # the page takes no file
     try:
         build_page(gr).launch(quiet=True, prevent_thread_lock=True, **options)
     except OSError:
@@ -335,7 +342,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
     with short_errors():
         configure(globals())
         main()

@@ -31,10 +31,10 @@ import torch.distributed as dist
 from common import runtime
 from common.checkpoint import chosen_model, find_tokenizer, load_model
 from common.cpu import tune_malloc
-from common.files import atomic_write, download
+from common.files import atomic_write, check_writable, download, parse_json
 from common.inference import for_inference
 from common.scoring import token_losses
-from common.tokenizer import Tokenizer, tokenizer_from_dict
+from common.tokenizer import PretrainedTokenizer, Tokenizer, tokenizer_from_dict
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
 from model import GPT, KVCache
 
@@ -63,6 +63,7 @@ class Question(NamedTuple):
     context: list[int]
     endings: list[list[int]]
     lengths: list[int]  # what acc_norm divides by
+    label: int | None = None
 
 
 def read_examples(path: Path, limit: int = 0) -> list[dict]:
@@ -72,7 +73,7 @@ def read_examples(path: Path, limit: int = 0) -> list[dict]:
         if not line.strip():
             continue
         try:
-            example = json.loads(line)
+            example = parse_json(line)
             texts, label = [example["ctx"], *example["endings"]], example.get("label", "")
             if len(texts) != 5 or not all(isinstance(t, str) and t.strip() for t in texts):
                 raise ValueError("it needs a ctx and four endings, as text")
@@ -103,19 +104,24 @@ def find_examples(split: str, data_dir: str, limit: int = 0) -> list[dict]:
 
 def load_examples(data: str, data_dir: str, limit: int, split: str = "val") -> list[dict]:
     """The examples of a file, or of a split, which rank 0 downloads for all."""
+    if data and not Path(data).is_file():
+        raise UserError(f"--data={data}: no such file")
     if data:
-        if not Path(data).is_file():
-            raise UserError(f"--data={data}: no such file")
         return read_examples(Path(data), limit)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if runtime.is_master():
         find_examples(split, data_dir, 1)
     runtime.barrier()
     return find_examples(split, data_dir, limit)
 
 
 def classic_question(example: dict, tokenizer: Tokenizer) -> Question:
-    endings = [tokenizer.encode(" " + e) for e in example["endings"]]
-    return Question(tokenizer.encode(example["ctx"]), endings, [len(e) for e in endings])
+    context = tokenizer.encode(example["ctx"])
+    if isinstance(tokenizer, PretrainedTokenizer) and tokenizer.token_bytes(tokenizer.encode("a")[0])[:1] == b" ":
+        # It puts a space before every text: of an ending by itself there would be two.
+        endings = [tokenizer.encode(f"{example['ctx']} {e}")[len(context) :] for e in example["endings"]]
+    else:
+        endings = [tokenizer.encode(" " + e) for e in example["endings"]]
+    return Question(context, endings, [len(e) for e in endings], example.get("label"))
 
 
 def harness_question(example: dict, tokenizer: Tokenizer) -> Question:
@@ -130,7 +136,7 @@ def harness_question(example: dict, tokenizer: Tokenizer) -> Question:
     endings = [context[len(stripped) :] + " " + c for c in choices]
     start = tokenizer.encode(stripped)
     whole = [tokenizer.encode(stripped + e) for e in endings]
-    return Question(start, [w[len(start) :] for w in whole], [len(c) for c in choices])
+    return Question(start, [w[len(start) :] for w in whole], [len(c) for c in choices], example.get("label"))
 
 
 QUESTIONS = {"classic": classic_question, "harness": harness_question}
@@ -140,36 +146,50 @@ QUESTIONS = {"classic": classic_question, "harness": harness_question}
 
 
 def check_lengths(questions: list[Question], block_size: int) -> None:
-    if max((len(e) for q in questions for e in q.endings), default=0) > block_size:
+    sizes = [len(e) for q in questions for e in q.endings]
+    if max(sizes, default=0) > block_size:
         raise UserError(f"an ending has more tokens than the model's context of {block_size}: this model is too small")
+    if min(sizes, default=1) == 0:
+        raise UserError("an ending has no token in the model's vocabulary")
 
 
 @torch.no_grad()
 def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) -> Iterator[tuple[list[int], np.ndarray]]:
     """The summed token losses of every ending: yields (indices of questions, losses (n, 4) in nats).
 
-    Questions with contexts of similar length go together. The part of the contexts that all of them have is read once, into
-    the KV cache; the endings, each after the rest of its context, are then read in batches of similar length, with the head
-    applied to the endings only. A context too long for the model loses its front. Raises UserError for an ending longer
-    than the model's context.
+    Contexts of similar length go together. The part of them that all have is read once, into the KV cache; the endings, each
+    after the rest of its context, are then read in batches of similar length, with the head applied to the endings only.
+    Where an ending does not fit the model after its context, the context loses its front. Raises UserError for an ending
+    longer than the model's context.
     """
     T, device = model.config.block_size, model.device
     batch_size = batch_size or (8 if device.type == "cpu" else 64)
     check_lengths(questions, T)
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].context))
-    group_size = min(8 * batch_size, 256)  # questions in one cache
+    contexts = []  # (index of the question, its endings that see this context, context)
+    for i, (context, endings, *_) in enumerate(questions):
+        rooms = [T + 1 - len(e) for e in endings]
+        if len(context) <= min(rooms):
+            contexts.append((i, range(len(endings)), context or [0]))
+        else:
+            contexts += [(i, [n], context[-room:] or [0]) for n, room in enumerate(rooms)]
+    contexts.sort(key=lambda entry: len(entry[2]))
+    found, missing = np.zeros((len(questions), 4)), np.full(len(questions), 4)
+    group_size = min(8 * batch_size, 256)  # contexts in one cache
     # The cache has the model's own dtype: here rows are copied more than they are attended to.
     autocast_dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     kv_dtype = autocast_dtype or model.transformer.wte.weight.dtype
-    for first in range(0, len(order), group_size):
-        group = order[first : first + group_size]
-        rooms = [T + 1 - max(map(len, questions[i].endings)) for i in group]
-        contexts = [questions[i].context[-room:] or [0] for i, room in zip(group, rooms)]
-        shared = min(map(len, contexts)) - 1  # the token before an ending is read with it
+    for first in range(0, len(contexts), group_size):
+        group = contexts[first : first + group_size]
+        shared = len(group[0][2]) - 1  # the token before an ending is read with it
         cache = KVCache(model.config, len(group), shared, device, kv_dtype)
         if shared:
-            model.hidden(torch.tensor([c[:shared] for c in contexts], device=device), cache)
-        rows = [(n, c[shared:] + e, len(e)) for n, c in enumerate(contexts) for e in questions[group[n]].endings]
+            model.hidden(torch.tensor([context[:shared] for _, _, context in group], device=device), cache)
+        places, rows = [], []  # question and ending of each row; its context in the cache, ids, length of the ending
+        for row, (i, endings, context) in enumerate(group):
+            for n in endings:
+                ending = questions[i].endings[n]
+                places.append((i, n))
+                rows.append((row, context[shared:] + ending, len(ending)))
         losses = torch.zeros(len(rows), device=device)
         remaining = sorted(range(len(rows)), key=lambda r: len(rows[r][1]))
         while remaining:  # the longest first
@@ -188,40 +208,48 @@ def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) ->
             per_token = torch.zeros(y.shape, device=device)
             per_token[in_ending] = token_losses(model, model.hidden(x, part)[in_ending], y[in_ending])[0]
             losses[torch.tensor(batch, device=device)] = per_token.sum(1)
-        yield group, losses.view(-1, 4).cpu().numpy()
+        indices, columns = np.array(places).T
+        found[indices, columns] = losses.cpu().numpy()
+        np.subtract.at(missing, indices, 1)
+        complete = [i for i in dict.fromkeys(indices.tolist()) if not missing[i]]
+        yield complete, found[complete]
 
 
 class Score:
     def __init__(self):
         self.counts = torch.zeros(3, dtype=torch.float64)  # examples with a label, right by acc, right by acc_norm
 
-    def add(self, losses: np.ndarray, lengths: list[int], label: int | None) -> tuple[int, int]:
-        """Count an example with losses (4,). Returns the choices by acc and acc_norm."""
-        acc, acc_norm = int(losses.argmin()), int((losses / np.array(lengths)).argmin())
-        if label is not None:
-            self.counts += torch.tensor([1, acc == label, acc_norm == label])
-        return acc, acc_norm
+    def add(self, question: Question, losses: np.ndarray) -> dict:
+        """Count a question with losses (4,). Returns them and the choices by acc and acc_norm."""
+        acc, acc_norm = int(losses.argmin()), int((losses / np.array(question.lengths)).argmin())
+        if question.label is not None:
+            self.counts += torch.tensor([1, acc == question.label, acc_norm == question.label])
+        rounded = [round(float(x), 6) for x in losses]
+        return {"losses": rounded, "lengths": question.lengths, "acc": acc, "acc_norm": acc_norm}
 
     def accuracy(self) -> tuple[float, float]:
         examples, right, right_norm = self.counts.tolist()
         return (right / examples, right_norm / examples) if examples else (math.nan, math.nan)
 
+    def __str__(self):
+        return "acc {:.4f} acc_norm {:.4f}".format(*self.accuracy()) if self.counts[0] else "no labels"
 
-def load_classic(data: str, data_dir: str, limit: int, tokenizer: dict, block_size: int) -> list[tuple]:
-    """Questions and labels for train.py. Raises UserError if a model with this context cannot score them."""
+
+def load_classic(data: str, data_dir: str, limit: int, tokenizer: dict, block_size: int) -> list[Question]:
+    """Questions for train.py. Raises UserError if a model with this context cannot score them."""
     examples, tokenizer = load_examples(data, data_dir, limit), tokenizer_from_dict(tokenizer)
-    questions = [(classic_question(e, tokenizer), e["label"]) for e in examples]
-    check_lengths([q for q, _ in questions], block_size)
+    questions = [classic_question(e, tokenizer) for e in examples]
+    check_lengths(questions, block_size)
     return questions
 
 
-def classic_accuracy(model: GPT, questions: list[tuple], rank=0, world_size=1) -> tuple[float, float]:
+def classic_accuracy(model: GPT, questions: list[Question], rank=0, world_size=1) -> tuple[float, float]:
     """acc and acc_norm of load_classic(), for train.py. The ranks share the questions."""
     own, score, training = questions[rank::world_size], Score(), model.training
     model.eval()
-    for indices, losses in ending_losses(model, [q for q, _ in own]):
-        for i, loss in zip(indices, losses):
-            score.add(loss, own[i][0].lengths, own[i][1])
+    for indices, losses in ending_losses(model, own):
+        for i, row in zip(indices, losses):
+            score.add(own[i], row)
     model.train(training)
     runtime.all_reduce(score.counts)
     return score.accuracy()
@@ -229,33 +257,26 @@ def classic_accuracy(model: GPT, questions: list[tuple], rank=0, world_size=1) -
 
 def score_all(name: str, model: GPT, examples: list[dict], tokenizer: Tokenizer, results: list[dict], total: int):
     """Score this rank's examples, print progress, and add each example's losses and choices to its result."""
-
-    def report(words: str, count: int) -> None:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"{words}  {count / (time.perf_counter() - start):.1f} examples/s")
-
-    def accuracy() -> str:
-        return "acc {:.4f} acc_norm {:.4f}".format(*score.accuracy()) if score.counts[0] else "no labels"
-
     questions, score, done = [QUESTIONS[name](e, tokenizer) for e in examples], Score(), 0
     start = printed = time.perf_counter()
     for indices, losses in ending_losses(model, questions, batch_size):
-        for i, loss in zip(indices, losses):
-            acc, acc_norm = score.add(loss, questions[i].lengths, examples[i]["label"])
-            results[i][name] = {"losses": [round(float(x), 6) for x in loss], "lengths": questions[i].lengths}
-            results[i][name] |= {"acc": acc, "acc_norm": acc_norm}
+        for i, row in zip(indices, losses):
+            results[i][name] = score.add(questions[i], row)
         done += len(indices)
-        if time.perf_counter() - printed > 5:
-            printed = time.perf_counter()
-            report(f"{done:>7,}/{len(examples):,}  {name} {accuracy()}", done)
+        if runtime.is_master() and (now := time.perf_counter()) - printed > 5:
+            printed = now
+            print(f"{done:>7,}/{len(examples):,}  {name} {score}  {done / (now - start):.1f} examples/s")
     runtime.all_reduce(score.counts)
-    report(f"{name:<8} {accuracy()}", total)
+    if runtime.is_master():
+        print(f"{name:<8} {score}  {total / (time.perf_counter() - start):.1f} examples/s")
 
 
 def main() -> None:
     check_choice("split", split, SPLITS)
     check_choice("scoring", scoring, ("both", *QUESTIONS))
     check_bounds(globals(), at_least_0="limit batch_size")
+    if output:
+        check_writable("output", output, make_folders=True)
     local = runtime.pick_local_device(device)
     if local.type == "cpu":
         tune_malloc()
@@ -268,10 +289,8 @@ def main() -> None:
     own = examples[rank::world_size]
     if rank == 0:
         print(f"{len(examples):,} examples, {params:,} parameters, {local}, {runtime.dtype_name(weights_dtype)}")
-    results, start = (
-        [{"ind": e.get("ind", rank + n * world_size), "label": e["label"]} for n, e in enumerate(own)],
-        time.perf_counter(),
-    )
+    start = time.perf_counter()
+    results = [{"ind": e.get("ind", rank + n * world_size), "label": e["label"]} for n, e in enumerate(own)]
     for name in QUESTIONS if scoring == "both" else (scoring,):
         score_all(name, model, own, tokenizer, results, len(examples))
     if world_size > 1:
@@ -279,7 +298,7 @@ def main() -> None:
         dist.all_gather_object(per_rank, results)
         results = [per_rank[n % world_size][n // world_size] for n in range(len(examples))]
     if rank == 0 and output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).resolve().parent.mkdir(parents=True, exist_ok=True)
         atomic_write(Path(output), "".join(json.dumps(r) + "\n" for r in results))
         print(f"{output}: {len(results):,} examples, {time.perf_counter() - start:.1f} s")
     runtime.shutdown_distributed()
@@ -295,6 +314,6 @@ def long_options(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    with short_errors():
+    with short_errors(), runtime.explain_memory("--batch_size"):
         configure(globals(), long_options(sys.argv[1:]))
         main()

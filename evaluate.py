@@ -28,11 +28,11 @@ import numpy as np
 import torch
 
 from common.checkpoint import build_model, chosen_model, find_checkpoint, find_tokenizer, read_model
-from common.files import atomic_write
+from common.files import atomic_write, check_writable
 from common.inference import complete, for_inference, prompt_ids
 from common.logger import finite, perplexity
 from common.pretrained import is_pretrained
-from common.runtime import autocast, pick_device, pick_dtype
+from common.runtime import autocast, explain_memory, pick_device, pick_dtype
 from common.scoring import sum_losses
 from common.shards import Dataset, Shard, load_dataset, split_shards, validation_batches, validation_windows
 from common.tokenizer import Tokenizer, same_vocabulary
@@ -233,6 +233,7 @@ def main() -> None:
     target = pick_device(device)
     amp_dtype = torch.float32 if quantize or (dtype == "auto" and target.type != "cuda") else pick_dtype(dtype, target)
     results, folder = [], Path(output_dir)
+    check_writable("output_dir", f"{output_dir}/evaluation_results.csv", make_folders=True)
     names = [run for name in (checkpoints or chosen_model("", "resume")).split(",") for run in runs_in(name)]
     for name in names:  # a wrong name is an error before the first model is evaluated
         if not is_pretrained(name) and not find_checkpoint(name).is_file():
@@ -255,6 +256,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with short_errors():
+    with short_errors(), explain_memory("--batch_size, --block_size or --num_samples"):
         configure(globals())
         main()

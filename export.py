@@ -12,15 +12,14 @@ Biases that GPT-2 has and ours lacks are zeros. A key that neither can express i
 Writes config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json and README.md.
 """
 
+import contextlib
 import json
 import os
 import shlex
-import shutil
 from pathlib import Path
 
 from common.checkpoint import chosen_model, find_checkpoint, find_tokenizer, load_model, save_checkpoint
-from common.files import atomic_write
-from common.inference import read_results
+from common.files import atomic_write, read_json
 from common.logger import perplexity
 from common.lora import merge_lora
 from common.pretrained import is_pretrained, to_hugging_face
@@ -103,7 +102,8 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
     config |= {"vocab_size": vocab_size, "torch_dtype": dtype, "eos_token_id": tokenizer.eot, "bos_token_id": None}
     if tokenizer.eot is not None:
         eot = tokenizer.token_bytes(tokenizer.eot).decode()
-        sampling |= {"eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
+        stops = list(tokenizer.stops) if len(tokenizer.stops) > 1 else tokenizer.eot
+        sampling |= {"eos_token_id": stops, "pad_token_id": tokenizer.eot}
         reader["eos_token"] = eot
         if tokenizer.to_dict()["kind"] != "pretrained":  # whose tokenizer.json says what a text begins with
             config["bos_token_id"] = tokenizer.eot
@@ -116,21 +116,40 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
     card = model_card(folder.name, model, checkpoint, results, target)
     objects = {"config.json": config, "generation_config.json": sampling, "tokenizer_config.json": reader}
     texts = {name: json.dumps(value, indent=1) for name, value in objects.items()}
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    texts |= {"tokenizer.json": tokenizer.to_json(), "README.md": card}
     try:
-        safetensors.torch.save_file(weights, part / "model.safetensors", {"format": "pt"})
-        for name, text in (texts | {"tokenizer.json": tokenizer.to_json(), "README.md": card}).items():
-            atomic_write(part / name, text)
-    except BaseException as e:
-        shutil.rmtree(part, ignore_errors=True)
-        if type(e).__name__ == "SafetensorError":
-            raise UserError(f"{folder} could not be written: {e}") from None
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+        with replaced_files(folder, [*texts, "model.safetensors"]) as part_of:
+            safetensors.torch.save_file(weights, part_of("model.safetensors"), {"format": "pt"})
+            for name, text in texts.items():
+                atomic_write(part_of(name), text)
+    except safetensors.SafetensorError as e:
+        raise UserError(f"{folder} could not be written: {e}") from None
     print(f"{folder}: {target}, {model.num_params():,} parameters in {dtype}, vocabulary {vocab_size:,}")
+
+
+@contextlib.contextmanager
+def replaced_files(folder: Path, names: list[str]):
+    """Gives the paths to write files of the folder to. After the block all of them have their names; on any error none has.
+
+    The folder itself stays: it may be a link or a mount point. Other files of an earlier export are removed at the end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = []  # the former files that were moved away
+    try:
+        yield lambda name: folder / f"{name}.part"
+        for name in names:
+            if (folder / name).exists():
+                os.replace(folder / name, folder / f"{name}.old")
+                kept.append(name)
+            os.replace(folder / f"{name}.part", folder / name)
+    except BaseException:
+        for name in names:
+            (folder / f"{name}.part").unlink(missing_ok=True)
+        for name in kept:
+            os.replace(folder / f"{name}.old", folder / name)
+        raise
+    for name in [*(f"{name}.old" for name in kept), *(FILES - {*names})]:
+        (folder / name).unlink(missing_ok=True)
 
 
 def export_torch(model: GPT, checkpoint: dict, tokenizer: Tokenizer, folder: Path) -> None:
@@ -155,11 +174,12 @@ def main() -> None:
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise UserError(f"{folder} exists already: choose another --output_dir, or --overwrite=True")
-        if foreign := sorted({p.name for p in folder.iterdir()} - FILES):
+        names = {p.name.removesuffix(".part").removesuffix(".old") for p in folder.iterdir()}
+        if foreign := sorted(names - FILES):
             raise UserError(f"{folder} holds {foreign[0]}, which is not part of an export: choose another --output_dir")
     if output_format == "torch":
         return export_torch(model, checkpoint, tokenizer, folder)
-    results = {} if is_pretrained(name) else read_results(run)
+    results = {} if is_pretrained(name) else read_json(run / "results.json")
     if results.get("total_steps") != checkpoint.get("step"):  # best.pt is from before the run's end
         results = {key: results[key] for key in ("device", "versions", "git_commit") if key in results}
     export_hugging_face(model, checkpoint, tokenizer, folder, results)

@@ -62,6 +62,9 @@ class GPTConfig:
             raise ValueError(f"--pos=rope needs an even head size, not n_embd/n_head = {self.head_size}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout={self.dropout}: must be at least 0 and less than 1")
+        if self.rope_base <= 0 or self.norm_eps < 0 or self.logit_softcap < 0:
+            sizes = f"--norm_eps={self.norm_eps} and --logit_softcap={self.logit_softcap} at least 0"
+            raise ValueError(f"--rope_base={self.rope_base} must be above 0, {sizes}")
         if self.lora_rank < 0 or self.lora_alpha <= 0:
             raise ValueError(f"--lora_rank={self.lora_rank} must be at least 0, --lora_alpha={self.lora_alpha} above 0")
 
@@ -439,7 +442,8 @@ def sample_next_token(logits, temperature, top_k, top_p, min_p, rng=None):
         logits, ids = logits.topk(top_k)
     elif top_p < 1:
         logits, ids = logits.sort(descending=True)
-    probs = (logits / temperature).softmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # stays finite however low the temperature
+    probs = (logits / max(temperature, 1e-30)).softmax(-1)
     if min_p:
         probs = probs.where(probs >= min_p * probs.amax(-1, keepdim=True), 0)
     if top_p < 1:

@@ -8,7 +8,8 @@
     python prepare_text.py --source=chat                questions and answers from several sources
     python prepare_text.py --dataset=mine --preview=2   the first batches of a prepared dataset, as text
 
-A .txt file is one document, or several separated by <|endoftext|>. A .jsonl file has one document per line.
+A .txt file is one document, or several separated by <|endoftext|>. A .jsonl, .ndjson or .json file has one document per
+line, or is an array of them. With --tokenizer=ids a line of a .txt file is a document: whole numbers, which are its token ids.
 A single document is cut in two: its end becomes the validation split. Of several documents, a hash chooses those for
 validation, and duplicates are skipped. A bpe tokenizer is trained on the training split only.
 The same command resumes an interrupted run.
@@ -16,18 +17,18 @@ The same command resumes an interrupted run.
 
 import codecs
 import itertools
-import json
 import math
 import os
 import random
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from common import corpus
 from common.corpus import DatasetWriter, Source, document_hash, make_source, stream_rows, text_of
-from common.files import check_disk_space, download
+from common.files import check_disk_space, download, parse_json
 from common.shards import TrainingWindows, load_dataset
 from common.tokenizer import EOT, Tokenizer, learn_tokenizer, tokenizer_from_dict
 from configurator import UserError, check_bounds, configure, short_errors
@@ -38,7 +39,7 @@ list_sources = False  # print the corpora that --source knows
 preview = 0  # print this many batches of the prepared dataset, as train.py sees them
 dataset = ""  # folder under data_dir (default: the name of the input or source)
 data_dir = "data"  # folder of all datasets
-tokenizer = "gpt2"  # gpt2 | char | bpe (trained on the text) | the folder or hub id of a pretrained model
+tokenizer = "gpt2"  # gpt2 | char | bpe (trained on the text) | ids (lines of numbers) | a dataset or pretrained model
 vocab_size = 4096  # vocabulary size of a bpe tokenizer
 special_tokens = ""  # tokens that a bpe tokenizer never splits, separated by commas: <|user|>,<|assistant|>
 val_fraction = 0.1  # validation share: of the characters of a single document, otherwise of the documents
@@ -52,6 +53,9 @@ seed = 1337  # random seed of the validation split and of the order of the chat 
 overwrite = False  # replace an existing dataset
 batch_size = 4  # sequences per batch of the preview
 block_size = 64  # tokens per sequence of the preview
+
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 class Corpus(NamedTuple):
@@ -86,27 +90,37 @@ CORPORA = {
 
 
 def is_jsonl(path: Path) -> bool:
-    return os.environ.get("LOCAL_TEXT_DATA_FORMAT", "").lower() == "jsonl" or path.suffix == ".jsonl"
+    return os.environ.get("LOCAL_TEXT_DATA_FORMAT", "").lower() == "jsonl" or path.suffix.lower() in JSON_SUFFIXES
 
 
 def file_documents(files: Iterable[Path], field: str) -> Iterator[str]:
     """The non-empty documents of the files, in order. Raises UserError that names the file and line with an error."""
     for path in files:
-        if not is_jsonl(path):
+        if is_jsonl(path):
+            for number, row in json_rows(path):
+                yield from corpus.split_long(text_of(row, field, f"{path}, line {number}"))
+        elif tokenizer == "ids":  # a line is a document
+            yield from filter(None, (line.strip() for text, _ in corpus.split_text(path) for line in text.splitlines()))
+        else:
             yield from (text for text, _ in corpus.split_text(path))
-            continue
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except UnicodeDecodeError as e:
-                    raise corpus.not_utf8(path, e, f.tell()) from None
-                except ValueError as e:
-                    raise UserError(f"{path}, line {number}: not JSON ({e})") from None
-                if text := text_of(row, field, f"{path}, line {number}"):
-                    yield text
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """(line number, object) of a file with an object per line, or with one array of objects."""
+    with open(path, "rb") as f:
+        start = next((line.strip() for line in f if line.strip()), b"")
+        f.seek(0)
+        is_array = start.startswith(b"[")
+        for number, line in enumerate([f.read()] if is_array else f, 1):
+            if not line.strip():
+                continue
+            try:
+                rows = parse_json(line)
+            except UnicodeDecodeError as e:
+                raise corpus.not_utf8(path, e, f.tell()) from None
+            except ValueError as e:
+                raise UserError(f"{path}, line {number}: not JSON ({e})") from None
+            yield from ((number, row) for row in (rows if is_array else [rows]))
 
 
 def read_blocks(path: Path) -> Iterator[str]:
@@ -287,10 +301,16 @@ def chat_documents() -> tuple[dict[str, Source], str, bool]:
 def file_documents_by_split(files: list[Path], field: str) -> tuple[dict[str, Source], str, bool]:
     """The documents of files. Raises UserError if there is no text, or a single document too short to split."""
     names = ", ".join(p.name for p in files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
-    is_single = is_single_document(files)
+    is_single = tokenizer != "ids" and is_single_document(files)
     first = [] if is_single else list(itertools.islice(file_documents(files, field), 2))
     if not is_single and len(first) != 1:
         return {"all": make_source(lambda: file_documents(files, field), max_docs)}, names, False
+
+    if tokenizer == "ids":
+        numbers = first[0].split()
+        cut = int(len(numbers) * (1 - val_fraction) + 1e-6)
+        parts = {"val": " ".join(numbers[cut:]), "train": " ".join(numbers[:cut])}
+        return {split: make_source(lambda text=text: [text]) for split, text in parts.items()}, names, True
 
     def blocks() -> Iterable[str]:
         return read_blocks(files[0]) if is_single else first
@@ -355,7 +375,7 @@ def prepare(folder: Path, find_documents: Callable[[], tuple[dict[str, Source], 
     print(writer.summary)
     is_chat = arguments.get("source") == "chat"
     preset = "config/train_chat.py" if is_chat else f"config/quickstart.py --out_dir=out/{folder.name}"
-    place = f" --data_dir={data_dir}" if data_dir != "data" else ""
+    place = f" --data_dir={shlex.quote(data_dir)}" if data_dir != "data" else ""
     print(f"Train on it: python train.py {preset} --dataset={folder.name}{place}")
 
 
@@ -380,8 +400,8 @@ def print_sources() -> None:
 
 
 def prepare_files(folder: Path, paths: str) -> None:
-    files = corpus.find_files("inputs", paths, (".txt", ".jsonl"))
-    if parquet := [path for path in files if path.suffix == ".parquet"]:
+    files = corpus.find_files("inputs", paths, (".txt", *JSON_SUFFIXES))
+    if parquet := [path for path in files if path.suffix.lower() == ".parquet"]:
         advice = f"parquet files are read by build_fineweb_shards.py --source={parquet[0]}"
         raise UserError(f"--inputs={parquet[0]}: {advice}")
     field = text_field or os.environ.get("LOCAL_TEXT_FIELD", "text")

@@ -10,7 +10,6 @@ python sample.py --prompts=prompts.txt --output=completions.jsonl       every li
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -21,9 +20,10 @@ import torch
 
 from common import inference
 from common.checkpoint import chosen_model
-from common.files import atomic_write
+from common.files import atomic_write, check_writable, parse_json
 from common.inference import END_OF_TURN, text_pieces, token_repr, until
-from common.tokenizer import EOT
+from common.runtime import explain_memory
+from common.tokenizer import EOT, replace_surrogates
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
 
 # The model
@@ -37,11 +37,11 @@ graph = True  # on a GPU, decode with CUDA graphs
 compile = False  # on a GPU, torch.compile the decoding step: takes a minute, pays for long or many texts
 # What to write
 start = ""  # the prompt, FILE:path reads it from a file; empty: the start of a document
-num_samples = 1  # number of texts, in one batch
+num_samples = 1  # number of texts
 max_new_tokens = 500  # tokens at most in each
 stop = ""  # stop at this text; the end of a document always stops
 prompts = ""  # instead: complete every line of a file, or the "prompt" of every object in a .jsonl file
-batch_size = 16  # of --prompts: texts at a time
+batch_size = 16  # texts at a time
 output = ""  # of --prompts: a JSONL file for the completions; empty: the terminal
 chat = False  # instead: chat with the model
 turns: bool | str = "auto"  # of --chat: answer in turns (True), continue your text (False), or as it was trained (auto)
@@ -76,10 +76,12 @@ def read_prompts(path: Path) -> dict[int, str]:
         return lines
     for n, line in lines.items():
         try:
-            lines[n] = json.loads(line)["prompt"]
+            lines[n] = parse_json(line)["prompt"]
         except (ValueError, TypeError, KeyError):
             lines[n] = None
-        if not isinstance(lines[n], str):
+        if isinstance(lines[n], str):
+            lines[n] = replace_surrogates(lines[n])
+        else:
             raise UserError(f'--prompts={path}, line {n}: not an object with a text "prompt"')
     return lines
 
@@ -117,13 +119,17 @@ class Sampler:
         return [("".join(until(text_pieces(self.tokenizer, ids), stop)), len(ids)) for ids in new]
 
 
-write_out = functools.partial(print, end="", flush=True)
+def write_out(text: str) -> None:
+    print(text, end="", flush=True)
+    if sys.stdout.broken:  # nobody reads any more
+        sys.exit(141)
 
 
 def write(sampler: Sampler, prompt: str, ids: list[int]) -> None:
     if num_samples > 1:
-        for text, _ in sampler.batch([ids] * num_samples, stop):
-            print(f"{prompt}{text}\n---------------")
+        for first in range(0, num_samples, batch_size):
+            for text, _ in sampler.batch([ids] * min(batch_size, num_samples - first), stop):
+                write_out(f"{prompt}{text}\n---------------\n")
         return
     pieces = sampler.stream(ids, stop)  # a setting out of range is an error before the prompt is printed
     for piece in itertools.chain([prompt], pieces, ["\n"]):
@@ -131,10 +137,12 @@ def write(sampler: Sampler, prompt: str, ids: list[int]) -> None:
 
 
 def write_beams(sampler: Sampler, prompt: str, ids: list[int]) -> None:
+    if beams > sampler.model.config.vocab_size:
+        raise UserError(f"--beams={beams}: at most the vocabulary size, {sampler.model.config.vocab_size}")
     if num_samples > beams:
         raise UserError(f"--num_samples={num_samples}: --beams={beams} finds no more than {beams}")
-    tokenizer, stop_tokens = sampler.tokenizer, inference.stop_tokens(sampler.tokenizer)
-    found = inference.beam_search(sampler.model, ids, max_new_tokens, beams, stop_tokens, length_penalty)
+    tokenizer = sampler.tokenizer
+    found = inference.beam_search(sampler.model, ids, max_new_tokens, beams, tokenizer.stops, length_penalty)
     for score, new in found[:num_samples]:
         print(prompt + "".join(until(text_pieces(tokenizer, new), stop)))
         if num_samples > 1:
@@ -155,7 +163,7 @@ def write_explained(sampler: Sampler, prompt: str, ids: list[int]) -> None:
             mark = "  <- sampled" if token == name else ""
             print(f"  {p:6.1%} {'#' * round(30 * p):<30} {token}{mark}")
         print()
-        if i == tokenizer.eot:
+        if i in tokenizer.stops:
             break
         new.append(i)
         if stop and stop in tokenizer.decode(new):
@@ -167,11 +175,7 @@ def complete_file(sampler: Sampler) -> None:
     """Complete every prompt of a file, prompts of similar length together; write JSONL in the file's order."""
     from tqdm import tqdm
 
-    texts, limit, path = read_prompts(Path(prompts)), sampler.model.config.block_size, Path(output)
-    if output and path.is_dir():
-        raise UserError(f"--output={output} is a folder")
-    if output and not path.resolve().parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {path.parent}")
+    texts, limit = read_prompts(Path(prompts)), sampler.model.config.block_size
     rows = {n: encode_prompt(sampler.tokenizer, t, limit, f"--prompts={prompts}, line {n}") for n, t in texts.items()}
     order = sorted([*rows] * num_samples, key=lambda n: len(rows[n]))
     completed, error = {n: [] for n in rows}, None
@@ -186,7 +190,7 @@ def complete_file(sampler: Sampler) -> None:
             error = e
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for found in completed.values() for line in found]
     if lines and output:
-        atomic_write(path, "".join(lines))
+        atomic_write(Path(output), "".join(lines))
         print(f"{output}: {len(lines):,} completions" + (f" of {len(order):,}" if error else ""))
     else:
         write_out("".join(lines))
@@ -330,6 +334,10 @@ def main() -> None:
     check_bounds(globals(), at_least_1="num_samples max_new_tokens batch_size", at_least_0="beams seed")
     if (chat or prompts) and start:
         raise UserError(f"--start={start}: --{modes[0]} takes no --start")
+    if output and not prompts:
+        raise UserError(f"--output={output}: it is for --prompts; redirect the output of a single text")
+    if output:
+        check_writable("output", output)
     if seed >= 2**63:
         raise UserError(f"--seed={seed}: must be less than 2^63")
     if not -10 <= length_penalty <= 10:
@@ -347,7 +355,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with short_errors():
+    with short_errors(), explain_memory("--batch_size, --beams or --max_new_tokens"):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
         configure(globals())
         if chat:

@@ -12,7 +12,6 @@ import gc
 import math
 import re
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from common import checkpoint, logger, muon, runtime, setup
+from common.files import lock_run
 from common.scoring import sum_losses
 from common.shards import MixedWindows, TrainingWindows, validation_batches, validation_windows
 from configurator import add_keys, configure, short_errors
@@ -361,6 +361,8 @@ def main(config: dict) -> None:
     if master and "tinystories_synthetic" in re.split("[:,]", dataset):
         ensure_synthetic(Path(data_dir) / "tinystories_synthetic")
     runtime.barrier()
+    if master and not (dry_run or eval_only):
+        lock_run(Path(out_dir))
     datasets = setup.load_datasets(globals(), rank)  # [(Dataset, weight)]
     loaded, resuming = checkpoint.load_start(requested, rank)
     model = setup.make_model(globals(), datasets[0][0], loaded, resuming).to(run_device).train()
@@ -370,15 +372,13 @@ def main(config: dict) -> None:
     config = {key: globals()[key] for key in config} | {"init_from": requested["init_from"]}  # not "resume"
     if master:
         logger.print_summary(model, datasets, config, run_device, amp_dtype)
-    if dry_run:
-        return runtime.shutdown_distributed()
     eval_windows = eval_iters * batch_size
     if resuming and loaded.get("requested", {}).get("eval_iters") == eval_iters:
         eval_windows = loaded["eval_windows"]  # the same windows as before, also with another batch size
     scaler = torch.amp.GradScaler(run_device.type, enabled=amp_dtype == torch.float16)
     batches, accum = Batches(windows, run_device, rank, world_size), gradient_accumulation_steps // world_size
     run = Run(model, model, [], scaler, batches, run_device, amp_dtype, accum, rank, world_size)
-    if eval_only:
+    if eval_only and not dry_run:
         result = evaluate(run, datasets, eval_windows)
         if master:
             print(logger.format_evaluation(result))
@@ -387,15 +387,17 @@ def main(config: dict) -> None:
     # Optimizers, the compiled step, logs
     run.optimizers = make_optimizers(model, amp_dtype)
     if resuming:
-        checkpoint.restore_optimizers(run.optimizers, scaler, loaded, config, requested)
+        checkpoint.restore_optimizers(run.optimizers, scaler, loaded, config, requested, datasets)
         checkpoint.restore_best(state, rank, out_dir)
     loaded = None  # frees its memory
+    if dry_run:
+        return runtime.shutdown_distributed()
     run.step_model = setup.compile_and_wrap(run, compile, label_smoothing)
     questions = None
     if hellaswag_interval:
         questions = load_classic(hellaswag_data, data_dir, hellaswag_limit, datasets[0][0].tokenizer, block_size)
     config |= {key: value for key, value in asdict(model.config).items() if key in config}
-    log = logger.Logger(run, config, datasets[0][0].tokenizer, state) if master else logger.NullLogger()
+    log = logger.Logger(run, config, datasets[0][0].tokenizer, state, resuming) if master else logger.NullLogger()
     saver = checkpoint.CheckpointSaver(run, config, requested, datasets, eval_windows, log.tokenizer_dict)
     gc.collect()
     gc.freeze()  # objects that live for the whole run are never searched for garbage again
@@ -484,6 +486,5 @@ def log_step(run: Run, state: State, log: logger.Logger, monitor: runtime.StepMo
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # lines appear at once, in a file too
     with short_errors(), runtime.explain_errors(globals()), logger.progress_bar_closed():
         main(configure(globals(), dial=("depth", setup.from_depth), one_of=ALTERNATIVES))

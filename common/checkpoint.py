@@ -16,14 +16,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from common.files import atomic_file
 from common.lora import add_lora
-from common.pretrained import is_pretrained, read_pretrained, to_our_names
-from common.runtime import all_reduce, broadcast_object, is_out_of_memory
+from common.pretrained import MOST, is_pretrained, read_pretrained, to_our_names
+from common.runtime import all_reduce, broadcast_object, is_master, is_out_of_memory
 from common.shards import Dataset, load_dataset
 from common.tokenizer import Tokenizer, read_tokenizer, same_vocabulary, tokenizer_from_dict
-from configurator import UserError, first_line
+from configurator import UserError, check_type, first_line
 from model import GPT, GPTConfig
 
 PREVIOUS = "ckpt_previous.pt"  # the checkpoint before ckpt.pt, for when that is damaged
@@ -62,32 +63,31 @@ def hard_link(path: Path, other: Path) -> None:
     part = other.with_name(other.name + ".part")
     part.unlink(missing_ok=True)
     try:
-        os.link(path, part)
-    except OSError:
-        shutil.copyfile(path, part)
-    os.replace(part, other)
+        try:
+            os.link(path, part)
+        except OSError:
+            shutil.copyfile(path, part)
+        os.replace(part, other)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
-def copy_to_host(value, into=None, copies=None):
-    """A copy of nested dicts and lists with all tensors on the CPU, reusing the tensors of `into`, an earlier copy.
+def copy_to_host(checkpoint: dict, buffers: dict) -> dict:
+    """The checkpoint with copies of its tensors on the CPU.
 
-    copies: what was copied so far, by address: tied weights are copied once and share their storage in the file.
+    buffers: the copies by the address of the tensor. A later call reuses their memory, and tied weights share one copy.
     """
-    copies = {} if copies is None else copies
-    if isinstance(value, dict):
-        return {k: copy_to_host(v, into.get(k) if isinstance(into, dict) else None, copies) for k, v in value.items()}
-    if isinstance(value, list):
-        into = into if isinstance(into, list) and len(into) == len(value) else [None] * len(value)
-        return [copy_to_host(v, old, copies) for v, old in zip(value, into)]
-    if not isinstance(value, torch.Tensor):
-        return value
-    key = (value.data_ptr(), value.shape, value.dtype)
-    if value.numel() and key in copies:
-        return copies[key]
-    if not isinstance(into, torch.Tensor) or into.shape != value.shape or into.dtype != value.dtype:
-        into = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
-    copies[key] = into.copy_(value.detach(), non_blocking=value.is_cuda)
-    return into
+
+    def copy(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = (value.data_ptr(), value.shape, value.dtype)
+        if key not in buffers:
+            buffers[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
+        return buffers[key].copy_(value.detach(), non_blocking=value.is_cuda)
+
+    return tree_map(copy, checkpoint)
 
 
 class CheckpointSaver:
@@ -102,10 +102,11 @@ class CheckpointSaver:
         self.constant = {
             "model_args": asdict(run.model.config), "config": config, "requested": requested, "tokenizer": tokenizer,
             "is_chat": any(dataset.is_chat for dataset, _ in datasets), "eval_windows": eval_windows,
+            "dataset_sha256": {dataset.name: dataset.sha256 for dataset, _ in datasets},
         }  # fmt: skip
         self.thread: threading.Thread | None = None
         self.failed: dict[str, int] = {}
-        self.copies: dict[str, dict] = {}  # reused memory of the last copy, by file name
+        self.buffers: dict = {}  # memory of the copies
 
     def save(self, name: str, state, with_optimizer=True, **extra) -> None:
         """Write out_dir/name; with_optimizer=False leaves out what only resuming needs."""
@@ -116,7 +117,7 @@ class CheckpointSaver:
         if with_optimizer:
             checkpoint |= {"optimizers": [o.state_dict() for o in run.optimizers], "scaler": run.scaler.state_dict()}
         self.wait()
-        copy = self.copies[name] = copy_to_host(checkpoint, self.copies.get(name))
+        copy = copy_to_host(checkpoint, self.buffers)  # after wait(): the thread writes from the same memory
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         also = f"step_{state.step}.pt" if with_optimizer and self.keep else ""
@@ -132,13 +133,13 @@ class CheckpointSaver:
                 hard_link(path, path.with_name(also))
                 for old in kept_steps(path.parent)[: -self.keep]:
                     old.unlink()
-        except OSError as e:
+        except (OSError, MemoryError) as e:
             self.failed[path.name] = step
-            need = sum(t.numel() * t.element_size() for t in all_tensors(checkpoint)) / 2**20
+            need = sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor)) / 2**20
             free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else math.nan
             old = f"; {path} is still the previous one" if path.exists() else ""
             print(
-                f"warning: the checkpoint of step {step:,} is not saved ({e.strerror or e}): it needs {need:,.1f} MiB, "
+                f"warning: the checkpoint of step {step:,} is not saved ({getattr(e, 'strerror', None) or e}): it needs {need:,.1f} MiB, "
                 f"{free:,.1f} MiB are free in {path.parent}{old}; training continues"
             )
 
@@ -155,14 +156,6 @@ class CheckpointSaver:
 def kept_steps(folder: Path) -> list[Path]:
     found = [p for p in folder.glob("step_*.pt") if p.stem[5:].isdigit()]
     return sorted(found, key=lambda p: int(p.stem[5:]))
-
-
-def all_tensors(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for v in value.values() if isinstance(value, dict) else value:
-            yield from all_tensors(v)
 
 
 # -----------------------------------------------------------------------------
@@ -327,6 +320,17 @@ def find_tokenizer(checkpoint: dict, data_dir: str = "data") -> Tokenizer:
 
 
 def config_from(arguments: dict) -> GPTConfig:
+    """Raises UserError for an argument of the wrong type or out of range."""
+    for field in fields(GPTConfig):
+        if field.name in arguments:
+            value = arguments[field.name]
+            try:
+                check_type(value, field.default, type(field.default))
+            except TypeError:
+                kind = type(field.default).__name__
+                raise UserError(f"the model's arguments are wrong: {field.name}={value!r} is no {kind}") from None
+            if type(field.default) is int and value > MOST:
+                raise UserError(f"the model's arguments are wrong: {field.name}={value!r} is not a size")
     try:
         return GPTConfig(**arguments)
     except (ValueError, TypeError) as e:
@@ -341,27 +345,48 @@ def model_from_keys(keys: dict, vocab_size: int) -> GPT:
 
 def build_model(checkpoint: dict) -> GPT:
     """The model of a checkpoint, on the CPU. Raises UserError if its weights do not fit its arguments."""
-    model = GPT(config_from(checkpoint["model_args"]))
-    if model.config.lora_rank:
-        add_lora(model, model.config.lora_rank, model.config.lora_alpha)
-    load_weights(model, checkpoint["model"])
+    args, weights = checkpoint["model_args"], to_our_names(checkpoint["model"])
+    wte, head = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
+    if args.get("tie_weights", True) and wte is not None and head is not None and wte.data_ptr() != head.data_ptr():
+        # nanoGPT's of before weight tying, and files that say otherwise than they hold.
+        args["tie_weights"] = wte.shape == head.shape and torch.equal(wte, head)
+    config = config_from(args)
+    layers = {int(m[1]) + 1 for name in weights if (m := re.match(r"transformer\.h\.(\d+)\.", name))}
+    if config.n_layer != max(layers, default=0):
+        raise UserError(
+            f"the weights do not fit this model: they have {max(layers, default=0)} layers of {config.n_layer}"
+        )
+    with torch.device("meta"):  # sizes that are wrong must not take memory
+        check_weights(GPT(config), weights)
+    model = GPT(config)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha)
+    load_weights(model, weights)
     return model
 
 
 def load_weights(model: GPT, state_dict: dict[str, torch.Tensor]) -> None:
     """Load a state dict of ours, nanoGPT's or transformers' GPT-2. Raises UserError if it does not fit the model."""
-    own, weights = model.state_dict(), to_our_names(state_dict)
+    model.load_state_dict(check_weights(model, to_our_names(state_dict)))
+
+
+def check_weights(model: GPT, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights with rows for the ids that pad the vocabulary. Raises UserError if they do not fit the model."""
+    if model.config.lora_rank and not any("lora_a" in name for name in model.state_dict()):
+        add_lora(model, model.config.lora_rank, model.config.lora_alpha)
+    own, weights = model.state_dict(), dict(weights)
     if model.config.tie_weights and "transformer.wte.weight" in weights:
         weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
-    for name in {"transformer.wte.weight", "lm_head.weight"} & weights.keys():  # rows that pad the vocabulary
-        weights[name] = F.pad(weights[name], (0, 0, 0, max(0, len(own[name]) - len(weights[name]))))
+    for name in {"transformer.wte.weight", "lm_head.weight"} & weights.keys():
+        if 0 < (padding := len(own[name]) - len(weights[name])) < 64:
+            weights[name] = F.pad(weights[name], (0, 0, 0, padding))
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unexpected:
         raise UserError(f"the weights do not fit this model: missing {missing[:3]}, unexpected {unexpected[:3]}")
     if wrong := [n for n in own if own[n].shape != weights[n].shape]:
         shapes = ", ".join(f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in wrong[:3])
         raise UserError(f"the weights do not fit this model: {shapes}")
-    model.load_state_dict(weights)
+    return weights
 
 
 RUNTIME_FIELDS = {"dropout", "attn", "activation_checkpointing"}  # of GPTConfig: may change when a run continues
@@ -402,41 +427,29 @@ def build_model_to_train(checkpoint: dict, dataset: Dataset, keys: dict) -> GPT:
 def load_start(requested: dict, rank: int) -> tuple[dict | None, bool]:
     """The checkpoint that a run starts from, None if from scratch, and whether it resumes it rather than takes its weights.
 
-    Of a run that resumes, requested["init_from"] becomes what it first started from.
+    A run resumes if --resume or --init_from=resume say so, or if torchrun restarted the job and out_dir's checkpoint was made
+    with the same keys. Then requested["init_from"] becomes what it first started from. Rank 0 reads for all.
     """
-    if loaded := load_to_resume(requested, rank):
-        requested["init_from"] = loaded.get("requested", loaded["config"]).get("init_from", "scratch")
-        return loaded, True
-    if requested["init_from"] == "scratch":
-        return None, False
-    return read_model(requested["init_from"]), False
-
-
-def load_to_resume(requested: dict, rank: int) -> dict | None:
-    """The checkpoint to resume from, read by rank 0 for all; None to start a run.
-
-    Resumes if --resume or --init_from=resume say so, or if torchrun restarted the job and out_dir's checkpoint was made
-    with the same keys.
-    """
-    asked = requested["resume"] or requested["init_from"] == "resume"
+    folder, init_from = Path(requested["out_dir"]), requested["init_from"]
+    asked = requested["resume"] or init_from == "resume"
     # Summed over the ranks, because a replaced host counts its restarts from 0.
     restarts = all_reduce(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
-    if not asked and not restarts:
-        return None
-    checkpoint, folder = None, Path(requested["out_dir"])
-    if rank == 0:
+    checkpoint = None
+    if (asked or restarts) and rank == 0:
         checkpoint = load_latest(folder)
         same_job = requested.keys() - {"wandb_run_name", "batch_size"}
         if checkpoint and not asked and any(checkpoint.get("requested", {}).get(k) != requested[k] for k in same_job):
             checkpoint = None
-    checkpoint = broadcast_object(checkpoint)
-    if checkpoint is None and asked and (requested["init_from"] == "resume" or requested["eval_only"]):
+    if checkpoint := broadcast_object(checkpoint):
+        if any(k not in checkpoint for k in ("optimizers", "scaler", "step", "best_val_loss", "config")):
+            raise UserError(f"{folder}/ckpt.pt has no optimizer state: start a run with --init_from={folder}/ckpt.pt")
+        requested["init_from"] = checkpoint.get("requested", checkpoint["config"]).get("init_from", "scratch")
+        return checkpoint, True
+    if asked and (init_from == "resume" or requested["eval_only"]):
         raise UserError(f"there is no checkpoint {folder}/ckpt.pt: train first, or set --out_dir to a run's folder")
-    if checkpoint is None and rank == 0:
+    if (asked or restarts) and rank == 0:
         print(f"{folder} has no checkpoint to resume from: starting the run")
-    if checkpoint and any(k not in checkpoint for k in ("optimizers", "scaler", "step", "best_val_loss", "config")):
-        raise UserError(f"{folder}/ckpt.pt has no optimizer state: start a run with --init_from={folder}/ckpt.pt")
-    return checkpoint
+    return None if init_from == "scratch" else read_model(init_from), False
 
 
 def restore_best(state, rank: int, out_dir: str) -> None:
@@ -459,8 +472,14 @@ def restore_best(state, rank: int, out_dir: str) -> None:
             state.evals_since_best = -1
 
 
-def restore_optimizers(optimizers: list, scaler, checkpoint: dict, config: dict, requested: dict) -> None:
+def restore_optimizers(
+    optimizers: list, scaler, checkpoint: dict, config: dict, requested: dict, datasets: list
+) -> None:
     """Load the optimizers' state and print which keys changed. Raises UserError for a change that resuming cannot make."""
+    for dataset, _ in datasets:
+        if checkpoint.get("dataset_sha256", {}).get(dataset.name, dataset.sha256) != dataset.sha256:
+            advice = f"--init_from={config['out_dir']} starts a run on the new one"
+            raise UserError(f"--resume: the dataset {dataset.name} is another than the run was trained on: {advice}")
     # A key that the checkpoint does not know had its default: nanoGPT has no other optimizer, older versions fewer fields.
     defaults = {f.name: f.default for f in fields(GPTConfig)} if "requested" in checkpoint else {}
     before = defaults | {"optimizer": "adamw"} | checkpoint.get("requested", checkpoint["config"])
@@ -475,10 +494,14 @@ def restore_optimizers(optimizers: list, scaler, checkpoint: dict, config: dict,
         if before[key] != now[key] and ("requested" in checkpoint or key in ("optimizer", "block_size")):
             raise UserError(f"--{key}={now[key]}: the run to resume had {before[key]}; {start_again}")
     changed = changed_keys(before, now, fixed, checkpoint["config"], config)
-    if changed and int(os.environ.get("RANK", 0)) == 0:
+    if changed and is_master():
         print(f"resumed with other keys than before: {', '.join(changed)}")
     for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
         sizes = [[len(g["params"]) for g in groups] for groups in (optimizer.param_groups, saved["param_groups"])]
+        if sizes[0] != sizes[1] and "iter_num" in checkpoint:
+            if is_master():
+                print("warning: the optimizer's state has another layout (nanoGPT's before May 2023): it starts afresh")
+            return
         if sizes[0] != sizes[1]:
             rates = "--embedding_lr, --head_lr and --vector_lr"
             raise UserError(f"{rates} may change when a run resumes, but not from or to 0: {start_again}")
@@ -501,17 +524,10 @@ def changed_keys(before: dict, now: dict, fixed: set[str], config_before: dict, 
     """Descriptions of the keys that differ and matter: "weight_decay 0.1 -> 0.2"."""
     silent = {"resume", "init_from", "out_dir", "max_iters", "lr_decay_iters", "eval_only", *fixed}
     silent |= {"batch_size", "gradient_accumulation_steps", "total_batch_tokens"}
-    changed = [f"{k} {v} -> {now[k]}" for k, v in before.items() if k not in silent and now.get(k, v) != v]
-
-    def per_step(c: dict) -> int:
-        return c.get("gradient_accumulation_steps", 0) * c.get("batch_size", 0)
-
-    def schedule_end(c: dict) -> int:
-        return c.get("lr_decay_iters") or c.get("max_iters", 0)
-
-    if per_step(config_before) not in (0, per_step(config)):
-        changed.append(f"sequences per step {per_step(config_before)} -> {per_step(config)}")
-    by_step = config["decay_lr"] and not config["max_minutes"] and config["schedule"] != "constant"
-    if by_step and schedule_end(config_before) != schedule_end(config):
-        changed.append(f"end of the learning rate schedule {schedule_end(config_before)} -> {schedule_end(config)}")
-    return changed
+    if not config["decay_lr"] or config["max_minutes"] or config["schedule"] == "constant":
+        silent.add("end of the learning rate schedule")
+    for keys, resolved in ((before, config_before), (now, config)):
+        if sequences := resolved.get("gradient_accumulation_steps", 0) * resolved.get("batch_size", 0):
+            keys["sequences per step"] = sequences
+        keys["end of the learning rate schedule"] = resolved.get("lr_decay_iters") or resolved.get("max_iters", 0)
+    return [f"{k} {v} -> {now[k]}" for k, v in before.items() if k not in silent and now.get(k, v) != v]

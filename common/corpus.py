@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import HUB, atomic_write, named_disk_errors
+from common.files import HUB, atomic_write, named_disk_errors, parse_json
 from common.shards import CHUNK, ShardWriter
-from common.tokenizer import EOT, BPETokenizer, Tokenizer, tokenizer_from_dict
+from common.tokenizer import EOT, BPETokenizer, Tokenizer, replace_surrogates, tokenizer_from_dict
 from configurator import UserError, first_line
 
 Source = Callable[[object], Iterable[tuple[str, object]]]
-LONGEST = 2**24  # bytes; a longer document is read as several, to bound the memory
+LONGEST = 2**24  # bytes or characters; a longer document is read as several, to bound the memory
 MOST_UNIQUE = 10**8  # hashes remembered to find duplicates; a set of Python ints takes 75 to 95 bytes per document
 BATCH_CHARACTERS = 2**19  # text that one thread tokenizes at a time
 
@@ -110,7 +110,7 @@ class DatasetWriter:
         progress = {}
         try:
             if self.progress_file.exists():
-                progress = json.loads(self.progress_file.read_text(encoding="utf-8"))
+                progress = parse_json(self.progress_file.read_text(encoding="utf-8"))
             resumable = progress.get("arguments") == self.arguments
         except (ValueError, AttributeError):
             raise UserError(f"{self.progress_file} is damaged: remove {self.folder} to start again") from None
@@ -267,7 +267,7 @@ def check_replaceable(folder: Path, overwrite: bool, name: str = "") -> None:
 def is_up_to_date(folder: Path, arguments: dict, overwrite: bool, name: str = "") -> bool:
     """Whether the folder holds a dataset made with these arguments. Raises UserError as check_replaceable."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = parse_json((folder / "meta.json").read_text(encoding="utf-8"))
         if not overwrite and meta.get("arguments") == json.loads(json.dumps(arguments)):
             print(f"{folder} already exists with these settings: nothing to do (--overwrite=True makes it again)")
             return True
@@ -283,9 +283,11 @@ def find_files(key: str, paths: str, suffixes: tuple[str, ...]) -> list[Path]:
     """The files of a list of files and folders, separated by commas. Raises UserError for a path without any."""
     files = []
     for path in map(Path, filter(None, paths.split(","))):
-        found = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
         if not path.exists() or not found:
-            problem = f"no {' or '.join(suffixes)} file in this folder" if path.exists() else "no such file or folder"
+            problem = f"no {', '.join(suffixes)} file in this folder" if path.exists() else "no such file or folder"
             raise UserError(f"--{key}={path}: there is {problem}")
         files += found
     return files
@@ -329,13 +331,25 @@ def stream_documents(stream, field: str, label: str, state=None) -> Iterator[str
 
 
 def text_of(row: dict, field: str, label: str) -> str:
-    """The text of a row, "" if it is white space. Raises UserError if the row has no text under this key."""
+    """The text of a row, "" if it is null or white space. Raises UserError if the row has no text under this key."""
     text = row.get(field) if isinstance(row, dict) else None
+    if text is None and isinstance(row, dict) and field in row:
+        return ""
     if not isinstance(text, str):
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{label}: there is no text under {field!r}, only {keys}: set --text_field")
-    # JSON may hold half a surrogate pair, which UTF-8 cannot encode.
-    return text.encode("utf-8", errors="replace").decode("utf-8") if text.strip() else ""
+    return replace_surrogates(text) if text.strip() else ""
+
+
+def split_long(text: str) -> Iterator[str]:
+    """A document in parts of at most LONGEST characters, cut at white space where there is some, to bound the memory."""
+    start = 0
+    while len(text) - start > LONGEST:
+        cut = max(text.rfind(space, start, start + LONGEST) for space in "\n ") + 1 or start + LONGEST
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
 
 
 def split_text(path: Path, start: int = 0) -> Iterator[tuple[str, int]]:

@@ -1,7 +1,10 @@
-"""Files: written whole or not at all, hashed, downloaded."""
+"""Files: written whole or not at all, read as JSON, hashed, downloaded; the lock of a run's folder."""
 
 import contextlib
+import errno
 import hashlib
+import io
+import json
 import os
 import re
 import shutil
@@ -26,7 +29,18 @@ def named_disk_errors(path):
 
 @contextlib.contextmanager
 def atomic_file(path: Path):
-    """A binary file to write. It gets its name only when it is complete and synced; on any error nothing changes."""
+    """A binary file to write. It gets its name only when it is complete and synced; on any error nothing changes.
+
+    A link stays, and its target is replaced. Through what is no regular file (a device, a pipe) the data is written at the
+    end of the block.
+    """
+    if writes_through(path):
+        data = io.BytesIO()
+        yield data
+        with open(path, "wb") as f:
+            f.write(data.getvalue())
+        return
+    path = path.resolve()
     part = path.with_name(path.name + ".part")
     try:
         with named_disk_errors(path), open(part, "wb") as f:
@@ -39,9 +53,59 @@ def atomic_file(path: Path):
         raise
 
 
+def writes_through(path: Path) -> bool:
+    """Whether the path is no regular file, or names an open file (/dev/fd/5): another file must not take its place."""
+    return path.exists() and (
+        not (path.is_file() or path.is_dir()) or str(path.absolute()).startswith(("/dev/", "/proc/"))
+    )
+
+
+def check_writable(key: str, name: str, make_folders: bool = False) -> None:
+    """Raise UserError, before the work, if the file that --key names cannot be written."""
+    path = Path(name)
+    folder = path.resolve().parent
+    if make_folders:
+        folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if path.is_dir():
+        raise UserError(f"--{key}={name} is a folder")
+    if not folder.is_dir():
+        raise UserError(f"--{key}={name}: there is no folder {path.parent}")
+    if not os.access(path if writes_through(path) else folder, os.W_OK):
+        raise UserError(f"--{key}={name} cannot be written: permission denied")
+
+
 def atomic_write(path: Path, data: str | bytes) -> None:
     with atomic_file(path) as f:
-        f.write(data.encode() if isinstance(data, str) else data)
+        f.write(data.encode(errors="replace") if isinstance(data, str) else data)
+
+
+def parse_json(text: str | bytes):
+    """json.loads, with a ValueError where the text is nested too deeply for it."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object of a JSON file; {} if the file is missing or holds anything else."""
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The entries of a run's metrics.jsonl, each with a step, without damaged lines and one that is not complete."""
+    entries = []
+    with open(run / "metrics.jsonl", encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                entry = parse_json(line)
+                if line.endswith("\n") and isinstance(entry, dict) and type(entry.get("step")) is int:
+                    entries.append(entry)
+    return entries
 
 
 def file_sha256(path: Path) -> str:
@@ -104,3 +168,25 @@ def fetch(url: str, path: Path) -> None:
                 f.writelines(r.iter_content(1 << 16))
                 if size and f.tell() != size:
                     raise requests.ConnectionError(f"ended after {f.tell():,} of {size:,} bytes")
+
+
+held_locks: dict[Path, object] = {}  # they end with this process, however it ends
+
+
+def lock_run(folder: Path) -> None:
+    """Keep other runs out of a folder, if it exists, from now on. Raises UserError if one is writing there."""
+    if not folder.is_dir() or folder.resolve() in held_locks:
+        return
+    from filelock import FileLock, Timeout  # Airflow reads this file in an environment without it
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        advice = "wait for its end, or choose another --out_dir"
+        raise UserError(f"--out_dir={folder}: another run is writing there: {advice}") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            raise UserError(f"--out_dir={folder} cannot be written: {e.strerror}") from None
+    else:
+        held_locks[folder.resolve()] = lock

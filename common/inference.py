@@ -1,10 +1,9 @@
 """A model that writes: weights cast, packed or quantized, a CUDA-graph decoding step, streams of text, beams, chat prompts."""
 
 import codecs
-import json
+import itertools
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -62,15 +61,6 @@ def load_for_inference(name: str, device: str, dtype: str, quantize: str, data_d
     model.config.vocab_size = min(model.config.vocab_size, tokenizer.n_vocab)
     checkpoint["model"] = None  # frees memory
     return for_inference(model, device, pick_dtype(dtype, device), quantize), tokenizer, checkpoint
-
-
-def read_results(run: Path) -> dict:
-    """A run's results.json, for display: empty if there is none or it cannot be read."""
-    try:
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return results if isinstance(results, dict) else {}
 
 
 # -----------------------------------------------------------------------------
@@ -173,10 +163,6 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt, special=True) or [tokenizer.eot or 0]
 
 
-def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    return () if tokenizer.eot is None else (tokenizer.eot,)
-
-
 def stream_ids(
     model: GPT, tokenizer: Tokenizer, rows: Rows, max_new_tokens: int, graph=True, compile=False, **settings
 ) -> Iterator[torch.Tensor]:
@@ -191,7 +177,7 @@ def stream_ids(
         rng = settings.get("rng")
         settings["make_step"] = lambda *parts: DecodeStep(*parts, rng=rng, compile=compile)
     try:
-        new = model.generate(idx, max_new_tokens, stop_tokens=stop_tokens(tokenizer), **settings)
+        new = model.generate(idx, max_new_tokens, stop_tokens=tokenizer.stops, **settings)
     except ValueError as e:
         raise UserError(str(e)) from None
     return user_errors(one_ahead(new) if cuda else new)  # weights that are not finite are found while sampling
@@ -207,7 +193,7 @@ def user_errors(stream: Iterator) -> Iterator:
 def until_eot(stream: Iterable[torch.Tensor], tokenizer: Tokenizer, on_end=lambda: None) -> Iterator[int]:
     """The ids of a single text's stream up to the end-of-text token, where on_end() is called."""
     for new in stream:
-        if new.item() == tokenizer.eot:
+        if new.item() in tokenizer.stops:
             return on_end()
         yield new.item()
 
@@ -219,7 +205,7 @@ def complete(model: GPT, tokenizer: Tokenizer, rows: Rows, max_new_tokens: int, 
     completed = []
     for row, ids in zip(rows, new):
         ids = ids[len(row) - start :][:max_new_tokens]  # without the rest of the prompt
-        ids = ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
+        ids = itertools.takewhile(lambda i: i not in tokenizer.stops, ids)
         completed.append([i for i in ids if i < tokenizer.n_vocab])
     return completed
 
@@ -330,8 +316,9 @@ def chat_prompt(
 
     def encode(documents: list[str]) -> list[int]:  # each after an end-of-text token, or with newlines between them
         if tokenizer.eot is None:
-            return tokenizer.encode(newline.join(documents))
-        return [i for text in documents for i in (tokenizer.eot, *tokenizer.encode(text))]
+            return [*tokenizer.bos, *tokenizer.encode(newline.join(documents))]
+        ids = [i for text in documents for i in (tokenizer.eot, *tokenizer.encode(text))]
+        return [*tokenizer.bos, *ids[1:]] if tokenizer.bos else ids  # a text begins with the token the model asks for
 
     if not is_chat:
         return encode([system + "".join(q + a + newline for q, a in history) + message])[-room:], len(history)

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
-from common.files import atomic_file, atomic_write
+from common.files import atomic_file, atomic_write, lock_run, parse_json, read_metrics
 from common.inference import complete, prompt_ids
 from common.runtime import StepStats, dtype_name, flops_per_token, peak_flops, peak_memory
 from common.tokenizer import tokenizer_from_dict
@@ -40,7 +40,7 @@ class LineFile:
         self.file, self.unwritten, self.warned = open(path, "ab", buffering=0), b"", False
 
     def write(self, text: str) -> None:
-        self.unwritten += text.encode()
+        self.unwritten += text.encode(errors="replace")
         try:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
@@ -57,7 +57,7 @@ class LineFile:
 class Logger:
     """Everything rank 0 writes about a run, except checkpoints. run, state: train.py's Run and State."""
 
-    def __init__(self, run, config: dict, tokenizer: dict, state):
+    def __init__(self, run, config: dict, tokenizer: dict, state, resuming: bool):
         summary_writer = import_summary_writer() if config["tensorboard"] else None
         self.run, self.config, self.state = run, config, state
         self.tokens_per_step = config["gradient_accumulation_steps"] * config["batch_size"] * config["block_size"]
@@ -67,34 +67,25 @@ class Logger:
         self.wandb, self.speed, self.last_val_loss, self.scores, self.plotted = None, 0.0, None, {}, 0.0
         self.peak = peak_flops(run.device, config["peak_tflops"])
         self.flops_per_token = flops_per_token(run.model, config["block_size"])
-        try:
-            self.tokenizer = tokenizer_from_dict(tokenizer)
-        except UserError as e:
-            self.tokenizer, self.tokenizer_dict = None, tokenizer
-            print(f"no samples will be written: {e}")
-        else:
-            self.tokenizer_dict = self.tokenizer.to_dict()
-            prompt_ids(self.tokenizer, config["sample_prompt"])  # an unknown character is an error now, not at the end
+        self.tokenizer = load_tokenizer(tokenizer, config["sample_prompt"])
+        self.tokenizer_dict = self.tokenizer.to_dict() if self.tokenizer else tokenizer
         with self.writable():
             self.folder.mkdir(parents=True, exist_ok=True)
+            lock_run(self.folder)
         if config["wandb_log"]:
             self.wandb = start_wandb(config, self.folder, state.wandb_id)
             state.wandb_id = self.wandb.id
         with self.writable():
-            if not state.step and not config["resume"]:
+            if not resuming:
                 archive_previous_run(self.folder)
             atomic_write(self.folder / "config.json", json.dumps(config, indent=1))
             for leftover in self.folder.glob("*.part"):  # of a run that was killed while it wrote
                 leftover.unlink()
-            self.metrics = self.rewind("metrics.jsonl", lambda line: json.loads(line)["step"])
+            self.metrics = self.rewind("metrics.jsonl", lambda line: parse_json(line)["step"])
             self.text = self.rewind("log.txt", lambda line: int(line.split()[0]))
-        history = read_metrics(self.folder)
-        self.evaluated_steps = {h["step"] for h in history if "val_loss" in h}
-        self.scored_steps = {h["step"] for h in history if "hellaswag_acc" in h}
-        self.board = None
-        if summary_writer:
-            purge_step = state.step + 1 if state.step else None
-            self.board = summary_writer(self.folder / "tensorboard", purge_step=purge_step)
+        self.recorded = {(h["step"], name) for h in read_metrics(self.folder) for name in h}
+        purge_step = state.step + 1 if state.step else None
+        self.board = summary_writer and summary_writer(self.folder / "tensorboard", purge_step=purge_step)
         self.bar = make_progress_bar(state.step, self.total_steps)  # after wandb, which wraps the console
 
     @contextlib.contextmanager
@@ -107,7 +98,11 @@ class Logger:
     def rewind(self, name: str, step_of) -> LineFile:
         """Open a log for appending, without the lines of steps after the one the run resumes from."""
         path = self.folder / name
-        lines = path.read_text(encoding="utf-8").splitlines(True) if self.first_step and path.exists() else []
+        lines = (
+            path.read_text(encoding="utf-8", errors="replace").splitlines(True)
+            if self.first_step and path.exists()
+            else []
+        )
 
         def keep(line: str) -> bool:
             try:
@@ -126,6 +121,7 @@ class Logger:
             self.wandb.log(values, step=step)
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self.to_board(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
+        self.recorded |= {(step, name) for name in values}
 
     def to_board(self, write) -> None:
         if not self.board:
@@ -149,8 +145,8 @@ class Logger:
         n_steps, seconds = step - self.logged[0], seconds_so_far - self.logged[1]  # since the last line
         self.logged = step, seconds_so_far
         if config["max_minutes"]:  # at the pace since the start of this process
-            done = (minutes - self.minutes_before) / max(1e-9, config["max_minutes"] - self.minutes_before)
-            expected = self.first_step + round((step - self.first_step) / max(done, 1e-9))
+            left = (config["max_minutes"] - minutes) / max(minutes - self.minutes_before, 1e-9)
+            expected = step + round(left * (step - self.first_step))
             self.total_steps = min(expected, config["max_iters"] or expected)
         tokens_per_sec = self.tokens_per_step * n_steps / seconds
         self.speed = tokens_per_sec if not self.speed else 0.9 * self.speed + 0.1 * tokens_per_sec
@@ -178,8 +174,7 @@ class Logger:
     def evaluation(self, state, result: dict) -> None:
         """A validation loss (see train.evaluate), and the picture of the losses."""
         step, loss = state.step, result["loss"]
-        if step not in self.evaluated_steps:  # otherwise a resumed run repeats what its log has
-            self.evaluated_steps.add(step)
+        if (step, "val_loss") not in self.recorded:  # a resumed run may repeat what its log has
             by_source = {"val_loss_by_source": result["by_source"]} if len(result["by_source"]) > 1 else {}
             self.record(step, state.tokens, val_loss=loss, val_accuracy=result["accuracy"], **by_source)
             self.text.write(f"{step} val {loss:.6f}\n")
@@ -189,13 +184,6 @@ class Logger:
         if step and time.monotonic() - self.plotted > 10:  # drawing takes a tenth of a second
             self.plot()
 
-    def out_of_patience(self, state) -> None:
-        n = state.evals_since_best
-        print(f"stopping at step {state.step:,}: no lower loss in {n} evaluations, best.pt has the best weights")
-
-    def stopped(self, state) -> None:
-        print(f"stopped at step {state.step:,}: --resume continues from there")
-
     def plot(self) -> None:
         with survive_disk_errors("loss.png"):
             plot_losses(self.folder)
@@ -203,8 +191,7 @@ class Logger:
 
     def hellaswag(self, state, acc: float, acc_norm: float) -> None:
         step = state.step
-        if step not in self.scored_steps:
-            self.scored_steps.add(step)
+        if (step, "hellaswag_acc") not in self.recorded:
             self.record(step, state.tokens, hellaswag_acc=acc, hellaswag_acc_norm=acc_norm)
             self.text.write(f"{step} hella {acc_norm:.4f}\n")
         self.scores = {"hellaswag_acc": acc, "hellaswag_acc_norm": acc_norm}
@@ -233,6 +220,13 @@ class Logger:
             self.wandb.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
         self.to_board(lambda board: board.add_text("sample", text, step))
         return text
+
+    def out_of_patience(self, state) -> None:
+        n = state.evals_since_best
+        print(f"stopping at step {state.step:,}: no lower loss in {n} evaluations, best.pt has the best weights")
+
+    def stopped(self, state) -> None:
+        print(f"stopped at step {state.step:,}: --resume continues from there")
 
     def sync(self) -> None:
         """Bring the lines so far to the disk, so that no checkpoint is ahead of them."""
@@ -274,9 +268,10 @@ class Logger:
         files, folder = ", ".join(n for n in names if (self.folder / n).exists()), self.folder
         print(f"val loss {val_loss:.4f} after {state.tokens:,} tokens in {total_seconds:.0f} s. {folder}/ has {files}")
         start = shlex.quote(config["sample_prompt"].split("\n")[0] or " ".join(text.split()[:3])[:40])
-        print("Try next:")
-        print(f"  python sample.py --out_dir={folder} --start={start}")
-        print(f"  python sample.py --out_dir={folder} --chat")
+        run = shlex.quote(str(folder))
+        print(
+            f"Try next:\n  python sample.py --out_dir={run} --start={start}\n  python sample.py --out_dir={run} --chat"
+        )
         print("  python prepare_text.py --inputs=my.txt --dataset=mine --tokenizer=char      (train on your own text)")
 
     def upload(self, name: str, state) -> None:
@@ -286,6 +281,17 @@ class Logger:
         artifact = wandb.Artifact(f"{state.wandb_id}-model", "model", metadata=about)
         artifact.add_file(self.folder / name)
         self.wandb.log_artifact(artifact)
+
+
+def load_tokenizer(described: dict, prompt: str):
+    """The dataset's tokenizer, None if it cannot be had. Raises UserError if it cannot encode the prompt of the samples."""
+    try:
+        tokenizer = tokenizer_from_dict(described)
+    except UserError as e:
+        print(f"no samples will be written: {e}")
+        return None
+    prompt_ids(tokenizer, prompt)
+    return tokenizer
 
 
 class NullLogger:
@@ -350,10 +356,11 @@ def short_number(number: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """12:34, 3:12:34, or 2d 03h."""
-    s = int(max(0.0, seconds))
-    if s >= 86400:
-        return f"{s // 86400}d {s % 86400 // 3600:02d}h"
-    return f"{s // 3600}:{s % 3600 // 60:02d}:{s % 60:02d}" if s >= 3600 else f"{s // 60}:{s % 60:02d}"
+    minutes, s = divmod(int(max(0.0, seconds)), 60)
+    hours, m = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02d}h"
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
 def print_summary(model, datasets: list, config: dict, device: torch.device, dtype: torch.dtype) -> None:
@@ -361,11 +368,8 @@ def print_summary(model, datasets: list, config: dict, device: torch.device, dty
     c, B, T, max_minutes = model.config, config["batch_size"], config["block_size"], config["max_minutes"]
     micro_batches, steps = config["gradient_accumulation_steps"], config["max_iters"]
     tokens = micro_batches * B * T
-    source = (
-        ""
-        if config["init_from"] in ("scratch", "resume")
-        else f", from {config['init_from']}, which sets the model keys"
-    )
+    starts_from = config["init_from"] not in ("scratch", "resume")
+    source = f", from {config['init_from']}, which sets the model keys" if starts_from else ""
     print(f"model: {model.num_params():,} parameters: {model.describe()}{source}")
     if c.lora_rank:
         print(f"LoRA: trains {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of the parameters")
@@ -378,6 +382,8 @@ def print_summary(model, datasets: list, config: dict, device: torch.device, dty
     plural = "es" if micro_batches > 1 else ""
     print(f"step: {B} x {T} tokens x {micro_batches} micro-batch{plural} = {tokens:,} tokens; {' or '.join(limits)}")
     if config["dry_run"]:
+        if datasets[0][0].tokenizer:
+            load_tokenizer(datasets[0][0].tokenizer, config["sample_prompt"])  # what the run refuses, a dry run refuses
         palm, causal = flops_per_token(model, T), flops_per_token(model, T, "causal")
         total = f"; {palm * steps * tokens:.3g} in all" if steps else ""
         print(f"FLOPs: {palm:.4g} per token (PaLM), {causal:.4g} (causal, matrix products only){total}")
@@ -401,11 +407,6 @@ def finite(values: dict) -> dict:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    with open(folder / "metrics.jsonl", encoding="utf-8") as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
-
-
 RUN_FILES = (
     "ckpt.pt ckpt_previous.pt best.pt config.json metrics.jsonl log.txt results.json loss.png samples tensorboard"
 ).split()  # fmt: skip
@@ -414,13 +415,15 @@ RUN_FILES = (
 def archive_previous_run(folder: Path) -> None:
     """Move the files of an earlier run in this folder to previous-1/, previous-2/, ..., so that none is lost."""
     found = [p for p in (*map(folder.joinpath, RUN_FILES), *folder.glob("step_*.pt")) if p.exists()]
-    if any(p.suffix == ".pt" or p.name == "metrics.jsonl" for p in found):
+    if any(p.suffix == ".pt" or p.name == "metrics.jsonl" and p.stat().st_size for p in found):
         number = next(n for n in range(1, 10**6) if not (folder / f"previous-{n}").exists())
         archive = folder / f"previous-{number}"
         archive.mkdir()
         for path in found:
             path.rename(archive / path.name)
-        print(f"{folder} held a run already: its files are now in {archive} (--resume continues a run instead)")
+        has_best = (archive / "best.pt").exists()
+        hint = f"; --init_from={archive}/best.pt starts from its best weights" if has_best else ""
+        print(f"{folder} held another run: its files are now in {archive}{hint}")
 
 
 def start_wandb(config: dict, folder: Path, run_id: str | None):
@@ -445,11 +448,11 @@ def import_summary_writer():
 
 
 def git_commit() -> str | None:
-    if not shutil.which("git"):
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return None
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return done.stdout.strip() or None
 
 
 def plot_losses(folder: Path) -> None:

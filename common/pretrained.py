@@ -4,13 +4,13 @@ In: read_pretrained() gives GPTConfig's arguments and weights under our names. O
 weights under theirs. What an architecture lacks is refused by the name of the key.
 """
 
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+from common.files import parse_json
 from configurator import UserError, first_line
 from model import GPT, GPTConfig
 
@@ -57,10 +57,29 @@ SUPPORTED = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"), "quantization_config": (None,),
     },
     "llama": {
-        "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,),
-        "partial_rotary_factor": (1.0,), "quantization_config": (None,),
+        "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (None,),
     },
 }  # fmt: skip
+# What transformers assumes where config.json has no such key. None: it follows from the others.
+LLAMA_DEFAULTS = {
+    "max_position_embeddings": 2048, "vocab_size": 32000, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": None, "hidden_size": 4096, "intermediate_size": 11008, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "sliding_window": None,
+}  # fmt: skip
+DEFAULTS = {
+    "gpt2": {
+        "n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_inner": None,
+        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    },
+    "llama": LLAMA_DEFAULTS,
+    "mistral": LLAMA_DEFAULTS
+    | {"max_position_embeddings": 2**17, "num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
+}  # fmt: skip
+GPT2_ALIASES = {  # other names that transformers takes
+    "n_embd": "hidden_size", "n_positions": "max_position_embeddings", "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+}  # fmt: skip
+MOST = 10**7  # no size of a model that fits here is larger
 NOT_IN_THE_WEIGHTS = {"dropout", "attn", "activation_checkpointing", "init", "lora_alpha"}  # any value can be exported
 TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
 
@@ -73,7 +92,9 @@ def is_pretrained(name: str) -> bool:
     """Whether --init_from names a Hugging Face model: gpt2*, a folder with its config and weights, or a hub id."""
     path = Path(name)
     if name and path.is_dir():
-        return not any((path / n).exists() for n in ("best.pt", "ckpt.pt")) and any(path.glob("*.safetensors"))
+        return not any((path / n).exists() for n in ("best.pt", "ckpt.pt")) and (
+            any(path.glob("*.safetensors")) or (path / "config.json").exists()
+        )
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".pt" and not path.parent.exists()
     return name in GPT2_NAMES or bool(hub_id)
 
@@ -81,7 +102,7 @@ def is_pretrained(name: str) -> bool:
 def read_pretrained(name: str) -> tuple[dict, dict[str, torch.Tensor], Path]:
     """GPTConfig's arguments, the weights under our names, and the folder, of a pretrained GPT-2 or Llama.
 
-    name: a folder with config.json and *.safetensors, one of GPT2_NAMES, or a hub id (owner/model), downloaded once.
+    name: a folder with config.json and safetensors, one of GPT2_NAMES, or a hub id (owner/model), downloaded once.
     Raises UserError for what is missing and, by name, for a feature of the model that is not implemented here.
     """
     try:
@@ -90,23 +111,53 @@ def read_pretrained(name: str) -> tuple[dict, dict[str, torch.Tensor], Path]:
         raise UserError(f"reading {name} needs two packages: pip install -e '.[hf]'") from None
     folder = Path(name) if Path(name).is_dir() else download_pretrained(name)
     try:
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        theirs = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         arguments = arguments_from(theirs, str(folder))
-    except KeyError as e:
-        raise UserError(f"{folder}/config.json lacks {e.args[0]}") from None
-    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
-        raise UserError(f"{folder}/config.json cannot be understood: {e}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{folder}/config.json cannot be understood: {e or type(e).__name__}") from None
     weights = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         try:
             weights |= safetensors.torch.load_file(file)
         except Exception as e:
             raise UserError(f"{file} cannot be read: {e}") from None
-    if not weights:
-        raise UserError(f"{folder} has no *.safetensors; save the model with safe_serialization=True")
+    for weight, tensor in weights.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) and tensor.dim() > 1:
+            raise UserError(f"{folder}: {weight} holds {tensor.dtype}, only float32, bfloat16 and float16 are read")
     if theirs["model_type"] != "gpt2":
         weights = from_llama(weights, arguments["n_layer"])
-    return arguments, to_our_names(weights), folder
+    weights = to_our_names(weights)
+    rows = len(weights.get("transformer.wte.weight", ()))
+    if 0 < rows < arguments["vocab_size"]:
+        raise UserError(
+            f"{folder}: the embedding has {rows:,} rows, config.json says vocab_size={arguments['vocab_size']}"
+        )
+    return arguments, weights, folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """As transformers chooses them: model.safetensors, otherwise those its index names; otherwise the only one there is."""
+    whole, index, found = (folder / "model.safetensors"), folder / "model.safetensors.index.json", []
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        try:
+            names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name or "\\" in name or name == ".."]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{index} cannot be understood: {e!r}") from None
+        if outside:
+            raise UserError(f"{index} names {outside[0]!r}, which is not a file of this folder")
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise UserError(f"{folder} lacks {missing[0]}, which {index.name} names")
+        return [folder / name for name in names]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise UserError(f"{folder} has no *.safetensors; save the model with safe_serialization=True")
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise UserError(f"{folder} holds {names} and no {index.name}: rename the one to use to model.safetensors")
+    return found
 
 
 def download_pretrained(name: str) -> Path:
@@ -124,40 +175,72 @@ def download_pretrained(name: str) -> Path:
 
 
 def arguments_from(theirs: dict, where: str) -> dict:
-    """GPTConfig's arguments for a transformers config.json. Raises UserError for a feature that is not ours."""
+    """GPTConfig's arguments for a transformers config.json, with transformers' defaults and precedence.
+
+    Raises UserError for a feature that is not ours, and where the file contradicts itself.
+    """
     kind = theirs.get("model_type")
-    if kind not in ("gpt2", "llama", "mistral"):
-        raise UserError(f"{where}: model_type {kind!r} is not supported, only gpt2, llama and mistral")
+    if kind not in DEFAULTS:
+        raise UserError(f"{where}: model_type {kind!r} is not supported, only {', '.join(DEFAULTS)}")
     target = "gpt2" if kind == "gpt2" else "llama"
-    for key, value in theirs.items():
-        is_size = key.startswith(("n_", "num_", "hidden_size", "intermediate", "vocab", "max_pos"))
-        if is_size and value is not None and (type(value) is not int or value < 1):
-            raise UserError(f"{where}: {key}={value!r} is not a size")
     for key, supported in SUPPORTED[target].items():
         if theirs.get(key, supported[0]) not in supported:
             raise UserError(f"{where}: {key}={theirs[key]!r} is not supported, only {supported[0]!r}")
+    found = {}
+    for key, default in DEFAULTS[kind].items():
+        places = [name for name in (key, GPT2_ALIASES.get(key) if target == "gpt2" else None) if name in theirs]
+        if len({theirs[name] for name in places}) > 1:
+            raise UserError(
+                f"{where}: {' and '.join(f'{name}={theirs[name]!r}' for name in places)} contradict each other"
+            )
+        value = found[key] = theirs[places[0]] if places else default
+        if isinstance(default, bool):
+            valid = isinstance(value, bool)
+        elif isinstance(default, float):
+            valid = type(value) in (int, float) and 0 <= value < 1
+        else:
+            optional = default is None or key == "sliding_window"
+            valid = (type(value) is int and 0 < value <= MOST) or (optional and value is None)
+        if not valid:
+            raise UserError(f"{where}: {key}={value!r} is not a size that a model can have")
     if target == "gpt2":
-        optional = {"n_inner": 0, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
         fixed = {"bias": True, "mlp": "gelu_erf" if theirs.get("activation_function") == "gelu" else "gelu"}
     else:
-        rope = theirs.get("rope_parameters") or {}
-        scaling = theirs.get("rope_scaling") or rope
-        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-        if rope_type != "default":
-            raise UserError(f"{where}: rope scaling {rope_type!r} is not supported")
-        head_dim = theirs["hidden_size"] // theirs["num_attention_heads"]
+        window, context = found["sliding_window"], found["max_position_embeddings"]
+        if window and window < context:
+            raise UserError(
+                f"{where}: sliding_window={window} is not supported, below max_position_embeddings={context}"
+            )
+        head_dim = found["hidden_size"] / found["num_attention_heads"]
         if theirs.get("head_dim") not in (None, head_dim):
-            raise UserError(f"{where}: head_dim={theirs['head_dim']!r} is not supported, only {head_dim}")
-        rope_base = rope.get("rope_theta", 10000.0)
-        optional = {"num_key_value_heads": 0, "rope_theta": rope_base, "tie_word_embeddings": False}
-        fixed = {"bias": False, "norm": "rmsnorm", "mlp": "swiglu", "pos": "rope"}
-    arguments = {}
-    for ours, key in CONFIG_KEYS[target].items():
-        value = theirs.get(key)
-        arguments[ours] = optional[key] if value is None else value
-    if "rope_base" in arguments:
-        arguments["rope_base"] = float(arguments["rope_base"])
+            raise UserError(f"{where}: head_dim={theirs['head_dim']!r} is not supported, only {head_dim:g}")
+        fixed = {
+            "bias": False,
+            "norm": "rmsnorm",
+            "mlp": "swiglu",
+            "pos": "rope",
+            "rope_base": rope_base(theirs, where),
+        }
+    arguments = {ours: found[key] for ours, key in CONFIG_KEYS[target].items() if key in found}
+    arguments |= {key: 0 for key in ("mlp_hidden", "n_kv_head") if key in arguments and arguments[key] is None}
     return arguments | fixed
+
+
+def rope_base(theirs: dict, where: str) -> float:
+    """RoPE's theta. As transformers: of rope_scaling, otherwise rope_parameters, otherwise the top level."""
+    places = [place for key in ("rope_scaling", "rope_parameters") if (place := theirs.get(key))]
+    for place in places:
+        kind = place.get("rope_type", place.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{where}: rope scaling {kind!r} is not supported")
+    if any(place.get("partial_rotary_factor") not in (None, 1, 1.0) for place in (*places, theirs)):
+        raise UserError(f"{where}: partial_rotary_factor is not supported")
+    base = (places or [{}])[0].get("rope_theta", theirs.get("rope_theta", 10000.0))
+    if type(base) not in (int, float) or not 0 < base < 1e15:
+        raise UserError(f"{where}: rope_theta={base!r} is not a base")
+    if others := {repr(place["rope_theta"]) for place in (*places, theirs) if place.get("rope_theta", base) != base}:
+        raise UserError(f"{where}: rope_theta is {base!r} in one place and {', '.join(others)} in another")
+    return float(base)
 
 
 def from_llama(state_dict: dict[str, torch.Tensor], n_layer: int) -> dict[str, torch.Tensor]:

@@ -181,6 +181,11 @@ def check_all_reduce(device: torch.device, rank: int, world_size: int) -> None:
         print(f"ranks: {world_size} ({counts}), all-reduce {sent / min(seconds) / 1e9:.2f} GB/s per rank")
 
 
+def is_master() -> bool:
+    """Whether this is rank 0, which alone prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """Sum a tensor over the ranks in place; without ranks it stays as it is."""
     if dist.is_initialized():
@@ -236,7 +241,7 @@ class StepMonitor:
 
     def submit(self, state, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """state: train.py's State, after the step."""
-        minutes = (time.perf_counter() - self.start_time) / 60 if int(os.environ.get("RANK", 0)) == 0 else 0.0
+        minutes = (time.perf_counter() - self.start_time) / 60 if is_master() else 0.0
         local = [torch.full((), float(value), device=self.device) for value in (self.signals.is_set(), minutes)]
         numbers = all_reduce(torch.stack((loss.float(), grad_norm.float(), *local)))
         copied = None
@@ -298,11 +303,22 @@ class StopSignals:
 
 
 @contextlib.contextmanager
+def explain_memory(keys: str):
+    """Turn running out of memory into a UserError that names the keys to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise UserError(f"out of memory ({first_line(e)[:100]}): lower {keys}") from None
+
+
+@contextlib.contextmanager
 def explain_errors(keys: dict):
     """Turn running out of memory and losing a rank into a UserError that says what to change. keys: train.py's globals."""
     try:
         yield
-    except (RuntimeError, MemoryError) as e:
+    except (RuntimeError, MemoryError, OSError) as e:
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if is_out_of_memory(e):
             B, T, accumulation = (keys[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps"))

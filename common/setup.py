@@ -70,7 +70,7 @@ def check_keys(keys: dict, optimizers, schedules) -> None:
         at_least_0="depth learning_rate embedding_lr head_lr vector_lr min_lr weight_decay warmup_iters grad_clip norm_eps "
         "patience max_iters max_epochs max_flops max_minutes total_batch_tokens gradient_accumulation_steps eval_interval "
         "final_eval_tokens lr_decay_iters sample_interval sample_temperature checkpoint_interval keep_checkpoints hellaswag_interval "
-        "hellaswag_limit seed",
+        "hellaswag_limit seed peak_tflops",
         below_1="beta1 beta2 momentum label_smoothing",
     )
     if keys["seed"] >= 2**63:

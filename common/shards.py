@@ -8,9 +8,9 @@ A dataset is a folder of 1-D token arrays, one or more files per split, read as 
     llm.c, modded-nanogpt   {name}_{train|val}_{000000}.bin, after a header of 256 int32
 """
 
+import hashlib
 import io
 import itertools
-import json
 import os
 import pickle
 import re
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import file_sha256, named_disk_errors
-from common.tokenizer import CharTokenizer, same_vocabulary
+from common.files import file_sha256, named_disk_errors, parse_json
+from common.tokenizer import CharTokenizer, IdTokenizer, same_vocabulary
 from configurator import UserError
 
 VERIFIED_TOKENS = 50_000_000  # smaller datasets are always checked: it takes a fraction of a second
@@ -125,7 +125,9 @@ def open_shard(path: Path) -> Shard:
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError):
+        except OSError:
+            raise
+        except Exception:  # numpy parses the header as Python
             raise UserError(f"{path} is truncated or damaged; make the dataset again") from None
         if array.ndim != 1 or array.dtype.kind not in "ui":
             raise UserError(f"{path} holds {array.dtype} {array.shape}, not a row of token ids")
@@ -155,6 +157,7 @@ class Dataset:
     val: list[Shard]
     tokenizer: dict  # as to_dict gives it; {"kind": "gpt2"} alone where the files do not say
     vocab_size: int
+    sha256: str = ""  # of all its shards' hashes; of large files of other projects, of their sizes and ends
     is_chat: bool = False  # conversations as prepare_text.py --source=chat writes them, each exchange a document
 
 
@@ -168,11 +171,14 @@ def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False)
     tokenizer, vocab_size, is_chat = {"kind": "gpt2"}, 50257, False
     if meta_file.exists():
         try:
-            meta = json.loads(meta_file.read_text(encoding="utf-8"))
+            meta = parse_json(meta_file.read_text(encoding="utf-8"))
             listed = [(split, shard) for split in splits for shard in meta["shards"].get(split, [])]
             listed = [(split, shard["file"], shard["tokens"], shard["sha256"]) for split, shard in listed]
-            tokenizer, vocab_size = meta["tokenizer"], int(meta["vocab_size"])
+            tokenizer, vocab_size = dict(meta["tokenizer"]), int(meta["vocab_size"])
             is_chat = meta.get("arguments", {}).get("source") == "chat"
+            wrong = [file for _, file, tokens, _ in listed if Path(file).name != file or type(tokens) is not int]
+            if wrong or not 0 < vocab_size <= 2**32 or "kind" not in tokenizer:
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{meta_file} is damaged; make the dataset again") from None
         verify = verify or sum(tokens for _, _, tokens, _ in listed) < VERIFIED_TOKENS
@@ -185,6 +191,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False)
             if verify and file_sha256(shard.path) != sha256:
                 raise UserError(f"{shard.path} is damaged: its sha256 is not meta.json's; make the dataset again")
             splits[split].append(shard)
+        hashes = [sha256 for *_, sha256 in listed]
     else:
         for path in sorted(folder.iterdir()):
             if match := re.fullmatch(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:npy|bin)", path.name):
@@ -192,13 +199,33 @@ def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False)
         if pickle_file.exists():
             try:
                 pickled = PlainUnpickler(io.BytesIO(pickle_file.read_bytes())).load()
-                vocab_size = pickled["vocab_size"]
-                tokenizer = CharTokenizer("".join(pickled["itos"][i] for i in range(vocab_size))).to_dict()
-            except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, IndexError):
-                raise UserError(f"{pickle_file} is not nanoGPT's: it lacks vocab_size and itos") from None
+                vocab_size = int(pickled["vocab_size"])
+                if vocab_size < 1:
+                    raise ValueError
+                symbols = [pickled["itos"][i] for i in range(vocab_size)] if "itos" in pickled else []
+                if not all(isinstance(symbol, str) for symbol in symbols) or not symbols:  # no language: numbers
+                    tokenizer = IdTokenizer(vocab_size).to_dict()
+                elif all(len(symbol) == 1 for symbol in symbols):
+                    tokenizer = CharTokenizer("".join(symbols)).to_dict()
+                else:
+                    tokenizer = CharTokenizer(symbols).to_dict()
+            except UserError:
+                raise
+            except Exception:  # a pickle of nonsense can raise anything
+                raise UserError(f"{pickle_file} is not nanoGPT's: it lacks vocab_size, or tokens in itos") from None
+        hashes = [fingerprint(shard) for shard in splits["train"] + splits["val"]]
     if not splits["train"]:
         raise UserError(f"{folder} has no training tokens: {how_to_make(name)}")
-    return Dataset(name, splits["train"], splits["val"], tokenizer, vocab_size, is_chat)
+    sha256 = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return Dataset(name, splits["train"], splits["val"], tokenizer, vocab_size, sha256, is_chat)
+
+
+def fingerprint(shard: Shard) -> str:
+    """The sha256 of a file; of a large one, which would take seconds to read, its size and both ends."""
+    if shard.tokens < VERIFIED_TOKENS:
+        return file_sha256(shard.path)
+    tokens = shard.map()
+    return f"{shard.tokens} {tokens[:1000].tolist()} {tokens[-1000:].tolist()}"
 
 
 def load_mixture(names: str, data_dir: str | Path = "data", verify: bool = False) -> list[tuple[Dataset, float]]:

@@ -2,7 +2,8 @@
 
 Every tokenizer has encode(text, special) -> list of ids (special: special tokens in the text become their ids),
 encode_batch(texts) -> one array of ids with an end-of-text id before each text, decode(ids) -> text, token_bytes(id),
-n_vocab, eot (the end-of-text id or None), to_dict(), and to_json() -> the tokenizer.json of the tokenizers library.
+n_vocab, eot (the end-of-text id or None), stops (the ids that end a text), bos (the ids that start one), to_dict(), and
+to_json() -> the tokenizer.json of the tokenizers library.
 """
 
 import hashlib
@@ -15,27 +16,48 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import parse_json, read_json
 from configurator import UserError, first_line
 
 EOT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_SHA256 = "e424375bafc3e423128be739985d6bac4839b3014b9ed3f34c3b55f6d2b968d9"  # of the 50,256 tokens, one per line
+LONGEST_PIECE = 256  # characters; time to train grows with the square of a piece, and DNA or base64 has no breaks
 MAX_BPE_CHARACTERS = 50_000_000  # of the training text, from which a bpe tokenizer is trained
 
 
-class CharTokenizer:
-    """One id per character of `chars`, in that order. eot=True adds an end-of-text id after the last character."""
+def replace_surrogates(text: str) -> str:
+    """The text with halves of surrogate pairs, which JSON may hold and UTF-8 cannot encode, replaced."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-    def __init__(self, chars: str, eot: bool = False):
+
+class CharTokenizer:
+    """One id per symbol of `chars`, in that order: characters, or in a list strings of any length, of which the longest wins.
+
+    eot=True adds an end-of-text id after the last.
+    """
+
+    bos = ()
+
+    def __init__(self, chars: str | list[str], eot: bool = False):
         self.chars = chars
         self.symbols = [*chars, EOT] if eot else list(chars)
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.eot, self.n_vocab = self.ids.get(EOT), len(self.symbols)
+        self.stops = () if self.eot is None else (self.eot,)
+        longest_first = sorted(filter(None, chars), key=len, reverse=True)
+        self.pattern = "" if isinstance(chars, str) else "|".join(map(re.escape, [*longest_first, ""])) + "|."
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Raises UserError for a character outside the vocabulary."""
-        is_split = special and self.eot is not None
-        symbols = re.findall(f"{re.escape(EOT)}|.", text, re.DOTALL) if is_split else text
+        text, pattern = replace_surrogates(text), self.pattern
+        if special and self.eot is not None:
+            pattern = f"{re.escape(EOT)}|{pattern or '.'}"
+        symbols = filter(None, re.findall(pattern, text, re.DOTALL)) if pattern else text
         try:
             return [self.ids[symbol] for symbol in symbols]
         except KeyError as e:
@@ -43,6 +65,9 @@ class CharTokenizer:
             raise UserError(f"character {e.args[0]!r} is not among {known}") from None
 
     def encode_batch(self, texts: list[str]) -> np.ndarray:
+        if self.pattern:
+            separator = [] if self.eot is None else [self.eot]
+            return np.array([i for text in texts for i in (*separator, *self.encode(text))], np.int64)
         codes = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4")
         table = np.full(max(map(ord, self.chars), default=0) + 2, -1, np.int32)
         table[[ord(c) for c in self.chars]] = np.arange(len(self.chars))
@@ -61,9 +86,54 @@ class CharTokenizer:
         return {"kind": "char", "chars": self.chars, "eot": self.eot is not None}
 
     def to_json(self) -> str:
-        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        # Characters outside the vocabulary are removed: the unknown token, which the library asks for, would be a wrong id.
+        codes = "".join(f"\\x{{{ord(c):x}}}" for c in set("".join(self.chars)))
+        known = {"type": "Replace", "pattern": {"Regex": f"[^{codes}]"}, "content": ""}
+        regex = self.pattern.replace("||", "|") if self.pattern else r"[\s\S]"
+        split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
         special = {} if self.eot is None else {EOT: self.eot}
-        return tokenizer_json("WordLevel", {"vocab": self.ids, "unk_token": EOT}, special, split, {"type": "Fuse"})
+        model = {"vocab": self.ids, "unk_token": EOT}
+        return tokenizer_json("WordLevel", model, special, split, {"type": "Fuse"}, known)
+
+
+class IdTokenizer:
+    """Texts that are whole numbers already, separated by white space: music, DNA, anything but language.
+
+    The numbers 0 .. count - 1 are the ids; eot=True adds an end-of-text id after them.
+    """
+
+    bos = ()
+
+    def __init__(self, count: int, eot: bool = False):
+        self.count, self.eot, self.n_vocab = count, count if eot else None, count + eot
+        self.stops = (count,) if eot else ()
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Raises UserError for what is no id."""
+        words = text.replace(EOT, f" {self.eot} ").split() if special and self.eot else text.split()
+        if bad := next((w for w in words if not (w.isdecimal() and w.isascii() and int(w) < self.n_vocab)), None):
+            raise UserError(
+                f"{bad[:30]!r} is not a token id: whole numbers from 0 to {self.count - 1}, with spaces between"
+            )
+        return [int(w) for w in words]
+
+    def encode_batch(self, texts: list[str]) -> np.ndarray:
+        separator = [] if self.eot is None else [self.eot]
+        return np.array([i for text in texts for i in (*separator, *self.encode(text))], np.int64)
+
+    def token_bytes(self, i: int) -> bytes:
+        return EOT.encode() if i == self.eot else f" {i}".encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self.token_bytes(i) for i in ids).decode()
+
+    def to_dict(self) -> dict:
+        return {"kind": "ids", "count": self.count, "eot": self.eot is not None}
+
+    def to_json(self) -> str:
+        special = {} if self.eot is None else {EOT: self.eot}
+        model = {"vocab": {str(i): i for i in range(self.count)} | special, "unk_token": EOT}
+        return tokenizer_json("WordLevel", model, special, {"type": "WhitespaceSplit"}, None)
 
 
 class BPETokenizer:
@@ -72,6 +142,8 @@ class BPETokenizer:
     The pattern splits the text into pieces. A piece that is a token becomes its id; others are merged from bytes, the
     lowest id first. Special tokens are recognised wherever they occur in a text.
     """
+
+    bos = ()
 
     def __init__(self, kind: str, pattern: str, tokens: list[bytes], special_tokens: Iterable[str] = ()):
         import tiktoken
@@ -82,6 +154,7 @@ class BPETokenizer:
         self.ranks = {t: i for i, t in enumerate(tokens)}
         self.special = {t: i for i, t in enumerate([EOT, *self.special_tokens], len(tokens))}
         self.eot, self.n_vocab = len(tokens), len(tokens) + len(self.special)
+        self.stops = (self.eot,)
         options = {"pat_str": pattern, "mergeable_ranks": self.ranks, "special_tokens": self.special}
         self.encoding = tiktoken.Encoding(kind, **options)
 
@@ -104,7 +177,8 @@ class BPETokenizer:
 
     def to_dict(self) -> dict:
         described = {"kind": self.kind, "pattern": self.pattern, "tokens": [t.decode("latin-1") for t in self.tokens]}
-        return described | ({"special_tokens": self.special_tokens} if self.special_tokens else {})
+        described |= {"special_tokens": self.special_tokens} if self.special_tokens else {}
+        return described | ({"stops": list(self.stops)} if self.stops != (self.eot,) else {})
 
     def to_json(self) -> str:
         symbols = {byte: symbol for symbol, byte in unicode_to_byte().items()}
@@ -127,16 +201,30 @@ class PretrainedTokenizer:
             raise UserError("a pretrained tokenizer needs the tokenizers package: pip install -e '.[bpe]'") from None
         self.text, self.eot_token = text, eot
         self.library = Tokenizer.from_str(text)
+        self.library.no_truncation()  # neither is part of the vocabulary: texts would be cut and padded
+        self.library.no_padding()
         vocab = self.library.get_vocab(with_added_tokens=True)
         self.n_vocab = max(vocab.values()) + 1
         self.eot = vocab.get(eot)
-        self.special = {t["id"] for t in json.loads(text)["added_tokens"]}
+        self.stops = () if self.eot is None else (self.eot,)
+        fields = parse_json(text)
+        self.special = {t["id"] for t in fields["added_tokens"]}
+        # What the post-processor adds around a text. An end token after a prompt would end the text before it began.
+        added = self.library.encode("a").special_tokens_mask
+        self.n_before, self.n_after = (sum(itertools.takewhile(bool, mask)) for mask in (added, added[::-1]))
+        self.bos = self.library.encode("a").ids[: self.n_before]
         self.to_byte = unicode_to_byte() if '"ByteLevel"' in text else None
+        kind, model = (fields.get("decoder") or {}).get("type"), fields["model"]
+        self.suffix = model.get("end_of_word_suffix") or ""
+        self.prefix = (model.get("continuing_subword_prefix") or "##") if kind == "WordPiece" else ""
+        # Tokens that are whole words, which the library joins with spaces.
+        self.joins_words = bool(self.prefix or self.suffix or (kind is None and model["type"] == "WordLevel"))
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """special=True also adds the tokens that the model expects first."""
         self.library.encode_special_tokens = not special
-        return self.library.encode(text, add_special_tokens=special).ids
+        ids = self.library.encode(replace_surrogates(text), add_special_tokens=special).ids
+        return ids[: len(ids) - self.n_after] if special else ids
 
     def encode_batch(self, texts: list[str]) -> np.ndarray:
         self.library.encode_special_tokens = True
@@ -151,25 +239,35 @@ class PretrainedTokenizer:
             return bytes(self.to_byte[c] for c in token)
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
+        if self.suffix:
+            return token.replace(self.suffix, " ").encode()
+        if self.joins_words:
+            return (
+                token.removeprefix(self.prefix) if self.prefix and token.startswith(self.prefix) else " " + token
+            ).encode()
         return token.replace("\u2581", " ").encode()
 
-    decode = BPETokenizer.decode
+    def decode(self, ids: Iterable[int]) -> str:
+        if self.joins_words:
+            return self.library.decode(list(map(int, ids)), skip_special_tokens=False)
+        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
 
     def to_dict(self) -> dict:
-        return {"kind": "pretrained", "json": self.text, "eot": self.eot_token}
+        described = {"kind": "pretrained", "json": self.text, "eot": self.eot_token}
+        return described | ({"stops": list(self.stops)} if self.stops not in ((), (self.eot,)) else {})
 
     def to_json(self) -> str:
         return self.text
 
 
-Tokenizer = CharTokenizer | BPETokenizer | PretrainedTokenizer
+Tokenizer = CharTokenizer | IdTokenizer | BPETokenizer | PretrainedTokenizer
 
 
-def tokenizer_json(model: str, fields: dict, special: dict[str, int], pre_tokenizer: dict, decoder: dict) -> str:
+def tokenizer_json(model: str, fields: dict, special: dict[str, int], pre_tokenizer, decoder, normalizer=None) -> str:
     """A tokenizer.json for the tokenizers library: a model of this type with these fields, and special tokens."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": i, "content": token, **flags} for token, i in special.items()]
-    parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer}
     parts |= {"pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder}
     return json.dumps(parts | {"model": {"type": model, **fields}}, ensure_ascii=False)
 
@@ -207,7 +305,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Iterable[st
         raise UserError("training a tokenizer needs the tokenizers package: pip install -e '.[bpe]'") from None
     bpe = Tokenizer(models.BPE())
     pieces = pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bounded = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_PIECE}}}"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, bounded, pre_tokenizers.ByteLevel(False, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - n_special, initial_alphabet=alphabet, show_progress=False)
     if special_tokens:
@@ -229,56 +328,114 @@ def unicode_to_byte() -> dict[str, int]:
 
 
 def tokenizer_from_dict(d: dict) -> Tokenizer:
-    """The tokenizer that to_dict() described. Raises ValueError for an unknown kind."""
+    """The tokenizer that to_dict() described. Raises UserError for what it cannot have described."""
+    try:
+        return _from_dict(d)
+    except UserError:
+        raise
+    except Exception as e:  # the tokenizers library and tiktoken raise plain Exceptions
+        raise UserError(f"the stored tokenizer is damaged: {first_line(e)}") from None
+
+
+def _from_dict(d: dict) -> Tokenizer:
     kind = d.get("kind")
     if kind == "char":
         return CharTokenizer(d["chars"], d["eot"])
+    if kind == "ids":
+        return IdTokenizer(d["count"], d["eot"])
     if kind == "gpt2" and "tokens" not in d:  # files of other projects do not store the vocabulary
-        return gpt2_tokenizer()
-    if kind in ("gpt2", "bpe"):
+        tokenizer = gpt2_tokenizer()
+    elif kind in ("gpt2", "bpe"):
         tokens = [t.encode("latin-1") for t in d["tokens"]]
-        return BPETokenizer(kind, d["pattern"], tokens, d.get("special_tokens", ()))
-    if kind == "pretrained":
-        return PretrainedTokenizer(d["json"], d["eot"])
-    raise ValueError(f"unknown tokenizer kind {kind!r}")
+        tokenizer = BPETokenizer(kind, d["pattern"], tokens, d.get("special_tokens", ()))
+    elif kind == "pretrained":
+        tokenizer = PretrainedTokenizer(d["json"], d["eot"])
+    else:
+        raise ValueError(f"unknown tokenizer kind {kind!r}")
+    tokenizer.stops = tuple(d.get("stops", tokenizer.stops))
+    return tokenizer
 
 
 def same_vocabulary(a: dict, b: dict) -> bool:
-    """Whether two to_dict() descriptions mean the same ids. Of GPT-2's vocabulary some files store only the kind."""
-    return a == b or a["kind"] == b["kind"] == "gpt2"
+    """Whether two to_dict() descriptions mean the same by each id. Of GPT-2's vocabulary some files store only the kind."""
+    if a == b or a["kind"] == b["kind"] == "gpt2":
+        return True
+    if {"kind": "gpt2"} in (a, b):  # not loaded, which may be a download, to see that the other has another size
+        other = tokenizer_from_dict(b if a == {"kind": "gpt2"} else a)
+        if other.n_vocab != 50257:
+            return False
+    first, second = tokenizer_from_dict(a), tokenizer_from_dict(b)
+    ids = range(first.n_vocab)
+    return first.n_vocab == second.n_vocab and all(first.token_bytes(i) == second.token_bytes(i) for i in ids)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a pretrained model, as a BPETokenizer where tiktoken gives the same ids. Raises UserError."""
-    file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    """The tokenizer of a pretrained model, as the class that gives the same ids fastest. Raises UserError.
+
+    Its stops are the end tokens that its tokenizer, config and generation config name.
+    """
+    file = folder / "tokenizer.json"
     if not file.exists():
         raise UserError(f"{folder} has no tokenizer.json")
     try:
         text = file.read_text(encoding="utf-8")
-        fields = json.loads(text)
-        model, added = fields["model"], [t["content"] for t in fields["added_tokens"]]
-        eot = EOT if EOT in added else None
-        if config_file.exists():
-            eos = json.loads(config_file.read_text(encoding="utf-8")).get("eos_token") or eot
-            eot = eos["content"] if isinstance(eos, dict) else eos
-        vocab = {t: i for t, i in model["vocab"].items() if t not in added}
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
-        merged_ids = [vocab.get(a + b, -1) for a, b in merges]
-        # tiktoken merges by id, so the ids have to be in the order of the merges, without a gap.
-        in_order = merged_ids == sorted(merged_ids) and sorted(vocab.values()) == list(range(len(vocab)))
-        split = fields.get("pre_tokenizer") or {}
-        is_plain = fields.get("normalizer") is None and not split.get("add_prefix_space") and added == [EOT]
-        is_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True) and is_plain
-        if not is_gpt2 or not in_order:
-            return PretrainedTokenizer(text, eot)
-        to_byte = unicode_to_byte()
-        tokens = [bytes(to_byte[c] for c in t) for t in sorted(vocab, key=vocab.get)]
-        digest = hashlib.sha256(b"\n".join(tokens)).hexdigest()
-        return BPETokenizer("gpt2" if digest == GPT2_SHA256 else "bpe", GPT2_PATTERN, tokens)
+        fields = parse_json(text)
+        others = {name: beside(folder / f"{name}.json") for name in ("tokenizer_config", "config", "generation_config")}
+        eot = others["tokenizer_config"].get("eos_token") or (EOT if f'"{EOT}"' in text else None)
+        tokenizer = recognise(fields) or PretrainedTokenizer(text, eot["content"] if isinstance(eot, dict) else eot)
+        stops = {*tokenizer.stops}
+        for name in ("config", "generation_config"):
+            ids = others[name].get("eos_token_id")
+            stops |= {
+                i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < tokenizer.n_vocab
+            }
+        tokenizer.stops = tuple(sorted(stops))
+        return tokenizer
     except UserError:
         raise
     except Exception as e:  # the tokenizers library raises plain Exceptions
         raise UserError(f"{file} is damaged: {first_line(e)}") from None
+
+
+def beside(path: Path) -> dict:
+    """The object of a JSON file that may be missing."""
+    found = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return found
+
+
+def recognise(fields: dict) -> Tokenizer | None:
+    """The CharTokenizer or BPETokenizer that gives the same ids as a tokenizer.json, if one does."""
+    model, added, split = fields["model"], fields["added_tokens"], fields.get("pre_tokenizer") or {}
+    names = [token["content"] for token in added]
+    if not isinstance(model.get("vocab"), dict):  # Unigram
+        return None
+    vocab = {token: i for token, i in model["vocab"].items() if token not in names}
+    ordered = sorted(vocab, key=vocab.get)
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        return None
+    if (
+        split.get("pattern") == {"Regex": r"[\s\S]"}
+        and model["type"] == "WordLevel"
+        and all(len(t) == 1 for t in ordered)
+    ):
+        return CharTokenizer("".join(ordered), names == [EOT])
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
+    merged_ids = [vocab.get(a + b, -1) for a, b in merges]
+    is_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split.get("add_prefix_space")
+    # tiktoken merges by id, so the ids have to be in the order of the merges.
+    if not is_gpt2 or fields.get("normalizer") is not None or merged_ids != sorted(merged_ids) or names[:1] != [EOT]:
+        return None
+    # Only what BPETokenizer itself wrote has special tokens that are recognised in every text.
+    if len(names) > 1 and not (
+        model.get("ignore_merges") and [t["id"] for t in added] == [*range(len(vocab), len(vocab) + len(names))]
+    ):
+        return None
+    to_byte = unicode_to_byte()
+    tokens = [bytes(to_byte[c] for c in token) for token in ordered]
+    digest = hashlib.sha256(b"\n".join(tokens)).hexdigest()
+    return BPETokenizer("gpt2" if digest == GPT2_SHA256 else "bpe", GPT2_PATTERN, tokens, names[1:])
 
 
 def download_tokenizer(name: str) -> Path:
@@ -300,21 +457,29 @@ def learn_tokenizer(kind: str, vocab_size: int, texts, train_texts=None, eot=Tru
         return gpt2_tokenizer()
     if kind == "char":
         return CharTokenizer("".join(sorted(set(itertools.chain.from_iterable(texts())))), eot)
+    if kind == "ids":
+        return IdTokenizer(
+            1 + max((max(IdTokenizer(2**31).encode(text), default=0) for text in texts()), default=0), eot
+        )
     if kind == "bpe":
         return train_bpe(first_characters((train_texts or texts)()), vocab_size, special_tokens)
-    is_folder = Path(kind).is_dir()
-    if is_folder or "/" in kind:
-        pretrained = read_tokenizer(Path(kind) if is_folder else download_tokenizer(kind))
+    folder = Path(kind)
+    if (folder / "meta.json").exists():  # a dataset
+        return tokenizer_from_dict(read_json(folder / "meta.json").get("tokenizer", {}))
+    if folder.is_dir() or "/" in kind:
+        pretrained = read_tokenizer(folder if folder.is_dir() else download_tokenizer(kind))
         if pretrained.eot is None:
             raise UserError(f"--tokenizer={kind} has no end-of-text token to separate documents")
         return pretrained
-    raise UserError(f"--tokenizer={kind}: choose gpt2, char, bpe, or a folder with a tokenizer.json")
+    raise UserError(f"--tokenizer={kind}: choose gpt2, char, ids, bpe, or a folder with a tokenizer.json")
 
 
 def first_characters(texts: Iterable[str]) -> Iterator[str]:
+    """The texts up to MAX_BPE_CHARACTERS, in parts: a trainer takes a hundred bytes of memory per character of a part."""
     remaining = MAX_BPE_CHARACTERS
     for text in texts:
-        yield text[:remaining]
+        for start in range(0, min(len(text), remaining), 2**20):
+            yield text[start : min(start + 2**20, remaining)]
         remaining -= len(text)
         if remaining <= 0:
             return

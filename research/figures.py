@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from laws import columns, formula, frontier, power_law, surface
 from matplotlib import ticker
+from runs import save_figure
 
 # The palette of Okabe and Ito, for the colour-blind (https://jfly.uni-koeln.de/color/), dark colours first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999933")
@@ -55,7 +56,7 @@ def draw_all(points: list[dict], fits: dict, folder: Path) -> list[str]:
     for name, (draw, *arguments) in drawings.items():
         fig, axes = plt.subplots()
         draw(axes, *arguments)
-        fig.savefig(folder / name)
+        save_figure(fig, folder / name)
     return list(drawings)
 
 

@@ -22,9 +22,9 @@ import sys
 import time
 from pathlib import Path
 
-from runs import ROOT, catch_signals, read_json, split_args, wait_for
+from runs import ROOT, catch_signals, split_args, wait_for
 
-from common.files import atomic_write
+from common.files import atomic_write, read_json
 from configurator import UserError, check_choice, configure, short_errors
 
 name = "pipeline"  # name of the pipeline
@@ -156,7 +156,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
     with short_errors():
         configure(globals())
         main()

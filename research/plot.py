@@ -7,13 +7,13 @@
 Several sources are separated by commas.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 from figures import COLOURS, LOSS_LABEL, plt, set_log_scale
-from runs import arm_statistics, make_folder, print_table, read_rows, write_csv
+from runs import arm_statistics, make_folder, print_table, read_rows, save_figure, write_csv
 
+from common.files import read_metrics
 from configurator import UserError, check_choice, configure, short_errors
 
 results = ""  # folders of runs or studies, or results.jsonl files, separated by commas
@@ -38,14 +38,13 @@ def read_curve(row: dict, loss_key: str, x_key: str) -> list[tuple[float, float]
     if x_key == "flops" and not row.get("tokens"):
         raise UserError(f"--x=flops: {log.parent} has no results.json yet, which holds its FLOPs; choose another --x")
     flops_per_token = row["train_flops"] / row["tokens"] if row.get("tokens") else 0.0
-    *lines, _ = log.read_text(encoding="utf-8").split("\n")  # without a last line that a killed run did not finish
     points, seconds = [], 0.0
-    for entry in map(json.loads, lines):
+    for entry in read_metrics(log.parent):
         seconds = entry.get("elapsed", seconds)  # only training entries have it
-        if entry.get(loss_key) is not None and entry["step"]:
-            step, tokens = entry["step"], entry["tokens"]
+        step, tokens, loss = entry["step"], entry.get("tokens"), entry.get(loss_key)
+        if step and type(tokens) is int and isinstance(loss, int | float):
             values = {"steps": step, "tokens": tokens, "flops": tokens * flops_per_token, "seconds": seconds}
-            points.append((values[x_key], entry[loss_key]))
+            points.append((values[x_key], loss))
     return points
 
 
@@ -67,7 +66,7 @@ def draw_curves(rows: list[dict], path: Path) -> bool:
     if x != "steps":
         set_log_scale(axes.xaxis)
     axes.legend()
-    fig.savefig(path)
+    save_figure(fig, path)
     return True
 
 
@@ -91,7 +90,7 @@ def draw_bars(rows: list[dict], table: list[dict], path: Path) -> None:
     explanation = f"mean, standard deviation, every run; the axis starts at {start:.3g}"
     # A label of the figure, because long arm names leave the axes too narrow for it.
     fig.supxlabel(f"{LOSS_LABELS.get(metric, metric)}\n{explanation}", fontsize=10)
-    fig.savefig(path)
+    save_figure(fig, path)
 
 
 def main() -> None:

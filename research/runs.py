@@ -2,7 +2,7 @@
 
 import csv
 import importlib.util
-import json
+import io
 import math
 import shlex
 import signal
@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # where the scripts of this folder find common/ and configurator.py
+from common.files import atomic_file, atomic_write, parse_json, read_json  # noqa: E402
 from configurator import UserError, check_choice  # noqa: E402
 
 
@@ -29,12 +30,10 @@ def read_rows(sources: str) -> list[dict]:
         runs = [p.parent for p in sorted(path.rglob("metrics.jsonl")) if not p.parent.name.startswith("previous-")]
         if table.is_file():
             try:
-                found = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
+                found = [parse_json(line) for line in table.read_text(encoding="utf-8", errors="replace").splitlines()]
                 rows += [{"arm": row["arm"], "path": row["path"]} | row for row in found]
             except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{table} is damaged or not a study's: python research/sweep.py writes it again"
-                ) from None
+                raise UserError(f"{table} is damaged or not a study's: research/sweep.py writes it again") from None
         elif runs:
             rows += [{"arm": run.name, "path": str(run)} | read_json(run / "results.json") for run in runs]
         else:
@@ -52,19 +51,17 @@ def make_folder(output_dir: str, sources: str) -> Path:
     return folder
 
 
-def read_json(path: Path) -> dict:
-    """{} if the file is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def write_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue())
+
+
+def save_figure(fig, path: Path) -> None:
+    with atomic_file(path) as f:
+        fig.savefig(f, format="png")
 
 
 def arm_statistics(rows: list[dict], metric: str) -> list[dict]:

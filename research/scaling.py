@@ -23,7 +23,7 @@ from figures import AXIS_LABELS, draw_all
 from laws import columns
 from runs import ROOT, check_scipy, make_folder, read_rows, write_csv
 
-from common.files import atomic_write
+from common.files import atomic_write, parse_json
 from configurator import UserError, check_bounds, configure, read_keys, short_errors
 
 results = ""  # folders of studies or runs, or CSV files, separated by commas
@@ -63,7 +63,7 @@ def read_points(sources: str) -> list[dict]:
 
 
 def run_to_point(row: dict) -> dict:
-    config = json.loads((Path(row["path"]) / "config.json").read_text(encoding="utf-8"))
+    config = parse_json((Path(row["path"]) / "config.json").read_text(encoding="utf-8"))
     point = {key: config[key] for key in ("n_embd", "n_layer", "block_size", "data_fraction", "seed")}
     point["kind"] = ", ".join(f"{key}={config[key]}" for key in kind_keys() if key in config)
     params = row.get("params") or row["model_parameters"]

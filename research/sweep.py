@@ -18,16 +18,16 @@ import json
 import math
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from runs import ROOT, catch_signals, check_scipy, compare_arms, print_table, read_json, split_args, wait_for, write_csv
+from runs import ROOT, catch_signals, check_scipy, compare_arms, print_table, split_args, wait_for, write_csv
+from tqdm import tqdm
 
-from common.files import atomic_write
+from common.files import atomic_write, read_json
 from configurator import UserError, check_bounds, configure, error_in, read_keys, short_errors
 
 # Study
@@ -183,24 +183,12 @@ def read_costs(run: Run) -> tuple[float, float, float]:
     """Parameters, tokens and FLOPs of a run as train.py --dry_run prints them; nan if it does not print them all."""
     output = run_script("train.py", *run.arguments, "--dry_run")
     found = re.search(r"model: ([\d,]+) parameters.*steps, ([\d,]+).*FLOPs: ([\d.e+]+)", output, re.DOTALL)
-    if not found:
-        return math.nan, math.nan, math.nan
-    parameters, tokens, flops_per_token = (float(number.replace(",", "")) for number in found.groups())
-    return parameters, tokens, tokens * flops_per_token
-
-
-def measure_tokens_per_second(run: Run, folder: Path) -> float:
-    """By a few steps of the run in bench.py; nan if bench.py fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    output = folder / "bench.json"
-    try:  # without the last two arguments, --seed and --out_dir, which bench.py does not have
-        run_script("bench.py", *run.arguments[:-2], "--steps=5", "--real_data=True", f"--output={output}")
-    except UserError:
-        return math.nan
-    return read_json(output)["tokens_per_second"]
+    numbers = [float(number.replace(",", "")) for number in found.groups()] if found else [math.nan] * 3
+    return numbers[0], numbers[1], numbers[1] * numbers[2]
 
 
 def print_costs(planned: list[Run], folder: Path) -> None:
+    """Print the commands, their costs, and how long they will take by a few steps of the first run in bench.py."""
     for run in planned:
         print(f"{run.state():>7}  python train.py {shlex.join(run.arguments)}")
     print(f"\n{'arm':<40} {'parameters':>14} {'tokens':>14} {'FLOPs':>10}")
@@ -209,29 +197,21 @@ def print_costs(planned: list[Run], folder: Path) -> None:
         print(f"{arm:<40} {parameters:>14,.0f} {tokens:>14,.0f} {flops:>10.3g}")
     remaining = [costs[run.arm] for run in planned if run.state() != "done"]
     _, tokens, flops = map(sum, zip(*remaining)) if remaining else (0, 0, 0)
-    _, first_tokens, first_flops = costs[planned[0].arm]
-    rate = measure_tokens_per_second(planned[0], folder) * first_flops / first_tokens
-    seconds, speed = flops / rate / max_parallel, f"{rate / 1e9:,.0f} GFLOP/s per run"
-    duration = "duration unknown" if math.isnan(seconds) else f"about {format_time(seconds)} at {speed}"
+    first, (_, first_tokens, first_flops) = planned[0], costs[planned[0].arm]
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / "bench.json"
+    try:  # without the last two arguments, --seed and --out_dir, which bench.py does not have
+        run_script("bench.py", *first.arguments[:-2], "--steps=5", "--real_data=True", f"--output={output}")
+        rate = read_json(output)["tokens_per_second"] * first_flops / first_tokens
+        duration = f"about {format_time(flops / rate / max_parallel)} at {rate / 1e9:,.0f} GFLOP/s per run"
+    except (UserError, ValueError):  # bench.py fails, or a cost is nan
+        duration = "duration unknown"
     print(f"{len(remaining)} of {len(planned)} runs to do: {tokens:,.0f} tokens, {flops:.3g} FLOPs, {duration}")
 
 
 def format_time(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
-
-
-class LiveDisplay:
-    """Lines at the bottom of a terminal that are redrawn in place. Nothing is drawn where stdout is not a terminal."""
-
-    height = 0
-
-    def show(self, lines: list[str]) -> None:
-        if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - 1
-            erase = f"\033[{self.height}A\033[J" if self.height else ""
-            print(erase + "".join(f"{line[:width]}\n" for line in lines), end="", flush=True)
-            self.height = len(lines)
 
 
 def run_all(planned: list[Run]) -> None:
@@ -241,10 +221,9 @@ def run_all(planned: list[Run]) -> None:
     """
     states = ("new", "started", "failed") if retry else ("new", "started")
     remaining = [run for run in planned if run.state() in states]
-    total = len(planned)
+    total, signals, start_time = len(planned), catch_signals(), time.time()
     ended = ended_before = total - len(remaining)
     print(f"{name}: {total} runs, {ended} already ended")
-    signals, start_time, display = catch_signals(), time.time(), LiveDisplay()
     free_devices = list(itertools.islice(itertools.cycle(devices.split(",")), max_parallel))
 
     def train(run: Run) -> None:
@@ -254,7 +233,8 @@ def run_all(planned: list[Run]) -> None:
         finally:
             free_devices.append(device)
 
-    with ThreadPoolExecutor(max_parallel) as pool:
+    bar = tqdm(total=total, initial=ended, disable=None, leave=False, bar_format="{n_fmt}/{total_fmt}  {desc}")
+    with bar, ThreadPoolExecutor(max_parallel) as pool:
         pending = {pool.submit(train, run): run for run in remaining}
         while pending:
             for future in wait(pending, interval, FIRST_COMPLETED).done:
@@ -262,14 +242,12 @@ def run_all(planned: list[Run]) -> None:
                 future.result()  # raises the error of its thread, if any
                 if not signals:
                     ended += 1
-                    seconds_per_run = (time.time() - start_time) / (ended - ended_before)
-                    time_left = format_time(seconds_per_run * (total - ended))
-                    display.show([])
-                    print(f"{ended:>4}/{total}  {run.title:<44} {run.outcome()}  {time_left} remaining")
+                    left = (time.time() - start_time) / (ended - ended_before) * (total - ended)
+                    bar.write(f"{ended:>4}/{total}  {run.title:<44} {run.outcome()}  {format_time(left)} remaining")
             running = [run for future, run in pending.items() if future.running()]
-            counts = f"{ended} of {total} ended, {len(running)} running, {len(pending) - len(running)} queued"
-            lines = [f"   ...  {run.title}: {run.last_line(STEP_LINE)}" for run in running]
-            display.show([*lines, counts] if running else [])
+            bar.n = ended
+            lines = [f"{r.title}: {' '.join(r.last_line(STEP_LINE).split()[:3])}" for r in running]
+            bar.set_description_str("; ".join(lines))
     if signals:
         done = sum(run.state() == "done" for run in planned)
         print(f"stopped with {done} of {total} runs done; the same command resumes")
@@ -320,7 +298,7 @@ def report(planned: list[Run], folder: Path) -> None:
     for title in failed:
         print(f"failed: {title} (--retry runs it again)")
     files = "results.csv, results.jsonl, sweep_summary.json"
-    print(f"{folder}/ has {files}; python research/plot.py --results={folder} draws them")
+    print(f"{folder}/ has {files}; python research/plot.py --results={shlex.quote(str(folder))} draws them")
 
 
 def main() -> None:
@@ -349,7 +327,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
     with short_errors():
         configure(globals())
         main()

@@ -32,7 +32,7 @@ class Script:
 
     server = None
 
-    def __init__(self, *argv, cwd, env=None, limits=None, stdin="", terminal=None):
+    def __init__(self, *argv, cwd, env=None, limits=None, stdin="", terminal=None, out=None):
         if Script.server is None or Script.server.poll() is not None:
             Script.server = subprocess.Popen(
                 [sys.executable, str(ROOT / "tests" / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -45,6 +45,7 @@ class Script:
         self.input.write(stdin)
         self.input.flush()
         names = [f.name for f in (self.input, *self.files)] if terminal is None else [terminal] * 3
+        names[1] = str(out or names[1])
         self.pid = self.ask(request | dict(zip(("in", "out", "err"), names)))
         self.returncode = None
 

@@ -337,3 +337,16 @@ def test_help_prints_every_key_with_default_and_comment(script, tmp_path):
     seed = next(line for line in done.stdout.splitlines() if line.startswith("  --seed="))
     assert "1337" in seed and len(seed.split()) > 3
     assert max(map(len, described)) <= 100
+
+
+def test_a_home_folder_is_expanded_where_the_shell_does_not(namespace, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert configure(namespace, ["--out_dir=~/x"])["out_dir"] == f"{tmp_path}/x"
+    assert configure(namespace, [config_file(tmp_path, "out_dir = '~/y'")])["out_dir"] == f"{tmp_path}/y"
+    assert configure(namespace, ["--out_dir=a~/x"])["out_dir"] == "a~/x"
+
+
+def test_names_inside_of_a_function_are_no_keys(namespace, tmp_path):
+    path = config_file(tmp_path, "def helper():\n    max_iters = 1\n    batch_size = 2\n    return max_iters\n")
+    config = configure(namespace, ["--depth=4", path], dial=DIAL, one_of=LIMITS)
+    assert (config["max_iters"], config["batch_size"]) == (40, 41)

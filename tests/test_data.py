@@ -119,6 +119,32 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("meta", "text"),
+    [
+        ({"vocab_size": 4, "itos": {0: "the", 1: " ", 2: "cat", 3: "a"}}, "the cat"),
+        ({"vocab_size": 4, "itos": ["the", " ", "cat", "a"]}, "the cat"),
+        ({"vocab_size": 4, "itos": {n: n for n in range(4)}}, " 0 1 2"),
+        ({"vocab_size": 4}, " 0 1 2"),
+    ],
+)
+def test_a_meta_pkl_with_longer_tokens_or_numbers_is_read_as_what_it_is(tmp_path, meta, text):
+    make_nanogpt_chars(tmp_path / "d", TEXT)
+    (tmp_path / "d" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    tokenizer = tokenizer_from_dict(load_dataset("d", tmp_path).tokenizer)
+    assert tokenizer.n_vocab == 4 and tokenizer.decode([0, 1, 2]) == text and tokenizer.encode(text) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "meta", [{}, {"vocab_size": "x"}, {"vocab_size": 3, "itos": {0: "a"}}, [1], {"vocab_size": -1}]
+)
+def test_a_meta_pkl_of_something_else_is_refused(tmp_path, meta):
+    make_nanogpt_chars(tmp_path / "d", TEXT)
+    (tmp_path / "d" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    with pytest.raises(UserError, match="meta.pkl is not nanoGPT's"):
+        load_dataset("d", tmp_path)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 130, 300])
 def test_a_truncated_shard_is_named(tmp_path, keep):
     write(tmp_path / "d", [np.arange(100)])

@@ -1,9 +1,14 @@
 """demo.py's page, in a real browser (Debian's chromium)."""
 
 import http.client
+import json
 import shutil
 import socket
+import tempfile
 import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
@@ -338,3 +343,43 @@ def test_it_listens_on_its_address_only(demo, refused):
     assert f"--port={demo.port}: cannot listen there" in refused("demo.py", f"--port={demo.port}")
     assert "--port=70000: must be between 1 and 65535" in refused("demo.py", "--port=70000")
     assert "there is no checkpoint gone" in refused("demo.py", "--out_dir=gone")
+
+
+def post(url: str, data, **headers):
+    """(status, body) of a POST request; data is sent as JSON unless it is bytes."""
+    body = data if isinstance(data, bytes) else json.dumps(data).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read().decode()
+
+
+def test_nothing_is_kept_of_an_upload(demo, tmp_path):
+    data = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="big.txt"\r\n\r\n'
+        + b"a" * 10**6
+        + b"\r\n--x--\r\n"
+    )
+    status, body = post(f"{demo.url}/gradio_api/upload", data, **{"Content-Type": "multipart/form-data; boundary=x"})
+    assert status == 413, body
+    kept = [p for p in Path(tempfile.gettempdir(), "gradio").rglob("big.txt")]
+    assert not kept
+
+
+def test_a_visitors_error_is_a_message_and_nothing_in_the_servers_log(page, demo):
+    page.locator("#prompt textarea").fill("ABC")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("character 'A' is not among").first.wait_for()
+    assert "Traceback" not in demo.script.stderr + demo.script.stdout
+
+
+def test_a_name_and_a_password_can_be_asked_for(trained, refused):
+    served = Demo(trained, "--out_dir=out/abc", "--auth=me:secret:word")
+    assert post(f"{served.url}/gradio_api/queue/join", {})[0] == 401
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert post(f"{served.url}/login", b"username=me&password=wrong", **form)[0] == 400
+    assert post(f"{served.url}/login", b"username=me&password=secret%3Aword", **form)[0] == 200
+    served.end()
+    assert "--auth: give a name and a password" in refused("demo.py", "--auth=me")

@@ -1,14 +1,18 @@
 """export.py: transformers loads what it writes, with the same logits, text and tokens as ours."""
 
 import json
+import os
 
 import pytest
 import torch
 import transformers
-from conftest import SMALL, TEXT
+from conftest import SMALL, TEXT, call
+from test_pretrained import save_llama
+from test_tokenizer import foreign_tokenizer
 
+import export
 from common.checkpoint import load_model
-from common.tokenizer import tokenizer_from_dict
+from common.tokenizer import read_tokenizer, tokenizer_from_dict
 
 GPT2 = ["--bias=True"]
 LLAMA = "--norm=rmsnorm --mlp=swiglu --pos=rope --n_kv_head=1 --rope_base=500.0 --tie_weights=False".split()
@@ -123,3 +127,54 @@ def test_a_runs_folder_is_never_overwritten_by_an_export(run, refused, chars):
     (chars / "other" / "ckpt.pt").write_text("somebody's")
     assert "holds ckpt.pt" in refused("export.py", "--output_dir=other", "--overwrite=True")
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def export_files(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_an_export_goes_into_a_linked_folder_and_a_failure_keeps_the_one_before(run, refused, chars, monkeypatch):
+    run("train.py", *SMALL, "--dataset=chars", "--mlp=gelu")
+    (chars / "disk").mkdir()
+    (chars / "link").symlink_to("disk")
+    run("export.py", "--output_dir=link")
+    before = export_files(chars / "disk")
+    assert (chars / "link").is_symlink() and {"config.json", "model.safetensors"} <= before.keys()
+    run("train.py", *SMALL, "--dataset=chars", "--mlp=gelu", "--seed=5")
+    limited = call("export.py", "--output_dir=link", "--overwrite=True", cwd=chars, limits={"RLIMIT_FSIZE": 20_000})
+    assert limited.returncode != 0 and export_files(chars / "disk") == before
+    run("export.py", "--output_dir=link", "--overwrite=True")
+    after = export_files(chars / "disk")
+    assert after.keys() == before.keys() and after["model.safetensors"] != before["model.safetensors"]
+    run("export.py", "--output_dir=link", "--overwrite=True", "--output_format=torch")
+
+
+def test_a_rename_that_fails_brings_the_former_files_back(tmp_path, monkeypatch):
+    for name in ("config.json", "README.md"):
+        (tmp_path / name).write_text("old")
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == 4:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    with (
+        pytest.raises(OSError, match="Input/output"),
+        export.replaced_files(tmp_path, ["config.json", "README.md"]) as part_of,
+    ):
+        for name in ("config.json", "README.md"):
+            part_of(name).write_text("new")
+        monkeypatch.setattr(os, "replace", failing)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"config.json": "old", "README.md": "old"}
+
+
+def test_all_end_tokens_are_written_back(run, tmp_path):
+    save_llama(tmp_path / "m", vocab_size=150)
+    (tmp_path / "m" / "tokenizer.json").write_text(foreign_tokenizer("unigram").to_str())
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+    run("export.py", "--init_from=m", "--output_dir=again")
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [0, 2, 7]
+    assert read_tokenizer(tmp_path / "again").stops == (0, 2, 7)

@@ -9,6 +9,8 @@ import pytest
 from conftest import SMALL, TEXT, Script, call
 from test_prepare import web  # noqa: F401, a fixture
 
+import build_fineweb_shards
+from common import corpus as corpus_module
 from common.shards import HEADERS, load_dataset
 from common.tokenizer import tokenizer_from_dict
 
@@ -133,7 +135,7 @@ def test_pretokenized_shards_are_downloaded_checked_and_kept(run, refused, web, 
         (["--num_workers=2", "--tokenizer=a/b"], "--num_workers=2 needs --tokenizer=gpt2"),
         (["--pretokenized=c4"], "--pretokenized=c4: choose one of"),
         (["--source=none"], "--source=none: there is no such file or folder"),
-        (["--source=jsonl,parquet"], "give files of one kind"),
+        (["--source=notes.txt"], "--source=notes.txt: there is no such file"),
         (["--source=jsonl", "--text_field=body"], "there is no text under 'body', only text: set --text_field"),
     ],
 )
@@ -149,3 +151,41 @@ def test_a_full_disk_is_reported_before_the_start(corpus, tmp_path):
 def test_an_unavailable_hub_is_reported(refused):
     message = refused("build_fineweb_shards.py", "--max_tokens=1000", env={"HF_HUB_OFFLINE": "1"})
     assert "HuggingFaceFW/fineweb-edu cannot be read" in message
+
+
+def test_bad_documents_are_skipped_counted_and_bounded_and_bad_files_named(run, refused, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "c").mkdir()
+    rows = [
+        '{"text": "one"}',
+        '{"text": null}',
+        "{",
+        '{"text": 3}',
+        '{"body": "x"}',
+        '{"text": "a \\ud83d b"}',
+        "[" * 9999,
+        '{"text": "two"}',
+    ]
+    (tmp_path / "c" / "a.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "c" / "b.JSONL").write_bytes(b'{"text": "\xff"}\n{"text": "three", "other": [1]}\n')
+    for name, columns in (("c", {"text": ["four"], "n": [1]}), ("d", {"other": ["x"], "text": ["five"], "n": ["y"]})):
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "c" / f"{name}.parquet")
+    printed = run("build_fineweb_shards.py", "--source=c", "--shard_tokens=10")
+    assert documents(tmp_path / "data" / "c") == ["one", "a \ufffd b", "two", "three", "four", "five"]
+    assert printed.count("skipped: c/") == 5 and "skipped: c/a.jsonl, document 3: " in printed
+    message = refused("build_fineweb_shards.py", "--source=c", "--dataset=few", "--max_bad=2")
+    assert "c/a.jsonl, document 5" in message and "--max_bad=2" in message
+    (tmp_path / "c" / "c.parquet").write_bytes(b"PAR1 and nothing else PAR1")
+    assert "c/c.parquet is damaged" in refused("build_fineweb_shards.py", "--source=c", "--dataset=damaged")
+
+
+def test_a_long_document_in_parts_resumes_within_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "LONGEST", 20)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "some words " * 9}) + "\n" + json.dumps({"text": "end"}) + "\n")
+    whole = list(build_fineweb_shards.read_files([path], None))
+    assert "".join(text for text, _ in whole) == "some words " * 9 + "end" and len(whole) > 4
+    for n, (_, position) in enumerate(whole, 1):
+        assert list(build_fineweb_shards.read_files([path], position)) == whole[n:]

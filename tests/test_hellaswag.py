@@ -11,9 +11,11 @@ from conftest import SMALL, TEXT, Script, make_nanogpt_chars
 from test_prepare import web  # noqa: F401, a fixture
 from test_pretrained import save_gpt2, save_gpt2_tokenizer, save_llama
 from test_ranks import free_port
+from test_tokenizer import foreign_tokenizer
 
 import eval_hellaswag
-from common.tokenizer import gpt2_tokenizer
+from common.tokenizer import PretrainedTokenizer, gpt2_tokenizer
+from configurator import UserError
 from model import GPT, GPTConfig
 
 
@@ -57,8 +59,6 @@ def test_shared_contexts_and_batches_give_the_losses_of_one_ending_at_a_time(opt
     torch.nn.init.normal_(model.lm_head.weight, std=0.3)
     tokenizer = gpt2_tokenizer()
     questions = [eval_hellaswag.QUESTIONS[scoring](e, tokenizer) for e in examples(30)]
-    if "block_size" in options:  # contexts lose their front, as much as the longest ending needs
-        questions = [q._replace(context=q.context[-(41 - max(map(len, q.endings))) :]) for q in questions]
     with torch.no_grad():
         expected = [plain_losses(model, q) for q in questions]
     for batch_size in (1, 3, 16):
@@ -66,6 +66,22 @@ def test_shared_contexts_and_batches_give_the_losses_of_one_ending_at_a_time(opt
         for indices, losses in eval_hellaswag.ending_losses(model, questions, batch_size):
             found[indices] = losses
         assert found == pytest.approx(np.array(expected), abs=2e-3, rel=1e-4)
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_sees_one_space_between_context_and_ending():
+    tokenizer = PretrainedTokenizer(foreign_tokenizer("unigram").to_str(), "</s>")
+    example = {"ctx": "the quick brown", "endings": ["fox jumps", "dogs", "lazy fox", "the fox"], "label": 0}
+    question = eval_hellaswag.classic_question(example, tokenizer)
+    texts = [tokenizer.decode(question.context + ending) for ending in question.endings]
+    assert texts == [f" the quick brown {ending}" for ending in example["endings"]]
+    assert question.lengths == [len(ending) for ending in question.endings]
+
+
+def test_an_ending_without_a_token_is_refused():
+    model = GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=1, n_embd=8, block_size=8))
+    question = eval_hellaswag.Question([1, 2], [[3], [], [4], [5]], [1, 0, 1, 1])
+    with pytest.raises(UserError, match="no token in the model's vocabulary"):
+        list(eval_hellaswag.ending_losses(model, [question]))
 
 
 def test_questions_have_the_texts_of_the_two_conventions():

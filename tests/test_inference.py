@@ -165,6 +165,7 @@ class Ids:
     """A tokenizer of the ids alone."""
 
     eot, n_vocab = 7, 203
+    stops = property(lambda self: (self.eot,))
 
 
 def test_weights_that_are_not_finite_are_a_user_error():
@@ -191,6 +192,12 @@ def test_complete_returns_the_new_ids_of_each_prompt_up_to_the_end_of_text():
     tokenizer.eot = alone[0][5]
     expected = [ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids for ids in alone]
     assert len(expected[0]) <= 5 and complete(model, tokenizer, rows, 12, temperature=0) == expected
+
+    class TwoEnds(Ids):
+        stops = (alone[0][5], alone[0][2])
+
+    assert complete(model, TwoEnds(), [rows[0]], 12, temperature=0) == [expected[0][: alone[0].index(alone[0][2])]]
+    assert len(list(stream_ids(model, TwoEnds(), [rows[0]], 12, temperature=0))) <= 3  # and sampling stops there
 
 
 def test_manual_attention_does_not_overflow_in_float16():
@@ -265,7 +272,7 @@ def test_beam_search_continues_past_the_context():
 
 def test_a_chat_prompt_keeps_the_latest_exchanges_that_fit():
     class Letters:
-        eot = 0
+        eot, bos = 0, ()
 
         def encode(self, text):
             return [ord(c) for c in text]

@@ -14,7 +14,9 @@ import pytest
 from conftest import SMALL, TEXT, Script, call
 from hub import start_hub
 
+import prepare_text
 import prepare_tinystories
+from common import corpus
 from common.corpus import DatasetWriter, document_hash, make_source, split_text
 from common.files import download
 from common.shards import load_dataset
@@ -99,10 +101,10 @@ def test_of_a_few_documents_at_least_one_is_for_validation(run, tmp_path):
         ("x", [], "cannot be split"),
         (" <|endoftext|>\n", [], "there is no text in in.txt"),
         (TEXT, ["--inputs=gone.txt"], "--inputs=gone.txt: there is no such file"),
-        (TEXT, ["--inputs=empty"], "no .txt or .jsonl file"),
+        (TEXT, ["--inputs=empty"], "no .txt, .jsonl, .ndjson, .json file"),
         (TEXT, ["--inputs="], "give --inputs=FILE"),
         (TEXT, ["--input=gone.txt"], "--inputs=gone.txt: there is no such file"),
-        (TEXT, ["--tokenizer=word"], "--tokenizer=word: choose gpt2, char, bpe, or a folder"),
+        (TEXT, ["--tokenizer=word"], "--tokenizer=word: choose gpt2, char, ids, bpe, or a folder"),
         (TEXT, ["--tokenizer=bpe", "--vocab_size=100"], "--vocab_size=100"),
         (TEXT, ["--tokenizer=bpe", "--vocab_size=50000"], "more than this text supports"),
         (TEXT, ["--val_fraction=1.5"], "--val_fraction=1.5"),
@@ -515,3 +517,43 @@ def test_max_docs_does_not_shorten_a_single_document(run, tmp_path):
     (tmp_path / "one.txt").write_text(text, encoding="utf-8", newline="")
     run("prepare_text.py", "--inputs=one.txt", "--max_docs=1", "--tokenizer=char")
     assert len(read(load_dataset("one", tmp_path / "data"), "train")) == int(len(text) * 0.9)
+
+
+def test_json_of_every_spelling_is_read_and_null_is_empty(run, tmp_path):
+    folder = tmp_path / "in"
+    (folder / "book.txt").mkdir(parents=True)  # a folder, whatever its name
+    rows = [json.dumps({"text": text}) for text in ("one", None, "two", " ")]
+    (folder / "book.txt" / "A.JSONL").write_text("\n".join(rows))
+    (folder / "b.ndjson").write_text('{"text": "three"}\n')
+    (folder / "c.json").write_text('{"text": "four"}\n{"text": "five"}\n')
+    (folder / "d.json").write_text('\n[{"text": "six"},\n {"text": "seven"}]')
+    (folder / "E.TXT").write_text("eight")
+    run("prepare_text.py", "--inputs=in", "--tokenizer=char", "--val_fraction=0.3")
+    dataset = load_dataset("in", tmp_path / "data")
+    assert sorted(documents_of(dataset, "train") + documents_of(dataset, "val")) == sorted(
+        "one two three four five six seven eight".split()
+    )
+
+
+def test_a_long_json_document_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST", 30)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": TEXT[:500]}))
+    parts = list(prepare_text.file_documents([tmp_path / "a.jsonl"], "text"))
+    assert "".join(parts) == TEXT[:500] and max(map(len, parts)) <= 30 and len(parts) > 16
+
+
+def test_lines_of_numbers_are_trained_on_and_sampled_as_numbers(run, refused, tmp_path):
+    (tmp_path / "music.txt").write_text("".join(f"{n % 7} {n % 5} 60 {n % 3}\n" * 3 for n in range(300)))
+    run("prepare_text.py", "--inputs=music.txt", "--tokenizer=ids")
+    dataset = load_dataset("music", tmp_path / "data")
+    assert dataset.vocab_size == 62 and dataset.tokenizer == {"kind": "ids", "count": 61, "eot": True}
+    run("train.py", *SMALL, "--dataset=music", "--block_size=16")
+    printed = run("sample.py", "--start=1 2 60", "--max_new_tokens=20", "--temperature=0.5")
+    assert all(word.isdecimal() for word in printed.split()) and printed.startswith("1 2 60 ")
+    assert "'x' is not a token id" in refused("sample.py", "--start=x")
+    (tmp_path / "one.txt").write_text(" ".join(str(n % 100) for n in range(1000)))
+    run("prepare_text.py", "--inputs=one.txt", "--tokenizer=ids")
+    one = load_dataset("one", tmp_path / "data")
+    assert one.train[0].map().tolist() == [n % 100 for n in range(900)] and one.val[0].tokens == 100
+    (tmp_path / "words.txt").write_text("1 2 three\n4\n5")
+    assert "'three' is not a token id" in refused("prepare_text.py", "--inputs=words.txt", "--tokenizer=ids")

@@ -1,5 +1,6 @@
 """Weights of other projects: Hugging Face folders, a hub (on this machine), nanoGPT's checkpoints."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from conftest import SMALL, TEXT, make_nanogpt_chars
 from hub import start_hub
 
 from common.checkpoint import load_model
-from common.pretrained import arguments_from, from_llama, to_hugging_face, to_our_names
+from common.pretrained import arguments_from, from_llama, read_pretrained, to_hugging_face, to_our_names
 from common.tokenizer import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
 from configurator import UserError
 
@@ -73,11 +74,12 @@ def test_a_hugging_face_folder_gives_transformers_logits_loss_and_greedy_text(sa
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"mlp_bias": True}, "mlp_bias=True"),
-        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"sliding_window": 16}, "sliding_window=16"),
         ({"head_dim": 99}, "head_dim=99"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "gemma"}, "model_type 'gemma'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
 )
 def test_an_unsupported_feature_is_refused_by_name(changes, words):
@@ -91,9 +93,8 @@ def test_an_unsupported_feature_is_refused_by_name(changes, words):
 
 
 def test_damaged_folders_are_refused_in_one_line(refused, tmp_path):
-    theirs = save_llama(tmp_path / "m")
+    save_llama(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    with_bias = {**theirs.state_dict(), "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
     command = ("sample.py", "--device=cpu", "--init_from=m")
     assert "tokenizer" in refused(*command)
     shard = sorted((tmp_path / "m").glob("*.safetensors"))[1]
@@ -101,14 +102,141 @@ def test_damaged_folders_are_refused_in_one_line(refused, tmp_path):
     shard.write_bytes(whole[:1000])
     assert "cannot be read" in refused(*command)
     shard.unlink()
-    assert "the weights do not fit this model" in refused(*command)
+    assert f"m lacks {shard.name}" in refused(*command)
     shard.write_bytes(whole)
-    theirs.save_pretrained(tmp_path / "m", state_dict=with_bias)
-    (tmp_path / "m" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rms_norm_eps"}))
-    assert "config.json lacks rms_norm_eps" in refused(*command)
+    for changes, words in (
+        ({"hidden_size": "64"}, "hidden_size='64' is not a size"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps=-1 is not a size"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000 is not a size"),
+        ({"num_hidden_layers": 10**6}, "model.layers.3.self_attn.q_proj.weight is missing"),
+        ({"vocab_size": 10**6}, "the embedding has 300 rows"),
+        ({"intermediate_size": 10**6}, "the weights do not fit this model"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x' is not a base"),
+        ({"rope_parameters": 3}, "cannot be understood"),
+    ):
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config | changes))
+        assert words in refused(*command), changes
+    (tmp_path / "m" / "config.json").write_text("[" * 100_000)
+    assert "cannot be understood" in refused(*command)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    for shard in (tmp_path / "m").glob("*.safetensors"):
+        shard.unlink()
+    (tmp_path / "m" / "model.safetensors.index.json").unlink()
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"pickled")
+    assert "m has no *.safetensors; save the model with safe_serialization=True" in refused(*command)
     assert "there is no checkpoint gone" in refused("sample.py", "--init_from=gone")
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     assert "the hub does not have openai-community/gpt2-xl" in refused("sample.py", "--init_from=gpt2-xl", env=hub)
+
+
+PLACES = {  # key -> where and how a config.json may say it
+    "theta": [{}, {"rope_theta": 500}, {"rope_theta": None}],
+    "parameters": [{}, {"rope_parameters": None}, {"rope_parameters": {"rope_theta": 500.0}},
+                   {"rope_parameters": {"rope_type": "default"}}, {"rope_parameters": {"rope_theta": 700.0, "rope_type": "default"}}],
+    "scaling": [{}, {"rope_scaling": None}, {"rope_scaling": {"type": "default"}}, {"rope_scaling": {"rope_theta": 500.0}}],
+    "heads": [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": None}],
+    "window": [{}, {"sliding_window": None}, {"sliding_window": 200_000}],
+    "defaults": [{}, {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "max_position_embeddings": 64}],
+}  # fmt: skip
+
+
+def accepted(config: dict) -> tuple[dict, object] | None:
+    """Our arguments and transformers' config object, None where we refuse."""
+    try:
+        ours = arguments_from(config, "m")
+    except UserError:
+        return None
+    return ours, transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_every_placement_of_a_setting_means_what_transformers_reads(kind):
+    n_accepted = 0
+    for parts in itertools.product(*PLACES.values()):
+        config = {
+            "model_type": kind,
+            "hidden_size": 64,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 2,
+            "vocab_size": 99,
+        }
+        for part in parts:
+            config |= part
+        if found := accepted(config):
+            n_accepted += 1
+            ours, theirs = found
+            assert ours["rope_base"] == theirs.rope_parameters["rope_theta"], config
+            assert (ours["n_kv_head"] or 8) == theirs.num_key_value_heads, config
+            window = getattr(theirs, "sliding_window", None) or 10**9
+            assert kind == "llama" or window >= theirs.max_position_embeddings == ours["block_size"], config
+            assert ours["norm_eps"] == theirs.rms_norm_eps and ours["tie_weights"] == theirs.tie_word_embeddings
+            assert (
+                ours["mlp_hidden"] == theirs.intermediate_size and ours["block_size"] == theirs.max_position_embeddings
+            )
+    assert n_accepted > 100
+
+
+def test_a_gpt2_config_has_transformers_defaults_and_other_names():
+    ours, theirs = accepted({"model_type": "gpt2", "hidden_size": 64, "num_attention_heads": 4})
+    assert (
+        (ours["n_embd"], ours["n_head"], ours["n_layer"])
+        == (theirs.n_embd, theirs.n_head, theirs.n_layer)
+        == (64, 4, 12)
+    )
+    assert ours["norm_eps"] == theirs.layer_norm_epsilon and ours["block_size"] == theirs.n_positions == 1024
+    with pytest.raises(UserError, match="contradict each other"):
+        arguments_from({"model_type": "gpt2", "hidden_size": 64, "n_embd": 32}, "m")
+
+
+def test_the_weights_of_a_folder_are_those_transformers_reads(tmp_path):
+    import safetensors.torch
+
+    theirs = save_llama(tmp_path / "m")  # in shards, with an index
+    stale = {name: torch.zeros_like(t) for name, t in theirs.state_dict().items()}
+    for name in ("a_old", "model-00009-of-00009", "zzz"):
+        safetensors.torch.save_file(stale, tmp_path / "m" / f"{name}.safetensors")
+    (tmp_path / "m" / "notes.safetensors").write_bytes(b"not weights")
+    _, weights, _ = read_pretrained(str(tmp_path / "m"))
+    assert torch.equal(weights["transformer.wte.weight"], theirs.state_dict()["model.embed_tokens.weight"])
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    whole = index.read_text()
+    for name, words in (
+        ("../m/zzz.safetensors", "which is not a file of this folder"),
+        ("gone.safetensors", "m lacks gone"),
+    ):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        with pytest.raises(UserError, match=words):
+            read_pretrained(str(tmp_path / "m"))
+    index.write_text(whole)
+    safetensors.torch.save_file(stale, tmp_path / "m" / "model.safetensors")  # comes first, as in transformers
+    assert not read_pretrained(str(tmp_path / "m"))[1]["transformer.wte.weight"].any()
+    (tmp_path / "m" / "model.safetensors").unlink()
+    index.unlink()
+    with pytest.raises(UserError, match="rename the one to use to model.safetensors"):
+        read_pretrained(str(tmp_path / "m"))
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    import safetensors.torch
+
+    theirs = save_llama(tmp_path / "m").state_dict()
+    theirs = {n: t.to(torch.float8_e4m3fn) if "q_proj" in n else t for n, t in theirs.items()}
+    safetensors.torch.save_file(theirs, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(UserError, match="holds torch.float8_e4m3fn"):
+        read_pretrained(str(tmp_path / "m"))
+
+
+def test_a_tied_model_with_two_different_matrices_is_untied(tmp_path):
+    import safetensors.torch
+
+    theirs = save_llama(tmp_path / "m")
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "m" / "model.safetensors")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    idx = torch.randint(300, (2, 20))
+    model = load_model(str(tmp_path / "m"))[0]
+    with torch.no_grad():
+        assert not model.config.tie_weights and (model(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
 
 
 def test_a_weight_that_is_missing_or_has_no_place_is_refused(tmp_path):

@@ -115,8 +115,8 @@ def test_a_terminal_shows_the_running_runs(chars):
     path = write_study(chars, axes={"dropout": [0.0, 0.1]}, seeds=[1], base=base)
     keys = ["--interval=0.1", "--max_parallel=2"]
     done, shown = call_on_terminal("research/sweep.py", path, *keys, cwd=chars, timeout=100)
-    assert done.returncode == 0 and re.search(r"dropout=0\.[01], seed 1: +[\d,]+/400  loss", shown), shown
-    assert "0 of 2 ended, 2 running, 0 queued" in shown and "\x1b[3A\x1b[J" in shown
+    one = r"dropout=0\.[01], seed 1: [\d,]+/400 loss [\d.]+"
+    assert done.returncode == 0 and re.search(rf"0/2  {one}; dropout", shown), shown
 
 
 def test_a_stopped_sweep_stops_its_runs_and_resumes_them(chars):

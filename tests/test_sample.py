@@ -10,7 +10,9 @@ from conftest import SMALL, Script, call, call_on_terminal, make_nanogpt_chars
 
 import sample as script
 from common.inference import text_pieces, until
+from common.runtime import explain_memory
 from common.tokenizer import CharTokenizer
+from configurator import UserError
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,27 @@ def test_top_k_top_p_and_min_p_can_leave_one_token(trained):
         assert sample(trained, "--start=abc", setting, "--temperature=1.0", "--max_new_tokens=5") == "abcdefgh\n"
 
 
+def test_a_temperature_near_0_is_greedy(trained):
+    for setting in ("--temperature=1e-30", "--temperature=1e-40", "--temperature=5e-324"):
+        assert sample(trained, "--start=abc", setting, "--max_new_tokens=5") == "abcdefgh\n"
+
+
+def test_many_samples_are_sampled_in_batches_and_no_memory_is_one_line(trained):
+    text = sample(trained, "--start=abc", "--num_samples=5", "--batch_size=2", "--temperature=0", "--max_new_tokens=1")
+    assert text == 5 * "abcd\n---------------\n"
+    with pytest.raises(UserError, match="out of memory .*: lower --batch_size"), explain_memory("--batch_size"):
+        torch.empty(2**60)
+
+
+def test_half_a_surrogate_pair_loses_no_other_completion(trained):
+    (trained / "pair.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c"}\n')
+    (trained / "half.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "\\ud83d x"}\n')
+    text = sample(trained, "--prompts=pair.jsonl", "--max_new_tokens=3", "--temperature=0")
+    assert [json.loads(line)["completion"] for line in text.splitlines()] == ["cde", "def"]
+    message = sample(trained, "--prompts=half.jsonl", code=2)  # this vocabulary has letters only
+    assert "--prompts=half.jsonl, line 2: character '\ufffd' is not among the 26" in message
+
+
 def test_every_dtype_and_int8_write_the_alphabet(trained):
     for setting in ("--dtype=float32", "--dtype=bfloat16", "--quantize=int8"):
         text = sample(trained, "--start=abc", "--temperature=0", "--max_new_tokens=12", setting)
@@ -100,6 +123,7 @@ def test_a_text_longer_than_the_context_is_written(trained):
         (["--start=a", "--beams=2", "--length_penalty=1000"], "must be between -10 and 10"),
         (["--prompts=good.txt", "--output=gone/x.jsonl"], "there is no folder gone"),
         (["--chat", "--turns=perhaps"], "--turns=perhaps: choose one of auto, True, False"),
+        (["--start=a", "--beams=200000"], "--beams=200000: at most the vocabulary size, 26"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(trained, arguments, words):
