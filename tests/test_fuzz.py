@@ -35,7 +35,7 @@ from test_tokenizer import foreign_tokenizer
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))  # more, and others in every run
 few = settings(
-    max_examples=EXAMPLES or 60, deadline=None, derandomize=not EXAMPLES, database=None,
+    max_examples=EXAMPLES or 30, deadline=None, derandomize=not EXAMPLES, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 scalars = (

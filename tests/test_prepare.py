@@ -557,3 +557,14 @@ def test_lines_of_numbers_are_trained_on_and_sampled_as_numbers(run, refused, tm
     assert one.train[0].map().tolist() == [n % 100 for n in range(900)] and one.val[0].tokens == 100
     (tmp_path / "words.txt").write_text("1 2 three\n4\n5")
     assert "'three' is not a token id" in refused("prepare_text.py", "--inputs=words.txt", "--tokenizer=ids")
+
+
+def test_a_trained_vocabulary_with_special_tokens_is_used_for_another_dataset(run, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    run("prepare_text.py", "--inputs=a.txt", "--tokenizer=bpe", "--vocab_size=300", "--special_tokens=<|user|>")
+    (tmp_path / "b.txt").write_text("<|user|>" + TEXT[:3000] + "<|user|>" + TEXT[3000:5000])
+    run("prepare_text.py", "--inputs=b.txt", "--tokenizer=data/a")
+    a, b = (load_dataset(name, tmp_path / "data") for name in "ab")
+    special = tokenizer_from_dict(a.tokenizer).encode("<|user|>")
+    assert len(special) == 1 and np.count_nonzero(np.concatenate([read(b, "train"), read(b, "val")]) == special[0]) == 2
+    run("train.py", *SMALL, "--dataset=a:0.5,b:0.5", "--max_iters=2")
