@@ -193,18 +193,21 @@ def time_parts(run: train.Run) -> dict[str, float]:
     compiled = run.step_model is not run.model
     loss_of = torch.compile(run.model.loss_of, dynamic=False) if compiled else run.model.loss_of
 
-    def in_autocast(function, *arguments, **options):
+    def forward():
         with run.autocast():
-            return function(*arguments, **options)
+            return run.step_model(x, y, return_logits=False)[1]
+
+    def head():
+        with run.autocast():
+            return loss_of(hidden, y)
 
     def optimize():
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), train.grad_clip or math.inf)
         for optimizer in run.optimizers:
             optimizer.step()
 
-    forward = partial(in_autocast, run.step_model, x, y, return_logits=False)
-    backward = lambda: run.scaler.scale(forward()[1]).backward()  # noqa: E731
-    works = (partial(run.batches.load, 0), forward, partial(in_autocast, loss_of, hidden, y), backward, optimize)
+    load = partial(run.batches.load, 0)
+    works = (load, forward, head, lambda: run.scaler.scale(forward()).backward(), optimize)
     batch, whole, loss_head, both, optimizer = map(statistics.median, seconds_of(*works, device=run.device))
     parts = {"batch": batch, "forward": max(0.0, whole - loss_head), "loss_head": loss_head, "backward": both - whole}
     return {name: run.grad_accum_steps * part for name, part in parts.items()} | {"optimizer": optimizer}
@@ -395,12 +398,9 @@ def bench_startup() -> dict:
         print(f"{name:<34} {median:>6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})  {ratio}")
 
     with tempfile.TemporaryDirectory() as folder:
-        out, one_step = (
-            f"--out_dir={folder}/run",
-            "--max_iters=1 --eval_iters=1 --final_eval_tokens=1000 --eval_interval=0",
-        )
-        quickstart = [str(HERE / "train.py"), str(HERE / "config/quickstart.py"), f"--data_dir={folder}/data", out]
-        quickstart += one_step.split()
+        out, data = f"--out_dir={folder}/run", f"--data_dir={folder}/data"
+        one_step = ["--max_iters=1", "--eval_iters=1", "--final_eval_tokens=1000", "--eval_interval=0"]
+        quickstart = [str(HERE / "train.py"), str(HERE / "config/quickstart.py"), data, out, *one_step]
         compiled, cache = [*quickstart, "--compile=True"], {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
         process_seconds(*quickstart, times=1)  # makes its data
         time_process("import torch", "-c", "import torch")

@@ -356,7 +356,9 @@ class Console:
     def silence(self) -> None:
         self.broken = True
         with contextlib.suppress(OSError, ValueError):  # what is still buffered goes there too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
 
     def finish(self) -> None:
         """Flush; what cannot be written would change the exit code, so it is dropped."""

@@ -139,8 +139,8 @@ class CheckpointSaver:
             free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else math.nan
             old = f"; {path} is still the previous one" if path.exists() else ""
             print(
-                f"warning: the checkpoint of step {step:,} is not saved ({getattr(e, 'strerror', None) or e}): it needs {need:,.1f} MiB, "
-                f"{free:,.1f} MiB are free in {path.parent}{old}; training continues"
+                f"warning: the checkpoint of step {step:,} is not saved ({getattr(e, 'strerror', None) or e}): it needs "
+                f"{need:,.1f} MiB, {free:,.1f} MiB are free in {path.parent}{old}; training continues"
             )
 
     def wait(self) -> None:
@@ -357,11 +357,16 @@ def build_model(checkpoint: dict) -> GPT:
             f"the weights do not fit this model: they have {max(layers, default=0)} layers of {config.n_layer}"
         )
     with torch.device("meta"):  # sizes that are wrong must not take memory
-        check_weights(GPT(config), weights)
+        shapes = new_model(config)
+    weights, model = check_weights(shapes, weights), new_model(config)
+    model.load_state_dict(weights)
+    return model
+
+
+def new_model(config: GPTConfig) -> GPT:
     model = GPT(config)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
-    load_weights(model, weights)
     return model
 
 
@@ -372,8 +377,6 @@ def load_weights(model: GPT, state_dict: dict[str, torch.Tensor]) -> None:
 
 def check_weights(model: GPT, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights with rows for the ids that pad the vocabulary. Raises UserError if they do not fit the model."""
-    if model.config.lora_rank and not any("lora_a" in name for name in model.state_dict()):
-        add_lora(model, model.config.lora_rank, model.config.lora_alpha)
     own, weights = model.state_dict(), dict(weights)
     if model.config.tie_weights and "transformer.wte.weight" in weights:
         weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])

@@ -55,9 +55,8 @@ def atomic_file(path: Path):
 
 def writes_through(path: Path) -> bool:
     """Whether the path is no regular file, or names an open file (/dev/fd/5): another file must not take its place."""
-    return path.exists() and (
-        not (path.is_file() or path.is_dir()) or str(path.absolute()).startswith(("/dev/", "/proc/"))
-    )
+    names_open_file = str(path.absolute()).startswith(("/dev/fd/", "/dev/std", "/proc/"))
+    return path.exists() and not path.is_dir() and (names_open_file or not path.is_file())
 
 
 def check_writable(key: str, name: str, make_folders: bool = False) -> None:

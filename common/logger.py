@@ -83,7 +83,7 @@ class Logger:
                 leftover.unlink()
             self.metrics = self.rewind("metrics.jsonl", lambda line: parse_json(line)["step"])
             self.text = self.rewind("log.txt", lambda line: int(line.split()[0]))
-        self.recorded = {(h["step"], name) for h in read_metrics(self.folder) for name in h}
+        self.recorded = {(h["step"], name) for h in read_metrics(self.folder) for name in h.keys() & REPEATED}
         purge_step = state.step + 1 if state.step else None
         self.board = summary_writer and summary_writer(self.folder / "tensorboard", purge_step=purge_step)
         self.bar = make_progress_bar(state.step, self.total_steps)  # after wandb, which wraps the console
@@ -121,7 +121,7 @@ class Logger:
             self.wandb.log(values, step=step)
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self.to_board(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
-        self.recorded |= {(step, name) for name in values}
+        self.recorded |= {(step, name) for name in values.keys() & REPEATED}
 
     def to_board(self, write) -> None:
         if not self.board:
@@ -407,6 +407,7 @@ def finite(values: dict) -> dict:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
+REPEATED = {"val_loss", "hellaswag_acc"}  # a resumed run may measure these again at the step it resumes from
 RUN_FILES = (
     "ckpt.pt ckpt_previous.pt best.pt config.json metrics.jsonl log.txt results.json loss.png samples tensorboard"
 ).split()  # fmt: skip

@@ -49,15 +49,15 @@ class CharTokenizer:
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.eot, self.n_vocab = self.ids.get(EOT), len(self.symbols)
         self.stops = () if self.eot is None else (self.eot,)
-        longest_first = sorted(filter(None, chars), key=len, reverse=True)
-        self.pattern = "" if isinstance(chars, str) else "|".join(map(re.escape, [*longest_first, ""])) + "|."
+        longest_first = map(re.escape, sorted(filter(None, chars), key=len, reverse=True))
+        self.pattern = "" if isinstance(chars, str) else "|".join([*longest_first, r"[\s\S]"])
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Raises UserError for a character outside the vocabulary."""
         text, pattern = replace_surrogates(text), self.pattern
         if special and self.eot is not None:
-            pattern = f"{re.escape(EOT)}|{pattern or '.'}"
-        symbols = filter(None, re.findall(pattern, text, re.DOTALL)) if pattern else text
+            pattern = "|".join((re.escape(EOT), pattern or r"[\s\S]"))
+        symbols = re.findall(pattern, text) if pattern else text
         try:
             return [self.ids[symbol] for symbol in symbols]
         except KeyError as e:
@@ -89,8 +89,12 @@ class CharTokenizer:
         # Characters outside the vocabulary are removed: the unknown token, which the library asks for, would be a wrong id.
         codes = "".join(f"\\x{{{ord(c):x}}}" for c in set("".join(self.chars)))
         known = {"type": "Replace", "pattern": {"Regex": f"[^{codes}]"}, "content": ""}
-        regex = self.pattern.replace("||", "|") if self.pattern else r"[\s\S]"
-        split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": self.pattern or r"[\s\S]"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
         special = {} if self.eot is None else {EOT: self.eot}
         model = {"vocab": self.ids, "unk_token": EOT}
         return tokenizer_json("WordLevel", model, special, split, {"type": "Fuse"}, known)
@@ -111,7 +115,8 @@ class IdTokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Raises UserError for what is no id."""
         words = text.replace(EOT, f" {self.eot} ").split() if special and self.eot else text.split()
-        if bad := next((w for w in words if not (w.isdecimal() and w.isascii() and int(w) < self.n_vocab)), None):
+        numbers = re.compile("[0-9]{1,12}")
+        if bad := next((w for w in words if not numbers.fullmatch(w) or int(w) >= self.n_vocab), None):
             raise UserError(
                 f"{bad[:30]!r} is not a token id: whole numbers from 0 to {self.count - 1}, with spaces between"
             )
@@ -211,8 +216,9 @@ class PretrainedTokenizer:
         self.special = {t["id"] for t in fields["added_tokens"]}
         # What the post-processor adds around a text. An end token after a prompt would end the text before it began.
         added = self.library.encode("a").special_tokens_mask
-        self.n_before, self.n_after = (sum(itertools.takewhile(bool, mask)) for mask in (added, added[::-1]))
-        self.bos = self.library.encode("a").ids[: self.n_before]
+        n_before, n_after = (sum(itertools.takewhile(bool, mask)) for mask in (added, added[::-1]))
+        self.n_after = 0 if all(added) else n_after  # all: this text has no token of its own
+        self.bos = self.library.encode("a").ids[:n_before]
         self.to_byte = unicode_to_byte() if '"ByteLevel"' in text else None
         kind, model = (fields.get("decoder") or {}).get("type"), fields["model"]
         self.suffix = model.get("end_of_word_suffix") or ""
@@ -415,22 +421,23 @@ def recognise(fields: dict) -> Tokenizer | None:
     ordered = sorted(vocab, key=vocab.get)
     if sorted(vocab.values()) != list(range(len(vocab))):
         return None
-    if (
-        split.get("pattern") == {"Regex": r"[\s\S]"}
-        and model["type"] == "WordLevel"
-        and all(len(t) == 1 for t in ordered)
+    if [token["id"] for token in added] != [*range(len(vocab), len(vocab) + len(added))] or names[:1] not in (
+        [],
+        [EOT],
     ):
-        return CharTokenizer("".join(ordered), names == [EOT])
+        return None
+    is_char = model["type"] == "WordLevel" and split.get("pattern") == {"Regex": r"[\s\S]"}
+    removes_others = (fields.get("normalizer") or {}).get("type") == "Replace"  # as CharTokenizer.to_json writes it
+    if is_char and removes_others and len(names) < 2 and all(len(token) == 1 for token in ordered):
+        return CharTokenizer("".join(ordered), bool(names))
     merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", [])]
     merged_ids = [vocab.get(a + b, -1) for a, b in merges]
     is_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split.get("add_prefix_space")
     # tiktoken merges by id, so the ids have to be in the order of the merges.
-    if not is_gpt2 or fields.get("normalizer") is not None or merged_ids != sorted(merged_ids) or names[:1] != [EOT]:
+    if not is_gpt2 or fields.get("normalizer") is not None or merged_ids != sorted(merged_ids) or not names:
         return None
     # Only what BPETokenizer itself wrote has special tokens that are recognised in every text.
-    if len(names) > 1 and not (
-        model.get("ignore_merges") and [t["id"] for t in added] == [*range(len(vocab), len(vocab) + len(names))]
-    ):
+    if len(names) > 1 and not model.get("ignore_merges"):
         return None
     to_byte = unicode_to_byte()
     tokens = [bytes(to_byte[c] for c in token) for token in ordered]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, Script
 
-from common.files import atomic_write, check_writable
+from common.files import atomic_write, check_writable, writes_through
 from configurator import Console, UserError, consoles, short_errors
 
 LONG = [*SMALL, "--dataset=chars", "--max_iters=4000", "--eval_interval=0"]
@@ -128,6 +128,13 @@ def test_a_link_is_kept_and_its_target_replaced(tmp_path):
     atomic_write(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "target"]
+
+
+def test_a_file_in_a_ram_disk_is_replaced_like_any_other(tmp_path, monkeypatch):
+    assert not writes_through(Path("/dev/shm")) and not writes_through(tmp_path / "file")
+    monkeypatch.setattr(Path, "absolute", lambda self: Path("/dev/shm/out/ckpt.pt"))
+    (tmp_path / "file").write_text("old")
+    assert not writes_through(tmp_path / "file")
 
 
 def test_a_pipe_and_an_open_file_are_written_through(tmp_path):

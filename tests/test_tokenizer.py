@@ -257,12 +257,28 @@ def test_characters_outside_the_vocabulary_of_an_export_are_left_out_not_end_of_
         assert theirs.encode("a é^]\\-\nbz").ids == ours.encode("a ^]\\-\nb")
 
 
+def test_what_no_string_of_a_vocabulary_matches_is_named_not_left_out():
+    strings = CharTokenizer(["the", " ", "cat", "\n"], eot=True)
+    assert strings.encode("the cat\n") == [0, 1, 2, 3] and strings.encode("cat" + EOT, special=True) == [2, 4]
+    with pytest.raises(UserError, match="character 'd' is not among"):
+        strings.encode("the dog")
+
+
+def test_a_foreign_character_tokenizer_with_an_unknown_token_is_used_as_it_is(tmp_path):
+    fields = json.loads(CharTokenizer("abc").to_json())
+    fields["normalizer"] = {"type": "Lowercase"}
+    fields["model"] |= {"vocab": {"<unk>": 0, "a": 1, "b": 2}, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer.to_dict()["kind"] == "pretrained" and tokenizer.encode("Ax") == [1, 0]
+
+
 def test_ids_are_a_vocabulary_of_numbers():
     ids = learn_tokenizer("ids", 0, lambda: ["3 1 4", "1 5\n9"], eot=True)
     assert (ids.n_vocab, ids.eot) == (11, 10) and ids.encode("9 0\n3") == [9, 0, 3]
     assert ids.encode_batch(["1 2", "3"]).tolist() == [10, 1, 2, 10, 3] and ids.decode([1, 2, 9]) == " 1 2 9"
     assert same_vocabulary(ids.to_dict(), tokenizer_from_dict(ids.to_dict()).to_dict())
-    for bad in ("1 x", "-1", "11", "1.5", "٣"):
+    for bad in ("1 x", "-1", "11", "1.5", "٣", "9" * 5000):
         with pytest.raises(UserError, match="is not a token id"):
             ids.encode(bad)
 
