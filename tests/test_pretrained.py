@@ -329,6 +329,17 @@ def hub(tmp_path, gpt2_vocabulary):
     server.shutdown()
 
 
+def test_a_model_in_shards_is_downloaded_with_the_index_that_names_them(run, tmp_path, gpt2_vocabulary):
+    save_llama(tmp_path / "hub", vocab_size=50257)
+    save_gpt2_tokenizer(tmp_path / "hub", gpt2_vocabulary)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "hub").iterdir()}
+    assert "model.safetensors" not in files and sum("-of-" in name for name in files) > 1
+    server, environment = start_hub({"owner/llama": files})
+    env = {**environment, "HF_HOME": str(tmp_path / "hf")}
+    assert run("sample.py", "--init_from=owner/llama", "--start=a", "--max_new_tokens=2", env=env).startswith("a")
+    server.shutdown()
+
+
 SHORTER = ["--device=cpu", "--compile=False", "--block_size=16", "--eval_iters=2", "--max_iters=2"]
 
 
