@@ -7,8 +7,13 @@
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model, tokenizer = AutoModelForCausalLM.from_pretrained("mine-gpt"), AutoTokenizer.from_pretrained("mine-gpt")
 
-A model with layernorm, gelu and learned positions becomes a GPT-2, one with rmsnorm, swiglu, rope and no biases a Llama.
-Biases that GPT-2 has and ours lacks are zeros. A key that neither can express is refused by name.
+A model becomes the class of transformers that computes the same, with no code of ours:
+
+    layernorm, gelu, learned positions    GPT-2
+    rmsnorm, rope, swiglu                 Llama; with qkv_bias Qwen2, with qk_norm Qwen3
+    rmsnorm, rope, relu2                  Arcee; with qk_norm Apertus
+
+A key that no class can express is refused by name.
 Writes config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json and README.md.
 """
 
@@ -94,7 +99,7 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
     except ImportError:
         raise UserError("exporting needs the safetensors package: pip install -e '.[hf]'") from None
     merge_lora(model)
-    target, config, weights = to_hugging_face(model)
+    target, config, weights = to_hugging_face(model, DTYPES[dtype])
     vocab_size = min(model.config.vocab_size, tokenizer.n_vocab)
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": min(200, vocab_size)}
     reader = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size}
@@ -111,8 +116,9 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
     if config["tie_word_embeddings"]:
         del weights["lm_head.weight"]
     for name in weights:
-        rows = vocab_size if name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight")) else None
-        weights[name] = weights[name][:rows].to(DTYPES[dtype]).contiguous().clone()
+        if name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight")):
+            weights[name] = weights[name][:vocab_size]
+        weights[name] = weights[name].to(DTYPES[dtype]).contiguous().clone()
     card = model_card(folder.name, model, checkpoint, results, target)
     objects = {"config.json": config, "generation_config.json": sampling, "tokenizer_config.json": reader}
     texts = {name: json.dumps(value, indent=1) for name, value in objects.items()}

@@ -1,9 +1,9 @@
-"""A GPT: the network, its KV cache, sampling. Depends only on PyTorch and common/cpu.py.
+"""A GPT: the network, its KV cache, sampling. Depends only on PyTorch, common/cpu.py and common/rope.py.
 
 The defaults are GPT-2's (https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)
 and the module names are those of GPT-2 and nanoGPT, so their state dicts load. Every other choice is a field of GPTConfig.
 
-Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D = C / H head size, S positions attended to,
+Shapes: B batch, T tokens, C = n_embd, H query heads, K key/value heads, D head size, S positions attended to,
 V vocabulary (the matrices are padded to a multiple of 64 rows).
 """
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common.cpu import fused_linear_cross_entropy, fused_loss_is_faster, manual_attention, manual_attention_is_faster
+from common.rope import rotary_table
 
 
 @dataclass
@@ -27,15 +28,23 @@ class GPTConfig:
     n_head: int = 12  # attention heads
     n_embd: int = 768  # width
     dropout: float = 0.0  # 0 for pretraining; 0.1 or more for small datasets
+    head_dim: int = 0  # size of a head; 0: n_embd / n_head
     bias: bool = True  # biases in linear layers and LayerNorms
+    qkv_bias: bool = False  # biases of queries, keys and values where bias=False, as in Qwen2
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1e-5  # added to the variance
     mlp: str = "gelu"  # gelu (tanh approximation, GPT-2) | gelu_erf (exact, nanoGPT) | swiglu | relu2
     mlp_hidden: int = 0  # width inside the MLP; 0: 4 n_embd (swiglu: 8/3 n_embd, for the same number of parameters)
     pos: str = "learned"  # position encoding: learned | rope | none
     rope_base: float = 10000.0  # RoPE's theta
+    rope_scaling: str = "none"  # for a longer context than was trained: none | linear | llama3 | yarn (common/rope.py)
+    rope_factor: float = 1.0  # how many times longer
+    rope_original: int = 0  # the context that was trained; 0: block_size / rope_factor
+    rope_low: float = 1.0  # llama3, yarn: channels that turn fewer times in the trained context are stretched
+    rope_high: float = 0.0  # llama3, yarn: channels that turn more often are not; 0: 4 for llama3, 32 for yarn
     n_kv_head: int = 0  # key/value heads, shared by groups of query heads; 0: n_head
     qk_norm: bool = False  # RMS-normalise queries and keys
+    qk_norm_weight: bool = False  # and learn a factor for each channel, as in Qwen3
     tie_weights: bool = True  # share one matrix between the embedding and the head
     logit_softcap: float = 0.0  # c * tanh(logits / c), as in Gemma 2; 0: off
     init: str = "gpt2"  # gpt2 | zero_proj: see GPT.init_weights
@@ -54,17 +63,29 @@ class GPTConfig:
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "mlp_hidden"):
             if getattr(self, key) < 1:
                 raise ValueError(f"--{key}={getattr(self, key)}: must be at least 1")
-        if self.n_embd % self.n_head:
+        if self.head_dim < 0 or self.rope_original < 0:
+            raise ValueError(f"--head_dim={self.head_dim} and --rope_original={self.rope_original}: must be at least 0")
+        if self.n_embd % self.n_head and not self.head_dim:
             raise ValueError(f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"--n_head={self.n_head} is not divisible by --n_kv_head={self.n_kv_head}")
         if self.pos == "rope" and self.head_size % 2:
-            raise ValueError(f"--pos=rope needs an even head size, not n_embd/n_head = {self.head_size}")
+            raise ValueError(f"--pos=rope needs an even head size, not {self.head_size}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout={self.dropout}: must be at least 0 and less than 1")
         if self.rope_base <= 0 or self.norm_eps < 0 or self.logit_softcap < 0:
             sizes = f"--norm_eps={self.norm_eps} and --logit_softcap={self.logit_softcap} at least 0"
             raise ValueError(f"--rope_base={self.rope_base} must be above 0, {sizes}")
+        if self.rope_scaling != "none":
+            self.rope_original = self.rope_original or max(1, round(self.block_size / self.rope_factor))
+            self.rope_high = self.rope_high or {"llama3": 4.0, "yarn": 32.0}.get(self.rope_scaling, 0.0)
+            if self.pos != "rope":
+                raise ValueError(f"--rope_scaling={self.rope_scaling} needs --pos=rope")
+            if self.rope_factor < 1 or not 0 < self.rope_low < self.rope_high and self.rope_scaling != "linear":
+                lows = f"--rope_low={self.rope_low} must be above 0 and below --rope_high={self.rope_high}"
+                raise ValueError(f"--rope_factor={self.rope_factor} must be at least 1, {lows}")
+        if self.qk_norm_weight and not self.qk_norm:
+            raise ValueError("--qk_norm_weight=True needs --qk_norm=True")
         if self.lora_rank < 0 or self.lora_alpha <= 0:
             raise ValueError(f"--lora_rank={self.lora_rank} must be at least 0, --lora_alpha={self.lora_alpha} above 0")
 
@@ -74,7 +95,7 @@ class GPTConfig:
 
     @property
     def head_size(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
 
 def swiglu(x):
@@ -93,24 +114,25 @@ CHOICES = {
     "norm": ("layernorm", "rmsnorm"),
     "mlp": tuple(ACTIVATIONS),
     "pos": ("learned", "rope", "none"),
+    "rope_scaling": ("none", "linear", "llama3", "yarn"),
     "init": ("gpt2", "zero_proj"),
     "attn": ("sdpa", "manual"),
 }
 
 
-class Norm(nn.Module):
-    """LayerNorm (with or without bias) or RMSNorm over the last dimension."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.rms, self.eps = config.norm == "rmsnorm", config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias and not self.rms else None
+class RMSNorm(nn.RMSNorm):
+    """torch's, with its weight in the dtype of x: under autocast the two differ, and torch then takes a slow path."""
 
     def forward(self, x):
-        if self.rms:
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """The norm of the residual stream, over the last dimension."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
 class KVCache:
@@ -147,13 +169,6 @@ class KVCache:
         return other
 
 
-def rotary_table(length: int, head_size: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of RoPE's angles, float32 (length, D/2) each (https://arxiv.org/abs/2104.09864, eq. 15)."""
-    frequency = base ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
-    return angle.cos().float(), angle.sin().float()
-
-
 def rotate(x, cos, sin):
     """Rotate the pairs (i, i + D/2) of x (B, H, T, D) by cos and sin (T, D/2). This pairing is Llama's."""
     a, b = x.chunk(2, dim=-1)
@@ -165,20 +180,26 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        kv_width = config.n_kv_head * config.head_size
-        self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * kv_width, bias=config.bias)  # q, k, v in one matrix
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        D = config.head_size
+        width, kv_width = config.n_head * D, config.n_kv_head * D
+        self.c_attn = nn.Linear(
+            config.n_embd, width + 2 * kv_width, config.bias or config.qkv_bias
+        )  # q, k, v in one matrix
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(D, config.norm_eps, config.qk_norm_weight)
+            self.k_norm = RMSNorm(D, config.norm_eps, config.qk_norm_weight)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotary, cache: KVCache | None = None):
-        c, (B, T, C) = self.config, x.shape
+        c, (B, T, _) = self.config, x.shape
         H, K, D = c.n_head, c.n_kv_head, c.head_size
-        q, k, v = self.c_attn(x).split((C, K * D, K * D), dim=2)
+        q, k, v = self.c_attn(x).split((H * D, K * D, K * D), dim=2)
         q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
         v = v.view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
         if c.qk_norm:
-            q, k = F.rms_norm(q, (D,), eps=c.norm_eps), F.rms_norm(k, (D,), eps=c.norm_eps)
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is None:
@@ -186,7 +207,7 @@ class CausalSelfAttention(nn.Module):
         else:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
             y = self.attend(q.to(k.dtype), k, v, cache.mask).to(x.dtype)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, H * D)
         return self.resid_dropout(self.c_proj(y))
 
     def attend(self, q, k, v, mask=None):
@@ -221,9 +242,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = Norm(config)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = Norm(config)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, rotary, cache: KVCache | None = None):
@@ -241,12 +262,12 @@ class GPT(nn.Module):
         if config.pos == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, C)
         elif config.pos == "rope":
-            cos, sin = rotary_table(config.block_size, config.head_size, config.rope_base)
+            cos, sin = rotary_table(config)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.transformer["drop"] = nn.Dropout(config.dropout)
         self.transformer["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.transformer["ln_f"] = Norm(config)
+        self.transformer["ln_f"] = make_norm(config)
         self.lm_head = nn.Linear(C, V, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight

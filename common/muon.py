@@ -24,7 +24,7 @@ def rows_of_matrices(name: str, p: torch.Tensor, config) -> list[int]:
     """The row counts of the matrices that one parameter holds: c_attn is q, k and v, a gated c_fc is gate and value."""
     if name.endswith("attn.c_attn.weight"):
         kv_width = config.n_kv_head * config.head_size
-        return [config.n_embd, kv_width, kv_width]
+        return [config.n_head * config.head_size, kv_width, kv_width]
     if name.endswith("mlp.c_fc.weight") and len(p) == 2 * config.mlp_hidden:
         return [config.mlp_hidden] * 2
     return [len(p)]

@@ -101,10 +101,11 @@ def peak_flops_of(name: str) -> float | None:
 def flops_per_token(model, T: int, convention: str = "palm") -> float:
     """Floating-point operations to train a GPT on one token at context T (forward and backward; a multiply-add is two).
 
-    palm: 6 N + 12 L C T, N all parameters but positions (https://arxiv.org/abs/2204.02311, appendix B), as nanoGPT.
+    palm: 6 N + 12 L H D T, N all parameters but positions (https://arxiv.org/abs/2204.02311, appendix B), as nanoGPT.
     causal: matrix products only, with attention over the (T + 1) / 2 keys that a causal query sees on average.
     """
-    c, attention = model.config, 12 * model.config.n_layer * model.config.n_embd
+    c = model.config
+    attention = 12 * c.n_layer * c.n_head * c.head_size
     if convention == "palm":
         weights = sum(p.numel() for name, p in model.named_parameters() if name != "transformer.wpe.weight")
         return 6 * weights + attention * T

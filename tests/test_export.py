@@ -1,18 +1,24 @@
 """export.py: transformers loads what it writes, with the same logits, text and tokens as ours."""
 
+import itertools
 import json
 import os
+import random
 
 import pytest
 import torch
 import transformers
 from conftest import SMALL, TEXT, call
+from test_configs import CONFIGS
 from test_pretrained import save_llama
 from test_tokenizer import foreign_tokenizer
 
 import export
 from common.checkpoint import load_model
+from common.pretrained import EXPRESSIBLE, target_of, to_hugging_face
 from common.tokenizer import read_tokenizer, tokenizer_from_dict
+from configurator import UserError
+from model import GPT, GPTConfig
 
 GPT2 = ["--bias=True"]
 LLAMA = "--norm=rmsnorm --mlp=swiglu --pos=rope --n_kv_head=1 --rope_base=500.0 --tie_weights=False".split()
@@ -60,6 +66,99 @@ def test_transformers_loads_an_export_with_the_same_logits_text_and_tokens(run, 
     assert texts[0] == texts[1]
 
 
+TINY = (
+    "--init_from=scratch --dataset=book --out_dir=out --n_layer=2 --n_head=2 --n_embd=32 --block_size=256 --batch_size=2 "
+    "--gradient_accumulation_steps=1 --max_iters=4 --max_minutes=0 --warmup_iters=0 --schedule=constant --eval_interval=0 "
+    "--eval_iters=1 --log_interval=100 --device=cpu --compile=False --dtype=float32 --hellaswag_interval=0 --wandb_log=False"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    words = random.Random(1).choices(TEXT.split(), k=4000)
+    (folder / "book.txt").write_text(" ".join(words))
+    options = ("--tokenizer=bpe", "--vocab_size=280", "--data_dir=.")
+    assert call("prepare_text.py", "--inputs=book.txt", *options, cwd=folder).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_ready_config_is_exported_to_a_class_of_transformers_and_read_back(run, tmp_path, data_dir, path):
+    run("train.py", path, *TINY, f"--data_dir={data_dir}")
+    run("export.py", "--out_dir=out", "--init_from=out/ckpt.pt")
+    ours, checkpoint = load_model(tmp_path / "out" / "ckpt.pt")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "export").eval()
+    again, _ = load_model(str(tmp_path / "out" / "export"))
+    x = torch.tensor([tokenizer_from_dict(checkpoint["tokenizer"]).encode(TEXT[100:150])])
+    with torch.no_grad():
+        logits = ours(x)[0]
+        torch.testing.assert_close(theirs(x).logits, logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(again(x)[0], logits, atol=1e-4, rtol=0)
+        greedy = theirs.generate(x, do_sample=False, max_new_tokens=200, pad_token_id=0, eos_token_id=None)
+    assert greedy[0, x.size(1) :].tolist() == [int(t) for t in ours.generate(x, 200, temperature=0)]
+
+
+SWITCHES = {
+    "norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "gelu_erf", "swiglu", "relu2"), "pos": ("learned", "rope"),
+    "bias": (False, True), "qkv_bias": (False, True), "qk_norm": (False, True), "qk_norm_weight": (False, True),
+    "n_kv_head": (0, 1), "head_dim": (0, 6), "tie_weights": (True, False), "mlp_hidden": (0, 50), "rope_base": (1e4, 5e2),
+    "rope_scaling": ("none", "linear", "llama3", "yarn"),
+}  # fmt: skip
+BASES = (
+    {},
+    {"norm": "rmsnorm", "mlp": "swiglu", "pos": "rope", "bias": False},
+    {"norm": "rmsnorm", "mlp": "relu2", "pos": "rope", "bias": False, "qk_norm": True},
+)
+
+
+def test_every_pair_of_switches_is_exported_with_the_same_logits_or_refused():
+    seen = {}
+    for base in BASES:
+        for one, other in itertools.combinations(SWITCHES, 2):
+            for values in itertools.product(SWITCHES[one], SWITCHES[other]):
+                switches = base | {one: values[0], other: values[1]}
+                try:
+                    config = GPTConfig(64, 99, 2, 2, 16, rope_factor=2.0, **switches)
+                    seen[str(config)] = (config, target_of(config))
+                except (ValueError, UserError):
+                    continue
+    assert {target for _, target in seen.values()} == EXPRESSIBLE.keys() and len(seen) > 120
+    x = torch.randint(99, (1, 60), generator=torch.Generator().manual_seed(1))
+    for config, target in seen.values():
+        torch.manual_seed(2)
+        ours = GPT(config).eval()
+        for p in ours.parameters():
+            torch.nn.init.normal_(p, mean=0.3, std=0.2)
+        _, exported, weights = to_hugging_face(ours)
+        assert exported["model_type"] == target
+        classes = transformers.AutoConfig.for_model(**json.loads(json.dumps(exported)))
+        theirs = transformers.AutoModelForCausalLM.from_config(classes, dtype=torch.float32).eval()
+        theirs.load_state_dict(
+            {n: t[:99] if t.size(0) == 128 else t for n, t in weights.items() if t.dim()}, strict=False
+        )
+        for n, t in weights.items():
+            if not t.dim():
+                theirs.get_buffer(n).fill_(t)
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(x).logits, ours(x)[0], atol=1e-4, rtol=1e-4, msg=str(config))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_relu2_with_qk_norm_survives_the_dtypes_with_few_bits(run, book, dtype):
+    keys = "--norm=rmsnorm --mlp=relu2 --pos=rope --qk_norm=True --tie_weights=True".split()
+    run("train.py", *SMALL, "--dataset=book", "--learning_rate=1e-2", *keys)
+    run("export.py", "--init_from=out/ckpt.pt", f"--dtype={dtype}")
+    ours, checkpoint = load_model(book / "out" / "ckpt.pt")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(book / "out" / "export", dtype=torch.float32).eval()
+    assert type(theirs).__name__ == "ApertusForCausalLM" and "lm_head.weight" in theirs.state_dict()
+    again, _ = load_model(str(book / "out" / "export"))
+    x = torch.tensor([tokenizer_from_dict(checkpoint["tokenizer"]).encode(TEXT[100:150])])[:, :30]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x).logits, ours(x)[0], atol=0.05, rtol=0.05)
+        torch.testing.assert_close(again(x)[0], theirs(x).logits, atol=2e-3, rtol=1e-3)
+
+
 def test_the_card_of_the_best_weights_gives_their_loss_and_not_the_last(run, chars):
     run("train.py", *SMALL, "--dataset=chars", *GPT2)
     best = torch.load(chars / "out" / "best.pt", weights_only=True)
@@ -95,10 +194,14 @@ def test_character_models_bfloat16_and_torch_files_are_exported(run, refused, ch
     ("keys", "words"),
     [
         (["--mlp=relu2"], "mlp=relu2: the closest, GPT-2, lacks it"),
+        (
+            ["--norm=rmsnorm", "--mlp=swiglu", "--pos=rope", "--qk_norm=True", "--qkv_bias=True"],
+            "qk_norm=True: the closest, Qwen2",
+        ),
         (["--qk_norm=True"], "qk_norm=True"),
         (["--logit_softcap=20.0"], "logit_softcap=20.0"),
         (["--norm=rmsnorm", "--mlp=swiglu", "--pos=none"], "pos=none: the closest, Llama"),
-        (["--norm=rmsnorm", "--mlp=swiglu", "--pos=rope", "--bias=True"], "bias=True: the closest, Llama"),
+        (["--norm=rmsnorm", "--mlp=gelu", "--pos=rope"], "mlp=gelu: the closest, Llama"),
         (["--n_kv_head=1"], "n_kv_head=1: the closest, GPT-2"),
     ],
 )

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from common.checkpoint import load_weights
 from common.cpu import fused_linear_cross_entropy
 from common.pretrained import from_llama
+from common.rope import rotary_table
 from common.runtime import flops_per_token, peak_flops_of
 from common.scoring import token_losses
 from configurator import UserError
-from model import GPT, GPTConfig, KVCache, rotary_table, rotate, sample_next_token
+from model import GPT, GPTConfig, KVCache, rotate, sample_next_token
 
 SIZES = dict(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=32)
 
@@ -63,7 +64,7 @@ def test_logits_equal_transformers_llama(kv_heads, tied):
             mlp_hidden=144, pos="rope", n_kv_head=kv_heads, tie_weights=tied,
         )
     ).eval()  # fmt: skip
-    load_weights(ours, from_llama(theirs.state_dict(), 3))
+    load_weights(ours, from_llama(theirs.state_dict(), vars(ours.config)))
     idx = torch.randint(211, (3, 48))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
@@ -121,7 +122,7 @@ def test_manual_attention_and_activation_checkpointing_give_the_same_gradients()
 
 def test_rope_and_softcap_equal_their_formulas_in_float64():
     x = torch.randn(1, 1, 9, 8, dtype=torch.float64)
-    cos, sin = rotary_table(9, 8, 10000.0)
+    cos, sin = rotary_table(GPTConfig(block_size=9, n_head=4, n_embd=32, pos="rope"))
     got = rotate(x.float(), cos, sin).double()
     for position in range(9):
         for i in range(4):

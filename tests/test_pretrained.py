@@ -54,6 +54,73 @@ def save_gpt2_tokenizer(folder: Path, vocabulary: Path) -> None:
     library.save(str(folder / "tokenizer.json"))
 
 
+SCALED = {"rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 12}
+YARN = {**SCALED, "rope_type": "yarn", "beta_fast": 2.0}
+LLAMA3 = {**SCALED, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+RELATIVES = {  # model_type, changes of LLAMA
+    "llama 3's rope scaling": ("llama", {"rope_parameters": LLAMA3}),
+    "linear rope scaling": ("llama", {"rope_parameters": {"rope_type": "linear", **SCALED}}),
+    "yarn": ("llama", {"rope_parameters": YARN}),
+    "yarn, its defaults": ("llama", {"rope_parameters": {k: YARN[k] for k in YARN if k != "beta_fast"}}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "head_dim": ("llama", {"head_dim": 24}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "qwen3, head_dim of its width": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "arcee": ("arcee", {"attention_bias": True, "mlp_bias": True}),
+    "apertus": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "apertus, its default rope": ("apertus", {}),
+}
+
+
+def save_relative(folder: Path, kind: str, **changes):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind, **{k: v for k, v in {**LLAMA, **changes}.items() if k != "rope_theta" or kind != "apertus"}
+    )
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, p in theirs.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.1)
+        if "act_fn" in name:  # a ReLU squared times softplus(alpha_p)
+            p.data.fill_(0.7 if name.endswith("alpha_p") else -100.0)
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("act_fn.beta"):
+            buffer.zero_()
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize(("kind", "changes"), RELATIVES.values(), ids=RELATIVES)
+def test_llamas_relatives_are_read_and_written_with_transformers_logits(kind, changes, tmp_path):
+    theirs = save_relative(tmp_path / "m", kind, **changes)
+    ours, _ = load_model(tmp_path / "m")
+    idx = torch.randint(1, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        torch.testing.assert_close(ours(idx)[0], expected, atol=1e-4, rtol=0)
+        greedy = theirs.generate(idx[:, :24], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.stack(list(ours.generate(idx[:, :24], 12, temperature=0)), 1).tolist() == greedy[:, 24:].tolist()
+    _, config, weights = to_hugging_face(ours)
+    assert config["model_type"] == kind and config["architectures"] == [type(theirs).__name__]
+    again = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**json.loads(json.dumps(config))), dtype=torch.float32
+    ).eval()
+    rows = {
+        name: tensor[: len(theirs.state_dict()[name])] if tensor.dim() else tensor for name, tensor in weights.items()
+    }
+    again.load_state_dict(rows)
+    with torch.no_grad():
+        torch.testing.assert_close(again(idx).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_an_xielu_that_is_not_relu_squared_is_refused(tmp_path):
+    theirs = save_relative(tmp_path / "m", "apertus")
+    theirs.model.layers[1].mlp.act_fn.beta.fill_(0.5)
+    theirs.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="its xIELU is not ReLU squared"):
+        load_model(tmp_path / "m")
+
+
 @pytest.mark.parametrize("save", [save_gpt2, save_llama])
 def test_a_hugging_face_folder_gives_transformers_logits_loss_and_greedy_text(save, tmp_path):
     theirs = save(tmp_path / "m")
@@ -70,12 +137,18 @@ def test_a_hugging_face_folder_gives_transformers_logits_loss_and_greedy_text(sa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope scaling 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling 'longrope'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5}}, "mscale=1.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 3.0}}, "attention_factor=3.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate=False"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5"),
+        ({"attention_bias": True}, "attention_bias=True with mlp_bias=False"),
+        ({"mlp_bias": True}, "attention_bias=False with mlp_bias=True"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"model_type": "arcee", "hidden_act": "silu"}, "hidden_act='silu'"),
         ({"sliding_window": 16}, "sliding_window=16"),
-        ({"head_dim": 99}, "head_dim=99"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "gemma"}, "model_type 'gemma'"),
@@ -108,10 +181,10 @@ def test_damaged_folders_are_refused_in_one_line(refused, tmp_path):
         ({"hidden_size": "64"}, "hidden_size='64' is not a size"),
         ({"rms_norm_eps": -1}, "rms_norm_eps=-1 is not a size"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000 is not a size"),
-        ({"num_hidden_layers": 10**6}, "model.layers.3.self_attn.q_proj.weight is missing"),
+        ({"num_hidden_layers": 10**6}, "model.layers.3.input_layernorm.weight is missing"),
         ({"vocab_size": 10**6}, "the embedding has 300 rows"),
         ({"intermediate_size": 10**6}, "the weights do not fit this model"),
-        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x' is not a base"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x' is not a number"),
         ({"rope_parameters": 3}, "cannot be understood"),
     ):
         (tmp_path / "m" / "config.json").write_text(json.dumps(config | changes))
@@ -135,7 +208,8 @@ PLACES = {  # key -> where and how a config.json may say it
     "theta": [{}, {"rope_theta": 500}, {"rope_theta": None}],
     "parameters": [{}, {"rope_parameters": None}, {"rope_parameters": {"rope_theta": 500.0}},
                    {"rope_parameters": {"rope_type": "default"}}, {"rope_parameters": {"rope_theta": 700.0, "rope_type": "default"}}],
-    "scaling": [{}, {"rope_scaling": None}, {"rope_scaling": {"type": "default"}}, {"rope_scaling": {"rope_theta": 500.0}}],
+    "scaling": [{}, {"rope_scaling": None}, {"rope_scaling": {"type": "default"}}, {"rope_scaling": {"rope_theta": 500.0}},
+                {"rope_scaling": {"type": "linear", "factor": 2}}],
     "heads": [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": None}],
     "window": [{}, {"sliding_window": None}, {"sliding_window": 200_000}],
     "defaults": [{}, {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "max_position_embeddings": 64}],
@@ -151,7 +225,7 @@ def accepted(config: dict) -> tuple[dict, object] | None:
     return ours, transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "arcee", "apertus"])
 def test_every_placement_of_a_setting_means_what_transformers_reads(kind):
     n_accepted = 0
     for parts in itertools.product(*PLACES.values()):
@@ -167,10 +241,14 @@ def test_every_placement_of_a_setting_means_what_transformers_reads(kind):
         if found := accepted(config):
             n_accepted += 1
             ours, theirs = found
-            assert ours["rope_base"] == theirs.rope_parameters["rope_theta"], config
+            rope, head = theirs.rope_parameters, getattr(theirs, "head_dim", None) or 8
+            assert ours["rope_base"] == rope["rope_theta"] and (ours["head_dim"] or 8) == head, config
+            assert ours.get("rope_scaling", "none") == {"default": "none"}.get(rope["rope_type"], rope["rope_type"]), (
+                config
+            )
             assert (ours["n_kv_head"] or 8) == theirs.num_key_value_heads, config
             window = getattr(theirs, "sliding_window", None) or 10**9
-            assert kind == "llama" or window >= theirs.max_position_embeddings == ours["block_size"], config
+            assert kind != "mistral" or window >= theirs.max_position_embeddings == ours["block_size"], config
             assert ours["norm_eps"] == theirs.rms_norm_eps and ours["tie_weights"] == theirs.tie_word_embeddings
             assert (
                 ours["mlp_hidden"] == theirs.intermediate_size and ours["block_size"] == theirs.max_position_embeddings
@@ -242,12 +320,13 @@ def test_a_tied_model_with_two_different_matrices_is_untied(tmp_path):
 
 
 def test_a_weight_that_is_missing_or_has_no_place_is_refused(tmp_path):
-    theirs = save_llama(tmp_path / "m").state_dict()
+    model = save_llama(tmp_path / "m")
+    theirs, arguments = model.state_dict(), arguments_from(model.config.to_dict(), "m")
     with pytest.raises(UserError, match="no place for model.layers.0.self_attn.q_proj.bias"):
-        from_llama({**theirs, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, 3)
+        from_llama({**theirs, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, arguments)
     del theirs["model.norm.weight"]
     with pytest.raises(UserError, match="model.norm.weight is missing"):
-        from_llama(theirs, 3)
+        from_llama(theirs, arguments)
 
 
 def test_gpt2s_tokenizer_json_is_read_as_our_gpt2_tokenizer(tmp_path, gpt2_vocabulary):
