@@ -64,7 +64,8 @@ class Logger:
         self.folder, self.first_step = Path(config["out_dir"]), state.step
         self.total_steps = config["max_iters"]  # an estimate where the clock decides; 0: unknown
         self.logged, self.minutes_before = (state.step, state.train_seconds), state.total_seconds / 60
-        self.wandb, self.speed, self.last_val_loss, self.scores, self.plotted = None, 0.0, None, {}, 0.0
+        self.wandb, self.speed, self.last_val_loss, self.scores = None, 0.0, None, {}
+        self.plotted = time.monotonic()  # a run of seconds draws once, at its end
         self.peak = peak_flops(run.device, config["peak_tflops"])
         self.flops_per_token = flops_per_token(run.model, config["block_size"])
         self.tokenizer = load_tokenizer(tokenizer, config["sample_prompt"])
@@ -465,8 +466,8 @@ def plot_losses(folder: Path) -> None:
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained", dpi=100)
-    axes = figure.subplots()
+    figure = Figure(figsize=(8, 5), dpi=100)
+    axes = figure.add_axes((0.1, 0.1, 0.87, 0.83))  # a layout engine would draw everything twice
     if train:
         axes.plot(*zip(*train), color="#56B4E9", linewidth=1, label="training loss")
     if val:

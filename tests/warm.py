@@ -48,6 +48,8 @@ def child(request: dict) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import matplotlib.backends.backend_agg  # noqa: F401  (of loss.png)
+    import matplotlib.figure  # noqa: F401
     import pandas  # noqa: F401  (of `datasets`, which itself reads the environment at import)
     import pyarrow.dataset  # noqa: F401
     import requests  # noqa: F401
