@@ -36,6 +36,7 @@ from common import checkpoint, corpus, inference, runtime, setup, shards
 from common.cpu import manual_attention_is_faster
 from common.files import atomic_write, check_writable, parse_json
 from common.tokenizer import EOT, gpt2_tokenizer
+from common.windows import TrainingWindows
 from configurator import UserError, check_bounds, check_choice, configure, error_in, read_keys, short_errors
 from eval_hellaswag import Question, classic_question, ending_losses, load_examples
 from model import GPT
@@ -109,6 +110,9 @@ class SyntheticWindows:
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         rows = self.windows[np.arange(first, first + count) * 977 % len(self.windows)]
         return rows[:, :-1].copy(), rows[:, 1:].copy()
+
+    def learned(self, first: int, count: int) -> int:
+        return count * train.block_size
 
 
 def make_run() -> train.Run:
@@ -348,7 +352,7 @@ def bench_data() -> dict:
         print(f"{tokenizing / baseline / cores:.2f} x {cores} cores of that")
 
         data, n_batches = shards.load_dataset("d", folder), 300
-        windows = shards.TrainingWindows(data.train, 1024, data.vocab_size)
+        windows = TrainingWindows(data.train, 1024, data.vocab_size)
         rows = np.resize(data.train[0].map(), (64, 1025))
 
         def copy_rows() -> None:  # the least any reader does

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from common import inference
+from common import chat, inference
 from common.checkpoint import find_checkpoint, find_runs
 from common.files import read_json
-from common.inference import END_OF_TURN, text_pieces, until
+from common.inference import text_pieces, until
 from common.pretrained import is_pretrained
 from common.tokenizer import replace_surrogates
 from configurator import UserError, configure, short_errors
@@ -203,10 +203,10 @@ def build_page(gr):
                 return
             limit, is_chat, answer, ended = model.config.block_size, bool(checkpoint.get("is_chat")), "", []
             room = limit - min(answer_tokens(settings[0]), limit // 2)
-            ids, _ = inference.chat_prompt(tokenizer, remembered, message, room, is_chat)
+            ids, _ = chat.chat_prompt(tokenizer, remembered, chat.known_part(tokenizer, message)[0], room, is_chat)
             stream = sample_ids(model, tokenizer, ids, settings, on_end=lambda: ended.append(True))
             box = ""  # the first token clears the input; later ones leave what is typed meanwhile
-            for piece in until(text_pieces(tokenizer, stream), END_OF_TURN if is_chat else ""):
+            for piece in until(text_pieces(tokenizer, stream), chat.END_OF_TURN if is_chat else ""):
                 answer += piece if answer or not is_chat else piece.lstrip()
                 exchange = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
                 yield history + exchange, box, [*remembered, (message, answer)]

@@ -34,8 +34,9 @@ from common.logger import finite, perplexity
 from common.pretrained import is_pretrained
 from common.runtime import autocast, explain_memory, pick_device, pick_dtype
 from common.scoring import sum_losses
-from common.shards import Dataset, Shard, load_dataset, split_shards, validation_batches, validation_windows
+from common.shards import Dataset, Shard, load_dataset
 from common.tokenizer import Tokenizer, same_vocabulary
+from common.windows import split_shards, validation_batches, validation_windows
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
 from model import GPT
 
@@ -75,14 +76,17 @@ def measure(model: GPT, data: Dataset, tokenizer: Tokenizer, amp) -> dict:
     T = block_size or model.config.block_size
     shards, step = data.val if split == "val" else data.train, stride or T
     limit = -(-eval_tokens // step)
-    windows = strided_windows(shards, T, step, limit) if step < T else validation_windows(shards, T, limit)
+    if step < T and data.is_masked:
+        raise UserError(f"--stride={stride}: {data.name} holds conversations, which are evaluated whole")
+    strided = step < T
+    windows = strided_windows(shards, T, step, limit) if strided else validation_windows(shards, T, limit)
     token_sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i)) for i in range(data.vocab_size)])
     n_bytes = 0
 
     def batches():
         nonlocal n_bytes
         for n, (x, y) in enumerate(validation_batches(windows, T, data.vocab_size, batch_size)):
-            for row, (_, start) in enumerate(windows[n * batch_size : (n + 1) * batch_size]):
+            for row, (_, start) in enumerate(windows[n * batch_size : (n + 1) * batch_size] if strided else ()):
                 y[row, : T - step if start else 0] = -1  # targets that the window before covers
             n_bytes += int(token_sizes[y[y >= 0]].sum())
             yield x, y

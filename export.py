@@ -23,6 +23,7 @@ import os
 import shlex
 from pathlib import Path
 
+from common.chat import render, template_of
 from common.checkpoint import chosen_model, find_checkpoint, find_tokenizer, load_model, save_checkpoint
 from common.files import atomic_write, read_json
 from common.logger import perplexity
@@ -41,8 +42,9 @@ dtype = "float32"  # of the weights: float32 | bfloat16 | float16
 overwrite = False  # replace an earlier export in the folder
 data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their dataset
 
+GGUF = "model.gguf"
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-FILES |= {"README.md", "model.pt"}
+FILES |= {"README.md", "model.pt", "Modelfile", GGUF}
 COMMAND_KEYS = (  # of train.py, for the model card
     "init_from seed dataset data_fraction batch_size block_size gradient_accumulation_steps max_iters max_minutes "
     "optimizer learning_rate min_lr embedding_lr head_lr vector_lr schedule warmup_iters lr_decay_iters decay_fraction decay_lr "
@@ -94,6 +96,7 @@ def model_card(name: str, model: GPT, checkpoint: dict, results: dict, target: s
 
 def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, folder: Path, results: dict) -> None:
     """Write the folder for transformers: all of it, or nothing."""
+    is_chat = bool(checkpoint.get("is_chat"))
     try:
         import safetensors.torch
     except ImportError:
@@ -104,6 +107,8 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": min(200, vocab_size)}
     reader = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size}
     reader["clean_up_tokenization_spaces"] = False
+    if is_chat:
+        reader["chat_template"] = template_of(tokenizer)
     config |= {"vocab_size": vocab_size, "torch_dtype": dtype, "eos_token_id": tokenizer.eot, "bos_token_id": None}
     if tokenizer.eot is not None:
         eot = tokenizer.token_bytes(tokenizer.eot).decode()
@@ -123,6 +128,8 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
     objects = {"config.json": config, "generation_config.json": sampling, "tokenizer_config.json": reader}
     texts = {name: json.dumps(value, indent=1) for name, value in objects.items()}
     texts |= {"tokenizer.json": tokenizer.to_json(), "README.md": card}
+    if is_chat:
+        texts["Modelfile"] = modelfile(tokenizer)
     try:
         with replaced_files(folder, [*texts, "model.safetensors"]) as part_of:
             safetensors.torch.save_file(weights, part_of("model.safetensors"), {"format": "pt"})
@@ -131,6 +138,18 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
     except safetensors.SafetensorError as e:
         raise UserError(f"{folder} could not be written: {e}") from None
     print(f"{folder}: {target}, {model.num_params():,} parameters in {dtype}, vocabulary {vocab_size:,}")
+
+
+def modelfile(tokenizer: Tokenizer) -> str:
+    """Ollama's description of a chat model: its template, in Go's language, says what ours says in Jinja."""
+    start = render(tokenizer, [])
+    system = render(tokenizer, [{"role": "system", "content": "TEXT"}]).removeprefix(start)
+    answer = render(tokenizer, [{"role": "user", "content": "TEXT"}], add_generation_prompt=True).removeprefix(start)
+    template = start + "{{ if .System }}" + system.replace("TEXT", "{{ .System }}") + "{{ end }}"
+    template += answer.replace("TEXT", "{{ .Prompt }}") + "{{ .Response }}"
+    stops = [tokenizer.token_bytes(i).decode(errors="replace") for i in tokenizer.stops]
+    lines = [f"FROM ./{GGUF}", f'TEMPLATE """{template}"""', *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops)]
+    return "\n".join(lines) + "\n"
 
 
 @contextlib.contextmanager

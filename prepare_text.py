@@ -5,18 +5,21 @@
     python prepare_text.py --list_sources               the corpora that --source knows, with size and license
     python prepare_text.py --source=wikitext2           one of them, streamed
     python prepare_text.py --source=owner/name:config --text_field=content --max_docs=10_000     any other on the hub
-    python prepare_text.py --source=chat                questions and answers from several sources
+    python prepare_text.py --source=chat                conversations from several sources
+    python prepare_text.py --inputs=chats.jsonl --tokenizer=bpe      your own: {"messages": [{"role": "user", "content": ...}, ...]}
     python prepare_text.py --dataset=mine --preview=2   the first batches of a prepared dataset, as text
 
 A .txt file is one document, or several separated by <|endoftext|>. A .jsonl, .ndjson or .json file has one document per
 line, or is an array of them. With --tokenizer=ids a line of a .txt file is a document: whole numbers, which are its token ids.
 A single document is cut in two: its end becomes the validation split. Of several documents, a hash chooses those for
 validation, and duplicates are skipped. A bpe tokenizer is trained on the training split only.
+Of conversations a mask says what is learned: what the assistant says. train.py packs them whole into rows.
 The same command resumes an interrupted run.
 """
 
 import codecs
 import itertools
+import json
 import math
 import os
 import random
@@ -26,11 +29,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common import corpus
+from common import chat, corpus, small_talk
 from common.corpus import DatasetWriter, Source, document_hash, make_source, stream_rows, text_of
 from common.files import check_disk_space, download, parse_json
-from common.shards import TrainingWindows, load_dataset
+from common.shards import load_dataset
 from common.tokenizer import EOT, Tokenizer, learn_tokenizer, tokenizer_from_dict
+from common.windows import training_windows
 from configurator import UserError, check_bounds, configure, short_errors
 
 inputs = ""  # .txt and .jsonl files or folders of them, separated by commas (default: $LOCAL_TEXT_DATA_PATH)
@@ -47,7 +51,7 @@ text_field = ""  # name of the field that holds a document's text (default: text
 max_docs = 0  # largest number of documents (0: no limit)
 max_tokens = 0  # largest number of tokens to write (0: no limit)
 max_samples_per_source = 20_000  # largest number of conversations from each source of the chat mix
-allow_synthetic = False  # replace unavailable sources of the chat mix with generated arithmetic
+allow_synthetic = False  # replace unavailable sources of the chat mix with generated small talk and sums
 shard_tokens = 100_000_000  # tokens per shard file
 seed = 1337  # random seed of the validation split and of the order of the chat mix
 overwrite = False  # replace an existing dataset
@@ -208,62 +212,57 @@ def articles(rows: Iterable[dict]) -> Iterator[str]:
 
 
 # -----------------------------------------------------------------------------
-# The chat mix. A conversation is a list of turns "User: ...\nAssistant: ...", and each turn is written as a document.
-# The end-of-text token, which separates documents, therefore ends each answer: sampling stops there, and no vocabulary
-# needs special tokens for chat.
+# The chat mix: conversations, as lists of messages, and some plain text
 
 
-def format_turn(question: str, answer: str) -> str:
-    return f"User: {question.strip()}\nAssistant: {answer.strip()}"
+def exchange(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question.strip()}, {"role": "assistant", "content": answer.strip()}]
 
 
-def oasst_conversations(rows: Iterable[dict]) -> Iterator[list[str]]:
+def oasst_conversations(rows: Iterable[dict]) -> Iterator[list[dict]]:
     """In each tree of messages, the English path along the answers with the best rank."""
     for _, tree in itertools.groupby(rows, key=lambda row: row["message_tree_id"]):
         replies: dict[str | None, list[dict]] = {}
         for row in tree:
             if row["lang"] == "en":
                 replies.setdefault(row["parent_id"], []).append(row)
-        messages, parent = [], None
+        texts, parent = [], None
         while parent in replies:
             best = min(replies[parent], key=lambda row: row["rank"] if row["rank"] is not None else 10**6)
-            messages.append(best["text"])
+            texts.append(best["text"])
             parent = best["message_id"]
-        if len(messages) > 1:
-            yield [format_turn(q, a) for q, a in zip(messages[::2], messages[1::2])]
+        if len(texts) > 1:
+            yield [message for q, a in zip(texts[::2], texts[1::2]) for message in exchange(q, a)]
 
 
-def gsm8k_conversations(rows: Iterable[dict]) -> Iterator[list[str]]:
+def gsm8k_conversations(rows: Iterable[dict]) -> Iterator[list[dict]]:
     for row in rows:
         steps, _, result = re.sub(r"<<.*?>>", "", row["answer"]).partition("####")
-        yield [format_turn(row["question"], f"{steps.strip()}\nThe answer is {result.strip()}.")]
+        yield exchange(row["question"], f"{steps.strip()}\nThe answer is {result.strip()}.")
 
 
-def code_conversations(rows: Iterable[dict]) -> Iterator[list[str]]:
+def code_conversations(rows: Iterable[dict]) -> Iterator[list[dict]]:
     for row in rows:
-        yield [format_turn(f"{row['instruction']}\n{row.get('input') or ''}", row["output"])]
+        yield exchange(f"{row['instruction']}\n{row.get('input') or ''}", row["output"])
 
 
-def arithmetic_conversations(rng: random.Random) -> Iterator[list[str]]:
-    """Generated questions about sums, differences and products."""
-    names = {"+": "plus", "-": "minus", "*": "times"}
-    questions = ("What is {a} {op} {b}?", "Calculate {a} {op} {b}.", "{a} {word} {b} is what?", "Solve: {a} {op} {b}")
-    while True:
-        a, b, op = rng.randrange(100), rng.randrange(100), rng.choice("+-*")
-        result = {"+": a + b, "-": a - b, "*": a * b}[op]
-        yield [format_turn(rng.choice(questions).format(a=a, b=b, op=op, word=names[op]), f"{a} {op} {b} = {result}")]
+def paragraphs(rows: Iterable[dict]) -> Iterator[str]:
+    """WikiText's paragraphs, for fluency."""
+    for article in articles(rows):
+        lines = map(str.strip, article.split("\n"))
+        yield from (line for line in lines if line and not line.startswith("= "))
 
 
 CHAT = {
     "OpenAssistant/oasst1": ("", oasst_conversations),
     "openai/gsm8k": ("main", gsm8k_conversations),
     "sahil2801/CodeAlpaca-20k": ("", code_conversations),
-    "Salesforce/wikitext": ("wikitext-2-raw-v1", lambda rows: ([text] for text in articles(rows))),  # for fluency
+    "Salesforce/wikitext": ("wikitext-2-raw-v1", paragraphs),
 }
 
 
 def chat_documents() -> tuple[dict[str, Source], str, bool]:
-    """The turns of the chat mix; conversations are shuffled, without duplicates. Raises UserError if there are none."""
+    """The chat mix as JSON, shuffled, without duplicates. Raises UserError if no source is available."""
     rng, descriptions, mix = random.Random(seed), [], {}
     for name, (config, conversations) in CHAT.items():
         try:
@@ -275,22 +274,43 @@ def chat_documents() -> tuple[dict[str, Source], str, bool]:
             print(f"chat: skipped {name}: {reason}")
             if not allow_synthetic:
                 continue
-            found = list(itertools.islice(arithmetic_conversations(rng), min(max_samples_per_source, 5000)))
-            descriptions.append(f"{len(found):,} synthetic sums instead of {name}")
+            found = list(itertools.islice(small_talk.conversations(rng), min(max_samples_per_source, 5000)))
+            descriptions.append(f"{len(found):,} synthetic ones instead of {name}")
         print(f"chat: {descriptions[-1]}")
-        mix |= {"\n".join(c): c for c in found}
+        mix |= dict.fromkeys(json.dumps(c, ensure_ascii=False) for c in found)
     if not mix:
-        raise UserError("no source of the chat mix is available: go online, or use --allow_synthetic=True for sums")
-    if all("synthetic" in text for text in descriptions):
-        print("chat: warning: there are only synthetic sums, which teach a model the format of answers but no language")
+        advice = "go online, or use --allow_synthetic=True for small talk and sums"
+        raise UserError(f"no source of the chat mix is available: {advice}")
     mixed = list(mix)
     rng.shuffle(mixed)
     in_val = {text for text in mixed if document_hash(text, seed) < val_fraction * 2**64} or {mixed[0]}
+    sources = {
+        split: make_source(lambda is_val=is_val: (text for text in mixed if (text in in_val) == is_val))
+        for split, is_val in (("val", True), ("train", False))
+    }
+    return sources, ", ".join(descriptions), False
 
-    def turns(is_val: bool) -> Source:
-        return make_source(lambda: (turn for text in mixed if (text in in_val) == is_val for turn in mix[text]))
 
-    return {"val": turns(True), "train": turns(False)}, ", ".join(descriptions), False
+def holds_conversations(files: list[Path]) -> bool:
+    """Whether the first row of a JSON file has messages, and no --text_field chooses something else."""
+    if text_field or not is_jsonl(files[0]):
+        return False
+    row = next((row for _, row in json_rows(files[0])), None)
+    return isinstance(row, dict) and "messages" in row
+
+
+def file_conversations(files: list[Path]) -> Iterator[str]:
+    """The conversations of JSON files, as JSON. Raises UserError that names the file and line with an error."""
+    for path in files:
+        if not is_jsonl(path):
+            raise UserError(
+                f"--inputs: {files[0]} holds conversations and {path} text: prepare two datasets and mix them"
+            )
+        for number, row in json_rows(path):
+            where = f"{path}, line {number}"
+            messages = chat.check_messages(row.get("messages") if isinstance(row, dict) else None, where)
+            if any(message["role"] == "assistant" for message in messages):
+                yield json.dumps(messages, ensure_ascii=False)
 
 
 # -----------------------------------------------------------------------------
@@ -342,7 +362,9 @@ def val_threshold(read: Source, description: str) -> int:
     return min(max(threshold, ordered[1]), ordered[-1])
 
 
-def prepare(folder: Path, find_documents: Callable[[], tuple[dict[str, Source], str, bool]], arguments: dict) -> None:
+def prepare(
+    folder: Path, find_documents: Callable[[], tuple[dict[str, Source], str, bool]], arguments: dict, is_chat=False
+) -> None:
     keys = ("tokenizer", "vocab_size", "special_tokens", "val_fraction", "text_field", "max_docs", "max_tokens", "seed")
     arguments = {k: globals()[k] for k in keys} | arguments
     if corpus.is_up_to_date(folder, arguments, overwrite):
@@ -356,13 +378,18 @@ def prepare(folder: Path, find_documents: Callable[[], tuple[dict[str, Source], 
     def texts(*wanted: str) -> Iterator[str]:
         for name in ("all", *wanted):
             documents = sources[name](None) if name in sources else ()
-            yield from (text for text, _ in documents if name != "all" or split_of(text) in wanted)
+            found = (text for text, _ in documents if name != "all" or split_of(text) in wanted)
+            yield from map(chat.plain_text, found) if is_chat else found
 
     def make_tokenizer() -> Tokenizer:
         special, all_texts = list(filter(None, special_tokens.split(","))), lambda: texts("val", "train")
-        return learn_tokenizer(tokenizer, vocab_size, all_texts, lambda: texts("train"), not is_single, special)
+        if is_chat and tokenizer == "bpe":
+            special += [token for token in chat.TURN_TOKENS if token not in special]
+        learned = learn_tokenizer(tokenizer, vocab_size, all_texts, lambda: texts("train"), not is_single, special)
+        return chat.for_chat(learned) if is_chat else learned
 
-    writer = DatasetWriter(folder, arguments, make_tokenizer, overwrite, shard_tokens=shard_tokens)
+    encode = chat.encode_documents if is_chat else None
+    writer = DatasetWriter(folder, arguments, make_tokenizer, overwrite, shard_tokens=shard_tokens, encode=encode)
     for split, read in sources.items():
         limit = math.ceil(max_tokens * val_fraction) if split == "val" else max_tokens
         writer.write(read, split_of if split == "all" else split, split, limit, not is_single, not is_single)
@@ -373,7 +400,6 @@ def prepare(folder: Path, find_documents: Callable[[], tuple[dict[str, Source], 
             raise UserError(f"no text is left for the {split} split: {advice}")
     writer.finish(description)
     print(writer.summary)
-    is_chat = arguments.get("source") == "chat"
     preset = "config/train_chat.py" if is_chat else f"config/quickstart.py --out_dir=out/{folder.name}"
     place = f" --data_dir={shlex.quote(data_dir)}" if data_dir != "data" else ""
     print(f"Train on it: python train.py {preset} --dataset={folder.name}{place}")
@@ -382,12 +408,14 @@ def prepare(folder: Path, find_documents: Callable[[], tuple[dict[str, Source], 
 def show_batches(name: str) -> None:
     prepared = load_dataset(name, data_dir)
     decode = tokenizer_from_dict(prepared.tokenizer).decode
-    windows = TrainingWindows(prepared.train, block_size, prepared.vocab_size, seed)
+    windows = training_windows(prepared, block_size, seed)
     for number in range(preview):
         x, y = windows.batch(number * batch_size, batch_size)
         print(f"batch {number + 1}: inputs {x.shape} {x.dtype}, targets {y.shape} {y.dtype}, shifted by one token")
-        for row in x:
+        for row, targets in zip(x, y):
             print(f"  {decode(row.tolist())!r}")
+            if prepared.is_masked:
+                print(f"  learned: {decode(targets[targets >= 0].tolist())!r}")
 
 
 def print_sources() -> None:
@@ -406,6 +434,10 @@ def prepare_files(folder: Path, paths: str) -> None:
         raise UserError(f"--inputs={parquet[0]}: {advice}")
     field = text_field or os.environ.get("LOCAL_TEXT_FIELD", "text")
     stamps = [[str(p), p.stat().st_size, p.stat().st_mtime] for p in files]
+    if holds_conversations(files):
+        names = ", ".join(p.name for p in files[:5])
+        found = {"all": make_source(lambda: file_conversations(files), max_docs)}
+        return prepare(folder, lambda: (found, names, False), {"files": stamps, "chat": True}, is_chat=True)
     prepare(folder, lambda: file_documents_by_split(files, field), {"files": stamps, "text_field": field})
 
 
@@ -444,7 +476,7 @@ def main() -> None:
         prepare_files(folder, str(path))
     elif source == "chat":
         options = {"max_samples_per_source": max_samples_per_source, "allow_synthetic": allow_synthetic}
-        prepare(folder, chat_documents, {"source": source} | options)
+        prepare(folder, chat_documents, {"source": source} | options, is_chat=True)
     else:
         prepare_corpus(folder, source)
     if preview:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
+from common import chat as chats
 from common import inference
 from common.checkpoint import chosen_model
 from common.files import atomic_write, check_writable, parse_json
-from common.inference import END_OF_TURN, text_pieces, token_repr, until
+from common.inference import text_pieces, token_repr, until
 from common.runtime import explain_memory
 from common.tokenizer import EOT, replace_surrogates
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
@@ -209,7 +210,7 @@ COMMANDS = """\
 /seed 7       the same seed and messages give the same answers
 /system TEXT  a text that comes before the conversation; without a text: none
 /reset        start a new conversation
-/save FILE    write the conversation as prepare_text.py --inputs reads it
+/save FILE    write the conversation as prepare_text.py --inputs reads it (of a chat model give it the suffix .jsonl)
 /quit         or exit, quit, Ctrl-D; Ctrl-C stops an answer
 A line that ends in \\ continues in the next; \"\"\" starts and ends a message of several lines."""
 
@@ -231,11 +232,11 @@ class Chat:
         check_choice("turns", turns, ("auto", True, False))
         self.sampler, self.system = sampler, system
         self.history = []  # exchanges (message, answer) in the model's context
-        self.transcript = []  # the whole conversation, as documents
+        self.transcript = []  # the whole conversation: messages, or the documents of a model that continues texts
         self.is_chat = bool(checkpoint.get("is_chat")) if turns == "auto" else turns
 
     def run(self) -> None:
-        how = "answers in turns, as in the chat mix" if self.is_chat else "continues your text (it is no chat model)"
+        how = "answers in turns" if self.is_chat else "continues your text (it is no chat model)"
         print(f"The model {how}. /help lists the commands, /quit leaves.")
         while True:
             try:
@@ -258,13 +259,18 @@ class Chat:
     def answer(self, message: str) -> None:
         sampler, ended, limit = self.sampler, [], self.sampler.model.config.block_size
         room = limit - min(sampler.settings["max_new_tokens"], limit // 2)
-        ids, kept = inference.chat_prompt(sampler.tokenizer, self.history, message, room, self.is_chat, self.system)
+        message, unknown = chats.known_part(sampler.tokenizer, message)
+        if unknown and not message.strip():
+            raise UserError(f"the model knows none of the characters {unknown!r}")
+        if unknown:
+            print(f"(the model does not know {unknown!r}: left out)")
+        ids, kept = chats.chat_prompt(sampler.tokenizer, self.history, message, room, self.is_chat, self.system)
         if forgotten := len(self.history) - kept:
             print(f"({forgotten} earlier exchanges no longer fit the context of {limit} tokens)")
             del self.history[:forgotten]
         pieces, text = sampler.stream(ids, stop, lambda: ended.append(True)), ""
         if self.is_chat:
-            pieces = until(pieces, END_OF_TURN)
+            pieces = until(pieces, chats.END_OF_TURN)
         write_out("assistant> ")
         try:
             for piece in pieces:
@@ -276,7 +282,7 @@ class Chat:
         write_out("\n")
         if self.is_chat:
             text = text.rstrip()
-            self.transcript.append(f"User: {message}\nAssistant: {text}")
+            self.transcript += [{"role": "user", "content": message}, {"role": "assistant", "content": text}]
         elif self.history:
             self.transcript[-1] += f"\n{message}{text}"
         else:
@@ -322,8 +328,12 @@ class Chat:
             raise UserError(f"/save {name}: the file exists already")
         if not self.transcript:
             raise UserError("there is no conversation yet")
-        documents = [self.system] * bool(self.system) + self.transcript
-        atomic_write(Path(name), f"\n{EOT}\n".join(documents) + "\n")
+        if self.is_chat:
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            text = json.dumps({"messages": system + self.transcript}, ensure_ascii=False) + "\n"
+        else:
+            text = f"\n{EOT}\n".join([self.system] * bool(self.system) + self.transcript) + "\n"
+        atomic_write(Path(name), text)
         print(f"{name}: the whole conversation")
 
 

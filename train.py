@@ -22,7 +22,7 @@ import torch
 from common import checkpoint, logger, muon, runtime, setup
 from common.files import lock_run
 from common.scoring import sum_losses
-from common.shards import MixedWindows, TrainingWindows, validation_batches, validation_windows
+from common.windows import MixedWindows, PackedRows, TrainingWindows, validation_batches, validation_windows
 from configurator import add_keys, configure, short_errors
 from eval_hellaswag import classic_accuracy, load_classic
 from model import GPT, GPTConfig
@@ -146,7 +146,9 @@ class State:
 class Batches:
     """This rank's micro-batches. Sequence i depends only on (seed, i). In a step, micro-batches go to the ranks in turn."""
 
-    def __init__(self, windows: TrainingWindows | MixedWindows, device: torch.device, rank: int, world_size: int):
+    def __init__(
+        self, windows: TrainingWindows | PackedRows | MixedWindows, device: torch.device, rank: int, world_size: int
+    ):
         self.windows, self.device, self.rank, self.world_size = windows, device, rank, world_size
         self.prefetched = (-1, None)  # first sequence, batch
 
@@ -273,18 +275,22 @@ def train_step(run: Run, state: State, lr: float) -> tuple[torch.Tensor, torch.T
             group["lr"] = lr * group["lr_scale"]
     run.seed_dropout(state.step)
     mean_loss = torch.zeros((), device=run.device)
-    x, y = run.batches.load(run.batches.first_sequence(state.sequences))
+    targets = run.batches.windows.learned(state.sequences, run.sequences_per_step)  # of all ranks; with masks they vary
+    first = run.batches.first_sequence(state.sequences)
+    x, y = run.batches.load(first)
     for micro in range(run.grad_accum_steps):
         last = micro == run.grad_accum_steps - 1
         if run.world_size > 1:  # reduce gradients once per step; DDP reads this flag in the forward pass
             run.step_model.require_backward_grad_sync = last
         with run.autocast():
             _, loss = run.step_model(x, y, return_logits=False, label_smoothing=label_smoothing)
-        loss = loss / run.grad_accum_steps
+        # The step's gradient is that of the mean over all its targets. DDP averages over the ranks.
+        loss = loss / (targets / (run.batches.windows.learned(first, batch_size) * run.world_size))
         run.scaler.scale(loss).backward()
         mean_loss += loss.detach()
         if not last:  # load the next micro-batch while the device works on this one
-            x, y = run.batches.load(run.batches.first_sequence(state.sequences, micro + 1))
+            first = run.batches.first_sequence(state.sequences, micro + 1)
+            x, y = run.batches.load(first)
     for each in run.optimizers:
         run.scaler.unscale_(each)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip or math.inf)

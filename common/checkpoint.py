@@ -291,7 +291,15 @@ def read_model(name: str | Path) -> dict:
     tokenizer = {"kind": "gpt2"} if arguments["vocab_size"] == 50257 else None
     if (folder / "tokenizer.json").exists():
         tokenizer = read_tokenizer(folder).to_dict()
-    return {"model": weights, "model_args": arguments, "tokenizer": tokenizer, "config": {}, "step": 0}
+    is_chat = bool(tokenizer and tokenizer.get("chat_template"))
+    return {
+        "model": weights,
+        "model_args": arguments,
+        "tokenizer": tokenizer,
+        "is_chat": is_chat,
+        "config": {},
+        "step": 0,
+    }
 
 
 def load_model(name: str | Path) -> tuple[GPT, dict]:

@@ -47,10 +47,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encode_documents(tokenizer: Tokenizer, documents: Iterable[tuple], separated: bool = True) -> Iterator[tuple]:
+def encode_documents(
+    tokenizer: Tokenizer, documents: Iterable[tuple], separated: bool = True, encode_texts: Callable | None = None
+) -> Iterator[tuple]:
     """Tokenize documents (text, split, position) on all cores; yields ({split: ids}, last position()), in order.
 
     Each thread tokenizes a batch: tokenizers release the GIL. separated: put an end-of-text id before each document.
+    encode_texts(tokenizer, texts) -> ids: replaces the tokenizer's encode_batch.
     """
     local = threading.local()
 
@@ -59,6 +62,8 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[tuple], separated
         local.tokenizer = tokenizer_from_dict(tokenizer.to_dict()) if is_tiktoken else tokenizer
 
     def encode(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
+        if encode_texts:
+            return {split: encode_texts(local.tokenizer, texts) for split, texts in batch.items()}
         encoded = {split: local.tokenizer.encode_batch(texts) for split, texts in batch.items()}
         if not separated and tokenizer.eot is not None:
             encoded = {split: ids[ids != tokenizer.eot] for split, ids in encoded.items()}
@@ -88,17 +93,20 @@ class DatasetWriter:
     the last record is written again, so no document is repeated or missing. documents.part holds the 8-byte hashes of
     the documents so far. A finished dataset stays in place until the one that replaces it is complete.
     name: prefix of the shard files (default: the folder's name). name_of(split, number): the name of a shard file.
+    encode(tokenizer, texts): gives ids with the flags of a mask above bit 32, which then becomes a file of its own.
     """
 
     def __init__(
         self, folder: Path, arguments: dict, make_tokenizer: Callable[[], Tokenizer], overwrite: bool = False,
         name: str = "", shard_tokens: int = CHUNK, name_of: Callable[[str, int], str] | None = None,
+        encode: Callable | None = None,
     ):  # fmt: skip
         if not re.fullmatch(r"\w[\w.+-]*", folder.name):
             raise UserError(f"--dataset={folder.name}: use only letters, digits and _ . + - in a name")
         check_replaceable(folder, overwrite, name)
         self.start, self.summary = time.perf_counter(), ""
         self.target, self.name, self.shard_tokens = folder, name or folder.name, shard_tokens
+        self.encode = encode
         self.folder = folder.with_name(folder.name + ".new") if (folder / "meta.json").exists() else folder
         self.arguments = json.loads(json.dumps(arguments))
         self.name_of = name_of or (lambda split, number: f"{self.name}_{split}_{number:06d}.npy")
@@ -137,7 +145,8 @@ class DatasetWriter:
 
     def remove_unknown_shards(self) -> None:
         known = {s["file"] for w in self.writers.values() for s in w.shards}
-        known |= {w.paths()[1].name for w in self.writers.values() if w.filled}
+        known |= {s["mask"] for w in self.writers.values() for s in w.shards if "mask" in s}
+        known |= {part.name for w in self.writers.values() if w.filled for _, part in w.paths()}
         for path in own_shards(self.folder, self.name):
             if path.name not in known:
                 path.unlink()
@@ -150,7 +159,8 @@ class DatasetWriter:
 
     def shard_writer(self, split: str, **state) -> ShardWriter:
         name_of = partial(self.name_of, split)
-        return ShardWriter(self.folder, name_of, self.tokenizer.n_vocab, self.shard_tokens, **state)
+        masked = self.encode is not None
+        return ShardWriter(self.folder, name_of, self.tokenizer.n_vocab, self.shard_tokens, masked=masked, **state)
 
     @property
     def tokens(self) -> int:
@@ -200,7 +210,7 @@ class DatasetWriter:
 
         start = last_save = time.perf_counter()
         first_token, count = self.tokens, len(self.seen)
-        for encoded, (position, count) in encode_documents(self.tokenizer, documents(), separated):
+        for encoded, (position, count) in encode_documents(self.tokenizer, documents(), separated, self.encode):
             room, size, new_shards = max_tokens - self.tokens, sum(map(len, encoded.values())), []
             for name, ids in encoded.items():
                 writer = self.writers.setdefault(name, self.shard_writer(name))
@@ -252,7 +262,7 @@ class DatasetWriter:
 def own_shards(folder: Path, name: str = "") -> set[Path]:
     """The shard files in a folder that have our names, unfinished ones included."""
     paths = folder.glob(f"{name or folder.name}_*.npy*")
-    return {p for p in paths if re.search(r"_(train|val)_\d{6}\.npy(\.part)?$", p.name)}
+    return {p for p in paths if re.search(r"_(train|val)_\d{6}(\.mask)?\.npy(\.part)?$", p.name)}
 
 
 def check_replaceable(folder: Path, overwrite: bool, name: str = "") -> None:

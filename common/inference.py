@@ -1,4 +1,4 @@
-"""A model that writes: weights cast, packed or quantized, a CUDA-graph decoding step, streams of text, beams, chat prompts."""
+"""A model that writes: weights cast, packed or quantized, a CUDA-graph decoding step, streams of text, beams."""
 
 import codecs
 import itertools
@@ -160,7 +160,7 @@ def one_ahead(iterator: Iterator) -> Iterator:
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The ids of a prompt; of an empty one the end-of-text token, which starts a document."""
-    return tokenizer.encode(prompt, special=True) or [tokenizer.eot or 0]
+    return [*tokenizer.bos, *tokenizer.encode(prompt, special=True)] or [tokenizer.eot or 0]
 
 
 def stream_ids(
@@ -292,39 +292,3 @@ def beam_search(
     unfinished = zip(scores.tolist(), text[:, len(ids) :].tolist())
     done += [(score / n**length_penalty, new) for score, new in unfinished if score > -math.inf]
     return sorted(done, key=lambda d: -d[0])[:beams]
-
-
-# -----------------------------------------------------------------------------
-# Chat
-
-END_OF_TURN = "\nUser:"  # ends an answer that has no end-of-text token
-
-
-def chat_prompt(
-    tokenizer: Tokenizer, history: list[tuple[str, str]], message: str, room: int, is_chat: bool, system: str = ""
-) -> tuple[list[int], int]:
-    """The ids that ask for an answer, at most `room`, and the number of exchanges of the history (message, answer) in them.
-
-    is_chat: as in prepare_text.py's chat mix, where each exchange is a document "User: ...\nAssistant: ...". Otherwise the
-    messages and answers continue one text. `system` comes first. Raises UserError for a character the tokenizer lacks.
-    """
-    newline = "\n"
-    try:
-        tokenizer.encode(newline)
-    except UserError:
-        newline = ""  # the vocabulary has none
-
-    def encode(documents: list[str]) -> list[int]:  # each after an end-of-text token, or with newlines between them
-        if tokenizer.eot is None:
-            return [*tokenizer.bos, *tokenizer.encode(newline.join(documents))]
-        ids = [i for text in documents for i in (tokenizer.eot, *tokenizer.encode(text))]
-        return [*tokenizer.bos, *ids[1:]] if tokenizer.bos else ids  # a text begins with the token the model asks for
-
-    if not is_chat:
-        return encode([system + "".join(q + a + newline for q, a in history) + message])[-room:], len(history)
-    first = [system] if system else []
-    past = [f"User: {q}\nAssistant: {a}" for q, a in history]
-    last = f"User: {message}\nAssistant:"
-    while len(ids := encode([*first, *past, last])) > room and past:
-        past.pop(0)
-    return ids[-room:], len(past)

@@ -195,7 +195,7 @@ def download_pretrained(name: str) -> Path:
     except ImportError:
         raise UserError(f"downloading {name} needs two packages: pip install -e '.[hf]'") from None
     repository = f"openai-community/{name}" if name in GPT2_NAMES else name
-    files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
     files += ["model*.safetensors", "model.safetensors.index.json"]
     try:
         return Path(snapshot_download(repository, allow_patterns=files))

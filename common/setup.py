@@ -21,7 +21,8 @@ from common.runtime import (
     pick_dtype,
     pick_local_device,
 )
-from common.shards import Dataset, MixedWindows, TrainingWindows, load_mixture, validation_windows
+from common.shards import Dataset, load_mixture
+from common.windows import MixedWindows, PackedRows, TrainingWindows, training_windows, validation_windows
 from configurator import UserError, check_bounds, check_choice, first_line
 from model import GPT
 
@@ -127,14 +128,14 @@ def make_model(keys: dict, dataset: Dataset, loaded: dict | None, resuming: bool
     return model
 
 
-def make_windows(keys: dict, datasets: list) -> TrainingWindows | MixedWindows | None:
+def make_windows(keys: dict, datasets: list) -> TrainingWindows | PackedRows | MixedWindows | None:
     """The training sequences in the order of the seed. Raises UserError if a split cannot fill a window."""
     if not datasets[0][0].train:  # a dry run without its dataset
         return None
     T, seed, fraction = keys["block_size"], keys["seed"], keys["data_fraction"]
     for dataset, _ in datasets:
         validation_windows(dataset.val, T)
-    parts = [TrainingWindows(d.train, T, d.vocab_size, seed, fraction) for d, _ in datasets]
+    parts = [training_windows(dataset, T, seed, fraction) for dataset, _ in datasets]
     return parts[0] if len(parts) == 1 else MixedWindows(parts, [weight for _, weight in datasets], seed)
 
 

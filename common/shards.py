@@ -1,4 +1,4 @@
-"""Token files: their writer and readers, and the order of batches.
+"""Token files: their writer and their readers.
 
 A dataset is a folder of 1-D token arrays, one or more files per split, read as memory maps:
 
@@ -6,17 +6,17 @@ A dataset is a folder of 1-D token arrays, one or more files per split, read as 
     nanoGPT         train.bin, val.bin, bare uint16, and for characters meta.pkl
     build-nanogpt   {name}_{train|val}_{000000}.npy
     llm.c, modded-nanogpt   {name}_{train|val}_{000000}.bin, after a header of 256 int32
+
+Conversations have a mask beside each shard, {name}_{train|val}_{000000}.mask.npy: a byte of flags per token.
 """
 
 import hashlib
 import io
-import itertools
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,11 @@ from common.tokenizer import CharTokenizer, IdTokenizer, same_vocabulary
 from configurator import UserError
 
 VERIFIED_TOKENS = 50_000_000  # smaller datasets are always checked: it takes a fraction of a second
-CHUNK = 100_000_000  # tokens shuffled at a time; a longer file is read as several, so that memory stays flat
+CHUNK = 100_000_000  # tokens in a shard
+# Flags of a mask
+LEARNED = 1  # a token that training predicts: the assistant's words and the end of its turn
+BEGINS = 2  # the first token of a conversation
+CUT = 4  # the first token of a later exchange: a conversation that does not fit a row loses what is before
 
 # -----------------------------------------------------------------------------
 # Writing
@@ -36,26 +40,31 @@ class ShardWriter:
     """Writes token ids as shards of shard_tokens each; the last one is shorter. name_of: number -> file name.
 
     Ids go to NAME.part; a complete shard gets its name, and an entry {file, tokens, sha256} in `shards`. To resume an
-    earlier writer, give its shards and `filled`, the number of ids in its unfinished shard.
+    earlier writer, give its shards and `filled`, the number of ids in its unfinished shard. masked: ids carry the flags of
+    a mask above bit 32, which go to a file of their own.
     """
 
     HEADER = 128  # bytes reserved for the .npy header, which is written last, when the number of tokens is known
 
-    def __init__(self, folder: Path, name_of: Callable, vocab_size: int, shard_tokens=CHUNK, shards=(), filled=0):
+    def __init__(
+        self, folder: Path, name_of: Callable, vocab_size: int, shard_tokens=CHUNK, shards=(), filled=0, masked=False
+    ):
         self.folder, self.name_of, self.vocab_size, self.shard_tokens = folder, name_of, vocab_size, shard_tokens
-        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self.shards, self.filled, self.file = list(shards), filled, None
+        self.dtypes = [np.dtype("<u2" if vocab_size <= 2**16 else "<u4")] + [np.dtype("|u1")] * masked
+        self.shards, self.filled, self.files = list(shards), filled, []  # files: of the ids, and of the mask
         if filled:
-            path, part = self.paths()
-            if path.exists():  # it was completed after `filled` was recorded
-                os.replace(path, part)
-            self.file = open(part, "r+b")
-            self.file.truncate(self.HEADER + filled * self.dtype.itemsize)
-            self.file.seek(0, os.SEEK_END)
+            for dtype, (path, part) in zip(self.dtypes, self.paths()):
+                if path.exists():  # it was completed after `filled` was recorded
+                    os.replace(path, part)
+                self.files.append(open(part, "r+b"))
+                self.files[-1].truncate(self.HEADER + filled * dtype.itemsize)
+                self.files[-1].seek(0, os.SEEK_END)
 
-    def paths(self) -> tuple[Path, Path]:
+    def paths(self) -> list[tuple[Path, Path]]:
+        """The path of each file when it is complete, and until then."""
         path = self.folder / self.name_of(len(self.shards))
-        return path, path.with_name(path.name + ".part")
+        paths = [path, path.with_suffix(".mask.npy")][: len(self.dtypes)]
+        return [(p, p.with_name(p.name + ".part")) for p in paths]
 
     @property
     def tokens(self) -> int:
@@ -63,41 +72,51 @@ class ShardWriter:
 
     def add(self, ids) -> None:
         """Write ids. Raises UserError for one outside the vocabulary."""
-        ids = np.asarray(ids)
+        ids, columns = np.asarray(ids), []
+        if len(self.dtypes) > 1:
+            ids, columns = ids & 0xFFFFFFFF, [ids >> 32]
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise UserError(f"token id {ids.max()} is outside the vocabulary of {self.vocab_size:,}")
-        while len(ids):
-            if self.file is None:
-                self.file = open(self.paths()[1], "w+b")
-                self.file.write(bytes(self.HEADER))
-            take = min(len(ids), self.shard_tokens - self.filled)
-            with named_disk_errors(self.file.name):
-                self.file.write(ids[:take].astype(self.dtype).tobytes())
-            self.filled, ids = self.filled + take, ids[take:]
+        columns = [ids, *columns]
+        while len(columns[0]):
+            if not self.files:
+                self.files = [open(part, "w+b") for _, part in self.paths()]
+                for file in self.files:
+                    file.write(bytes(self.HEADER))
+            take = min(len(columns[0]), self.shard_tokens - self.filled)
+            for file, dtype, column in zip(self.files, self.dtypes, columns):
+                with named_disk_errors(file.name):
+                    file.write(column[:take].astype(dtype).tobytes())
+            self.filled, columns = self.filled + take, [column[take:] for column in columns]
             if self.filled == self.shard_tokens:
                 self.finish()
 
     def sync(self) -> None:
-        if self.file:
-            with named_disk_errors(self.file.name):
-                self.file.flush()
-                os.fsync(self.file.fileno())
+        for file in self.files:
+            with named_disk_errors(file.name):
+                file.flush()
+                os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Complete the shard that is being written, if there is one."""
-        if self.file is None:
+        if not self.files:
             return
-        fields = repr({"descr": self.dtype.str, "fortran_order": False, "shape": (self.filled,)})
-        header = np.lib.format.magic(1, 0) + (self.HEADER - 10).to_bytes(2, "little") + fields.encode()
-        with named_disk_errors(self.file.name):
-            self.file.seek(0)
-            self.file.write(header.ljust(self.HEADER - 1) + b"\n")
+        for file, dtype in zip(self.files, self.dtypes):
+            fields = repr({"descr": dtype.str, "fortran_order": False, "shape": (self.filled,)})
+            header = np.lib.format.magic(1, 0) + (self.HEADER - 10).to_bytes(2, "little") + fields.encode()
+            with named_disk_errors(file.name):
+                file.seek(0)
+                file.write(header.ljust(self.HEADER - 1) + b"\n")
         self.sync()
-        self.file.close()
-        path, part = self.paths()
-        self.shards.append({"file": path.name, "tokens": self.filled, "sha256": file_sha256(part)})
-        os.replace(part, path)
-        self.file, self.filled = None, 0
+        paths = self.paths()
+        for file in self.files:
+            file.close()
+        hashes = [file_sha256(part) for _, part in paths]
+        for path, part in reversed(paths):  # the ids last
+            os.replace(part, path)
+        entry = {"file": paths[0][0].name, "tokens": self.filled, "sha256": hashes[0]}
+        self.shards.append(entry | ({"mask": paths[1][0].name, "mask_sha256": hashes[1]} if len(paths) > 1 else {}))
+        self.files, self.filled = [], 0
 
 
 # -----------------------------------------------------------------------------
@@ -110,6 +129,7 @@ class Shard:
     dtype: str
     offset: int  # of the first token, in bytes
     tokens: int
+    mask: Path | None = None
 
     def map(self) -> np.ndarray:
         """The tokens, read-only. Pages stay resident as long as the map lives, so keep it briefly."""
@@ -158,7 +178,11 @@ class Dataset:
     tokenizer: dict  # as to_dict gives it; {"kind": "gpt2"} alone where the files do not say
     vocab_size: int
     sha256: str = ""  # of all its shards' hashes; of large files of other projects, of their sizes and ends
-    is_chat: bool = False  # conversations as prepare_text.py --source=chat writes them, each exchange a document
+    is_chat: bool = False  # conversations, as prepare_text.py writes them
+
+    @property
+    def is_masked(self) -> bool:
+        return self.train[:1] != [] and self.train[0].mask is not None
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False) -> Dataset:
@@ -173,16 +197,22 @@ def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False)
         try:
             meta = parse_json(meta_file.read_text(encoding="utf-8"))
             listed = [(split, shard) for split in splits for shard in meta["shards"].get(split, [])]
-            listed = [(split, shard["file"], shard["tokens"], shard["sha256"]) for split, shard in listed]
+            keys = ("file", "tokens", "sha256")
+            masks = [(shard["mask"], shard["mask_sha256"]) if "mask" in shard else None for _, shard in listed]
+            listed = [(split, *(shard[key] for key in keys)) for split, shard in listed]
             tokenizer, vocab_size = dict(meta["tokenizer"]), int(meta["vocab_size"])
-            is_chat = meta.get("arguments", {}).get("source") == "chat"
-            wrong = [file for _, file, tokens, _ in listed if Path(file).name != file or type(tokens) is not int]
+            is_chat = bool(tokenizer.get("chat_template")) or meta.get("arguments", {}).get("source") == "chat"
+            names = [file for _, file, _, _ in listed] + [mask[0] for mask in masks if mask]
+            wrong = [file for file in names if Path(file).name != file]
+            wrong += [tokens for *_, tokens, _ in listed if type(tokens) is not int]
+            wrong += masks if any(masks) and not all(masks) else []
             if wrong or not 0 < vocab_size <= 2**32 or "kind" not in tokenizer:
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{meta_file} is damaged; make the dataset again") from None
         verify = verify or sum(tokens for _, _, tokens, _ in listed) < VERIFIED_TOKENS
-        for split, file, tokens, sha256 in listed:
+
+        def open_listed(file: str, tokens: int, sha256: str) -> Shard:
             if not (folder / file).exists():
                 raise UserError(f"{folder} lacks {file}, which meta.json lists; make the dataset again")
             shard = open_shard(folder / file)
@@ -190,8 +220,12 @@ def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False)
                 raise UserError(f"{shard.path} holds {shard.tokens:,} tokens, meta.json says {tokens:,}")
             if verify and file_sha256(shard.path) != sha256:
                 raise UserError(f"{shard.path} is damaged: its sha256 is not meta.json's; make the dataset again")
-            splits[split].append(shard)
-        hashes = [sha256 for *_, sha256 in listed]
+            return shard
+
+        for (split, file, tokens, sha256), mask in zip(listed, masks):
+            shard = open_listed(file, tokens, sha256)
+            splits[split].append(replace(shard, mask=open_listed(mask[0], tokens, mask[1]).path) if mask else shard)
+        hashes = [sha256 for *_, sha256 in listed] + [sha256 for _, sha256 in filter(None, masks)]
     else:
         for path in sorted(folder.iterdir()):
             if match := re.fullmatch(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:npy|bin)", path.name):
@@ -246,6 +280,8 @@ def load_mixture(names: str, data_dir: str | Path = "data", verify: bool = False
     for dataset in datasets:
         if not same_vocabulary(dataset.tokenizer, datasets[0].tokenizer):
             raise UserError(f"--dataset={names}: {datasets[0].name} and {dataset.name} have different vocabularies")
+    if chats := [dataset.tokenizer for dataset in datasets if dataset.is_chat]:
+        datasets = [replace(dataset, tokenizer=chats[0]) for dataset in datasets]  # for its chat template
     return [(dataset, weights[dataset.name] / sum(weights.values())) for dataset in datasets]
 
 
@@ -263,145 +299,3 @@ def how_to_make(name: str) -> str:
         ".*": f"{own_text}, or choose another --dataset",
     }
     return "make it with python " + next(c for pattern, c in commands.items() if re.fullmatch(pattern, name, re.DOTALL))
-
-
-def split_shards(shards: list[Shard], fraction: float = 1.0, chunk: int = CHUNK) -> list[Shard]:
-    """The first `fraction` of the tokens, as pieces of at most `chunk` tokens."""
-    left = round(sum(s.tokens for s in shards) * fraction)
-    pieces = []
-    for shard in shards:
-        for start in range(0, min(shard.tokens, left), chunk):
-            offset = shard.offset + start * np.dtype(shard.dtype).itemsize
-            pieces.append(replace(shard, offset=offset, tokens=min(chunk, min(shard.tokens, left) - start)))
-        left = max(0, left - shard.tokens)
-    return pieces
-
-
-# -----------------------------------------------------------------------------
-# Batch order: a pure function of the seed and the number of sequences seen
-
-
-class TrainingWindows:
-    """The endless sequence of training windows of block_size + 1 tokens. Window i depends on the seed and i alone.
-
-    Each epoch visits the shards, and the windows of a grid in each shard, in a new random order. The grid shifts by a
-    random offset each epoch, so window boundaries fall on new tokens every time. Too short shards are skipped.
-    """
-
-    def __init__(self, shards: list[Shard], block_size: int, vocab_size: int, seed: int = 1337, fraction: float = 1.0):
-        if not 0 < fraction <= 1:
-            raise UserError(f"--data_fraction={fraction}: must be above 0 and at most 1")
-        self.shards = [s for s in split_shards(shards, fraction) if s.tokens > block_size]
-        if not self.shards:
-            advice = "lower --block_size or add text"
-            raise UserError(f"the training text cannot fill a window of {block_size + 1:,} tokens: {advice}")
-        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
-        # One window less than would fit leaves room for the random offset.
-        self.counts = np.array([max(1, (s.tokens - 1) // block_size - 1) for s in self.shards])
-        self.per_epoch = int(self.counts.sum())
-        self.order, self.starts = lru_cache(1)(self.order), lru_cache(1)(self.starts)  # of the latest epoch and shard
-
-    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the shards in an epoch, and the cumulative number of windows after each."""
-        shards = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
-        return shards, self.counts[shards].cumsum()
-
-    def starts(self, epoch: int, shard: int) -> np.ndarray:
-        """Start offsets of the windows of one shard in this epoch's order, int64 (counts[shard],)."""
-        rng = np.random.default_rng((self.seed, epoch, shard))
-        n, T = self.counts[shard], self.block_size
-        offset = rng.integers(self.shards[shard].tokens - n * T)
-        return rng.permutation(n) * T + offset
-
-    def locate(self, first: int, count: int) -> Iterator[tuple[Shard, np.ndarray]]:
-        """Windows first .. first + count - 1 as (shard, start offsets), in order."""
-        while count:
-            epoch, i = divmod(first, self.per_epoch)
-            shards, ends = self.order(epoch)
-            at = int(np.searchsorted(ends, i, side="right"))
-            shard, left = int(shards[at]), int(ends[at]) - i
-            n, local = min(count, left), int(self.counts[shards[at]]) - left
-            yield self.shards[shard], self.starts(epoch, shard)[local : local + n]
-            first, count = first + n, count - n
-
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, int64 (count, block_size) each. Raises UserError for an id outside the vocabulary."""
-        parts = [gather(shard, starts, self.block_size, self.vocab_size) for shard, starts in self.locate(first, count)]
-        windows = np.concatenate(parts)
-        return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
-
-    def describe(self, first: int, count: int) -> str:
-        """Where windows lie on disk: shard and byte offset of the first few."""
-        places = []
-        for shard, starts in self.locate(first, count):
-            offsets = shard.offset + starts * np.dtype(shard.dtype).itemsize
-            places += [f"{shard.path.name} at byte {offset:,}" for offset in offsets]
-        return ", ".join(places[:4]) + (f" and {len(places) - 4} more windows" if len(places) > 4 else "")
-
-
-class MixedWindows:
-    """Windows of several datasets in proportion to weights, each dataset in its own order."""
-
-    BLOCK = 2048  # windows that hold a fixed number of each dataset's, in a random order that depends on the seed alone
-
-    def __init__(self, parts: list[TrainingWindows], weights: Sequence[float], seed: int = 1337):
-        ends = np.rint(np.cumsum(weights) / (sum(weights) or 1) * self.BLOCK).astype(int)
-        self.parts, self.seed = parts, seed
-        self.counts = np.diff(ends, prepend=0)
-        if not self.counts.all():
-            raise UserError(f"--dataset: each weight must be at least 1/{self.BLOCK} of the sum, not {weights}")
-        self.vocab_size, self.block_size = parts[0].vocab_size, parts[0].block_size
-        self.per_epoch = sum(p.per_epoch for p in parts)
-        self.order = lru_cache(1)(self.order)  # of the latest block
-
-    def order(self, block: int) -> np.ndarray:
-        """Which dataset each window of a block comes from, (BLOCK,)."""
-        datasets = np.repeat(np.arange(len(self.parts)), self.counts)
-        return np.random.default_rng((self.seed, block, 0)).permutation(datasets)
-
-    def before(self, i: int) -> np.ndarray:
-        """How many of the windows before window i come from each dataset."""
-        block, rest = divmod(i, self.BLOCK)
-        return block * self.counts + np.bincount(self.order(block)[:rest], minlength=len(self.parts))
-
-    def locate(self, first: int, count: int) -> Iterator[tuple[Shard, np.ndarray]]:
-        """Windows first .. first + count - 1 as (shard, start offsets), dataset by dataset."""
-        begin, end = self.before(first), self.before(first + count)
-        for part, a, b in zip(self.parts, begin, end):
-            yield from part.locate(int(a), int(b - a))
-
-    batch = TrainingWindows.batch
-    describe = TrainingWindows.describe
-
-
-def gather(shard: Shard, starts: np.ndarray, block_size: int, vocab_size: int) -> np.ndarray:
-    """The windows of a shard that begin at `starts`, (len(starts), block_size + 1)."""
-    windows = np.lib.stride_tricks.sliding_window_view(shard.map(), block_size + 1)[starts]
-    low, high = windows.min(), windows.max()
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise UserError(f"{shard.path} holds token id {bad}, outside the vocabulary of {vocab_size:,}")
-    return windows
-
-
-def validation_windows(shards: list[Shard], block_size: int, limit: int = 0) -> list[tuple[Shard, int]]:
-    """Non-overlapping windows as (shard, start offset), always the same; with a limit, that many evenly spaced."""
-    windows = [(s, start) for s in split_shards(shards) for start in range(0, s.tokens - block_size, block_size)]
-    if not windows:
-        advice = "lower --block_size, or prepare more text or a larger --val_fraction"
-        raise UserError(f"the validation text cannot fill a window of {block_size + 1:,} tokens: {advice}")
-    if not limit or limit >= len(windows):
-        return windows
-    return [windows[i * len(windows) // limit] for i in range(limit)]
-
-
-def validation_batches(
-    windows: list[tuple[Shard, int]], block_size: int, vocab_size: int, batch_size: int, rank=0, world_size=1
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """This rank's inputs and targets, int64 (batch_size, block_size); the last batch is padded with targets of -1."""
-    for first in range(rank * batch_size, len(windows), world_size * batch_size):
-        groups = itertools.groupby(windows[first : first + batch_size], key=lambda window: window[0])
-        starts = [(shard, np.array([start for _, start in group])) for shard, group in groups]
-        found = np.concatenate([gather(shard, rows, block_size, vocab_size) for shard, rows in starts]).astype(np.int64)
-        padding = ((0, batch_size - len(found)), (0, 0))
-        yield np.pad(found[:, :-1], padding), np.pad(found[:, 1:], padding, constant_values=-1)

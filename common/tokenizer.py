@@ -2,8 +2,8 @@
 
 Every tokenizer has encode(text, special) -> list of ids (special: special tokens in the text become their ids),
 encode_batch(texts) -> one array of ids with an end-of-text id before each text, decode(ids) -> text, token_bytes(id),
-n_vocab, eot (the end-of-text id or None), stops (the ids that end a text), bos (the ids that start one), to_dict(), and
-to_json() -> the tokenizer.json of the tokenizers library.
+n_vocab, eot (the end-of-text id or None), stops (the ids that end a text), bos (the ids that start one), special_names(),
+chat_template (Jinja; empty: it has none), to_dict(), and to_json() -> the tokenizer.json of the tokenizers library.
 """
 
 import hashlib
@@ -35,13 +35,26 @@ def replace_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-class CharTokenizer:
+class Tokenizer:
+    """What all tokenizers share."""
+
+    bos = ()
+    chat_template = ""
+
+    def special_names(self) -> list[str]:
+        return [] if self.eot is None else [EOT]
+
+    def settings(self) -> dict:
+        """What to_dict() gives beside the vocabulary."""
+        stops = {"stops": list(self.stops)} if self.stops not in ((), (self.eot,)) else {}
+        return stops | ({"chat_template": self.chat_template} if self.chat_template else {})
+
+
+class CharTokenizer(Tokenizer):
     """One id per symbol of `chars`, in that order: characters, or in a list strings of any length, of which the longest wins.
 
     eot=True adds an end-of-text id after the last.
     """
-
-    bos = ()
 
     def __init__(self, chars: str | list[str], eot: bool = False):
         self.chars = chars
@@ -83,7 +96,7 @@ class CharTokenizer:
         return "".join(self.symbols[i] for i in ids)
 
     def to_dict(self) -> dict:
-        return {"kind": "char", "chars": self.chars, "eot": self.eot is not None}
+        return {"kind": "char", "chars": self.chars, "eot": self.eot is not None} | self.settings()
 
     def to_json(self) -> str:
         # Characters outside the vocabulary are removed: the unknown token, which the library asks for, would be a wrong id.
@@ -100,13 +113,11 @@ class CharTokenizer:
         return tokenizer_json("WordLevel", model, special, split, {"type": "Fuse"}, known)
 
 
-class IdTokenizer:
+class IdTokenizer(Tokenizer):
     """Texts that are whole numbers already, separated by white space: music, DNA, anything but language.
 
     The numbers 0 .. count - 1 are the ids; eot=True adds an end-of-text id after them.
     """
-
-    bos = ()
 
     def __init__(self, count: int, eot: bool = False):
         self.count, self.eot, self.n_vocab = count, count if eot else None, count + eot
@@ -141,14 +152,12 @@ class IdTokenizer:
         return tokenizer_json("WordLevel", model, special, {"type": "WhitespaceSplit"}, None)
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """Byte-level BPE, run by tiktoken. tokens[i] are the bytes of id i; the eot id follows, then the special tokens.
 
     The pattern splits the text into pieces. A piece that is a token becomes its id; others are merged from bytes, the
     lowest id first. Special tokens are recognised wherever they occur in a text.
     """
-
-    bos = ()
 
     def __init__(self, kind: str, pattern: str, tokens: list[bytes], special_tokens: Iterable[str] = ()):
         import tiktoken
@@ -183,7 +192,10 @@ class BPETokenizer:
     def to_dict(self) -> dict:
         described = {"kind": self.kind, "pattern": self.pattern, "tokens": [t.decode("latin-1") for t in self.tokens]}
         described |= {"special_tokens": self.special_tokens} if self.special_tokens else {}
-        return described | ({"stops": list(self.stops)} if self.stops != (self.eot,) else {})
+        return described | self.settings()
+
+    def special_names(self) -> list[str]:
+        return list(self.special)
 
     def to_json(self) -> str:
         symbols = {byte: symbol for symbol, byte in unicode_to_byte().items()}
@@ -196,7 +208,7 @@ class BPETokenizer:
         return tokenizer_json("BPE", model, self.special, split, split)
 
 
-class PretrainedTokenizer:
+class PretrainedTokenizer(Tokenizer):
     """The tokenizer.json of a pretrained model, run by the tokenizers library. eot: the end-of-text token, or None."""
 
     def __init__(self, text: str, eot: str | None):
@@ -214,11 +226,9 @@ class PretrainedTokenizer:
         self.stops = () if self.eot is None else (self.eot,)
         fields = parse_json(text)
         self.special = {t["id"] for t in fields["added_tokens"]}
-        # What the post-processor adds around a text. An end token after a prompt would end the text before it began.
-        added = self.library.encode("a").special_tokens_mask
-        n_before, n_after = (sum(itertools.takewhile(bool, mask)) for mask in (added, added[::-1]))
-        self.n_after = 0 if all(added) else n_after  # all: this text has no token of its own
-        self.bos = self.library.encode("a").ids[:n_before]
+        # What the post-processor puts before a text. What it adds at the end would end a prompt before it began.
+        encoded = self.library.encode("a")
+        self.bos = tuple(encoded.ids[: sum(itertools.takewhile(bool, encoded.special_tokens_mask))])
         self.to_byte = unicode_to_byte() if '"ByteLevel"' in text else None
         kind, model = (fields.get("decoder") or {}).get("type"), fields["model"]
         self.suffix = model.get("end_of_word_suffix") or ""
@@ -227,10 +237,8 @@ class PretrainedTokenizer:
         self.joins_words = bool(self.prefix or self.suffix or (kind is None and model["type"] == "WordLevel"))
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """special=True also adds the tokens that the model expects first."""
         self.library.encode_special_tokens = not special
-        ids = self.library.encode(replace_surrogates(text), add_special_tokens=special).ids
-        return ids[: len(ids) - self.n_after] if special else ids
+        return self.library.encode(replace_surrogates(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> np.ndarray:
         self.library.encode_special_tokens = True
@@ -259,14 +267,13 @@ class PretrainedTokenizer:
         return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
 
     def to_dict(self) -> dict:
-        described = {"kind": "pretrained", "json": self.text, "eot": self.eot_token}
-        return described | ({"stops": list(self.stops)} if self.stops not in ((), (self.eot,)) else {})
+        return {"kind": "pretrained", "json": self.text, "eot": self.eot_token} | self.settings()
+
+    def special_names(self) -> list[str]:
+        return [self.library.id_to_token(i) for i in sorted(self.special)]
 
     def to_json(self) -> str:
         return self.text
-
-
-Tokenizer = CharTokenizer | IdTokenizer | BPETokenizer | PretrainedTokenizer
 
 
 def tokenizer_json(model: str, fields: dict, special: dict[str, int], pre_tokenizer, decoder, normalizer=None) -> str:
@@ -346,10 +353,10 @@ def tokenizer_from_dict(d: dict) -> Tokenizer:
 def _from_dict(d: dict) -> Tokenizer:
     kind = d.get("kind")
     if kind == "char":
-        return CharTokenizer(d["chars"], d["eot"])
-    if kind == "ids":
-        return IdTokenizer(d["count"], d["eot"])
-    if kind == "gpt2" and "tokens" not in d:  # files of other projects do not store the vocabulary
+        tokenizer = CharTokenizer(d["chars"], d["eot"])
+    elif kind == "ids":
+        tokenizer = IdTokenizer(d["count"], d["eot"])
+    elif kind == "gpt2" and "tokens" not in d:  # files of other projects do not store the vocabulary
         tokenizer = gpt2_tokenizer()
     elif kind in ("gpt2", "bpe"):
         tokens = [t.encode("latin-1") for t in d["tokens"]]
@@ -359,11 +366,13 @@ def _from_dict(d: dict) -> Tokenizer:
     else:
         raise ValueError(f"unknown tokenizer kind {kind!r}")
     tokenizer.stops = tuple(d.get("stops", tokenizer.stops))
+    tokenizer.chat_template = d.get("chat_template", "")
     return tokenizer
 
 
 def same_vocabulary(a: dict, b: dict) -> bool:
     """Whether two to_dict() descriptions mean the same by each id. Of GPT-2's vocabulary some files store only the kind."""
+    a, b = ({k: v for k, v in d.items() if k not in ("stops", "chat_template")} for d in (a, b))
     if a == b or a["kind"] == b["kind"] == "gpt2":
         return True
     if {"kind": "gpt2"} in (a, b):  # not loaded, which may be a download, to see that the other has another size
@@ -396,11 +405,24 @@ def read_tokenizer(folder: Path) -> Tokenizer:
                 i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < tokenizer.n_vocab
             }
         tokenizer.stops = tuple(sorted(stops))
+        tokenizer.chat_template = read_chat_template(folder, others["tokenizer_config"])
         return tokenizer
     except UserError:
         raise
     except Exception as e:  # the tokenizers library raises plain Exceptions
         raise UserError(f"{file} is damaged: {first_line(e)}") from None
+
+
+def read_chat_template(folder: Path, tokenizer_config: dict) -> str:
+    """The chat template of a pretrained model, from either place where transformers keeps it; empty if it has none."""
+    if (file := folder / "chat_template.jinja").exists():
+        return file.read_text(encoding="utf-8")
+    found = tokenizer_config.get("chat_template") or ""
+    if isinstance(found, list):  # several by name
+        found = next((each["template"] for each in found if each.get("name") == "default"), "")
+    if not isinstance(found, str):
+        raise UserError(f"{folder}/tokenizer_config.json: chat_template is no text")
+    return found
 
 
 def beside(path: Path) -> dict:
@@ -449,7 +471,9 @@ def download_tokenizer(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+        )
     except Exception as e:
         raise UserError(f"--tokenizer={name}: not a folder, and the hub does not have it: {first_line(e)}") from None
 

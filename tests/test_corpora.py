@@ -2,16 +2,16 @@
 
 import random
 import time
-from itertools import islice
 
+import numpy as np
 import pytest
 from conftest import SMALL, TEXT, Script
 from hub import parquet, start_hub
 from test_prepare import documents_of
 
 import prepare_text
-from common.shards import load_dataset
-from common.tokenizer import gpt2_tokenizer, same_vocabulary
+from common.shards import BEGINS, load_dataset
+from common.tokenizer import gpt2_tokenizer, same_vocabulary, tokenizer_from_dict
 from configurator import UserError
 
 
@@ -164,21 +164,33 @@ def test_fineweb_edu_is_streamed_from_the_hub(run, hub, tmp_path):
 def test_the_chat_mix_is_written_in_turns_and_reports_skipped_sources(run, refused, hub, tmp_path):
     printed = run("prepare_text.py", "--source=chat", "--max_samples_per_source=30", "--val_fraction=0.2")
     assert "chat: skipped sahil2801/CodeAlpaca-20k" in printed and "chat: 30 of openai/gsm8k" in printed
-    found = splits(tmp_path, "chat")
+    found = {split: conversations_of(tmp_path, split) for split in ("train", "val")}
     turns = found["train"] + found["val"]
-    assert "User: What is 7 + 7?\nAssistant: It is 14.\nThe answer is 14." in turns
-    assert "User: Hello?\nAssistant: Best." in turns and not any("Hola" in t or "Second" in t for t in turns)
-    first, second = turns.index("User: Hello?\nAssistant: Best."), "User: And then?\nAssistant: The end."
-    assert turns[first + 1] == second  # a conversation stays together
-    assert len(turns) == 30 + 2 + 3 and not set(found["train"]) & set(found["val"]) and found["val"]
-    numbers = [int(t.split()[3]) for t in turns if t.startswith("User: What is")]
+    fourteen = "<|endoftext|>User: What is 7 + 7?\nAssistant: It is 14.\nThe answer is 14.<|endoftext|>"
+    assert fourteen in turns and not any("Hola" in t or "Second" in t for t in turns)
+    hello = "<|endoftext|>User: Hello?\nAssistant: Best.<|endoftext|>User: And then?\nAssistant: The end.<|endoftext|>"
+    assert (
+        hello in turns and "<|endoftext|>It began ." in turns
+    )  # a conversation stays together; a paragraph is no turn
+    assert len(turns) == 30 + 1 + 3 and not set(found["train"]) & set(found["val"]) and found["val"]
+    numbers = [int(t.split()[3]) for t in turns if "User: What is" in t]
     assert numbers != sorted(numbers)  # shuffled
     allowed = ["--source=chat", "--dataset=more", "--allow_synthetic=True", "--max_samples_per_source=50"]
-    assert "50 synthetic sums instead of sahil2801/CodeAlpaca-20k" in run("prepare_text.py", *allowed)
+    assert "50 synthetic ones instead of sahil2801/CodeAlpaca-20k" in run("prepare_text.py", *allowed)
     hub.repos.clear()
     assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", "--dataset=none")
     assert not (tmp_path / "data" / "none").exists()
     run("train.py", *SMALL, "--dataset=chat:0.5,more:0.5", "--block_size=16")
+
+
+def conversations_of(folder, split: str) -> list[str]:
+    """The conversations of data/chat, as text."""
+    dataset = load_dataset("chat", folder / "data")
+    shards = getattr(dataset, split)
+    ids = np.concatenate([s.map() for s in shards])
+    begins = np.flatnonzero(np.concatenate([np.load(s.mask) for s in shards]) & BEGINS)
+    decode = tokenizer_from_dict(dataset.tokenizer).decode
+    return [decode(part) for part in np.split(ids, begins[1:])]
 
 
 def test_a_missing_connection_to_the_hub_is_reported_at_once(refused):
@@ -186,12 +198,6 @@ def test_a_missing_connection_to_the_hub_is_reported_at_once(refused):
     message = refused("prepare_text.py", "--source=wikitext2", env=nowhere)
     assert "Salesforce/wikitext cannot be read: no connection to the hub (ConnectionError)" in message
     assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", env=nowhere)
-
-
-def test_synthetic_sums_are_correct():
-    for (turn,) in islice(prepare_text.arithmetic_conversations(random.Random(1)), 300):
-        a, op, b, _, result = turn.rpartition("Assistant: ")[2].split()
-        assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(result)
 
 
 def test_list_sources_prints_every_corpus_and_downloads_nothing(run, hub):

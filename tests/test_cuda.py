@@ -11,7 +11,8 @@ from conftest import SMALL
 import train
 from common.inference import DecodeStep, beam_search
 from common.runtime import StepMonitor
-from common.shards import TrainingWindows, load_dataset
+from common.shards import load_dataset
+from common.windows import TrainingWindows
 from eval_hellaswag import Question, ending_losses
 from model import GPT, GPTConfig
 

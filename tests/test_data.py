@@ -9,18 +9,9 @@ from conftest import TEXT, make_nanogpt_chars
 
 import train
 from common.corpus import DatasetWriter, check_replaceable
-from common.shards import (
-    MixedWindows,
-    ShardWriter,
-    TrainingWindows,
-    load_dataset,
-    load_mixture,
-    open_shard,
-    split_shards,
-    validation_batches,
-    validation_windows,
-)  # fmt: skip
+from common.shards import ShardWriter, load_dataset, load_mixture, open_shard
 from common.tokenizer import tokenizer_from_dict, word_tokenizer
+from common.windows import MixedWindows, TrainingWindows, split_shards, validation_batches, validation_windows
 from configurator import UserError
 
 

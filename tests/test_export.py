@@ -67,8 +67,8 @@ def test_transformers_loads_an_export_with_the_same_logits_text_and_tokens(run, 
 
 
 TINY = (
-    "--init_from=scratch --dataset=book --out_dir=out --n_layer=2 --n_head=2 --n_embd=32 --block_size=256 --batch_size=2 "
-    "--gradient_accumulation_steps=1 --max_iters=4 --max_minutes=0 --warmup_iters=0 --schedule=constant --eval_interval=0 "
+    "--init_from=scratch --dataset=book --out_dir=out --n_layer=2 --n_head=2 --n_kv_head=0 --n_embd=32 --mlp_hidden=0 --block_size=256 --batch_size=2 "
+    "--gradient_accumulation_steps=1 --max_iters=4 --max_minutes=0 --max_epochs=0 --warmup_iters=0 --schedule=constant --eval_interval=0 "
     "--eval_iters=1 --log_interval=100 --device=cpu --compile=False --dtype=float32 --hellaswag_interval=0 --wandb_log=False"
 ).split()
 

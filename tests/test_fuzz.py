@@ -25,8 +25,9 @@ import train
 from common.checkpoint import build_model, config_from
 from common.files import read_metrics
 from common.pretrained import DEFAULTS, arguments_from
-from common.shards import TrainingWindows, load_dataset, open_shard
+from common.shards import load_dataset, open_shard
 from common.tokenizer import CharTokenizer, read_tokenizer, tokenizer_from_dict, train_bpe
+from common.windows import TrainingWindows
 from configurator import UserError, configure, read_keys
 from model import GPT, GPTConfig
 

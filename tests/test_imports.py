@@ -41,7 +41,7 @@ def allowed(name: str) -> set[str]:
     if name == "configurator":
         return set()
     if name == "model":
-        return {"common.cpu"}
+        return {"common.cpu", "common.rope"}
     if name in RESEARCH:
         return {"configurator", "common.files"} | RESEARCH
     if name in COMMON:

@@ -13,6 +13,7 @@ from conftest import SMALL, TEXT, make_nanogpt_chars
 from hub import start_hub
 
 from common.checkpoint import load_model
+from common.inference import prompt_ids
 from common.pretrained import arguments_from, from_llama, read_pretrained, to_hugging_face, to_our_names
 from common.tokenizer import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
 from configurator import UserError
@@ -375,7 +376,7 @@ def test_other_tokenizers_are_used_as_they_are(sentencepiece, tmp_path):
     text = "line 12: the quick é brown 🙂 fox</s>"
     ids = found.encode(text)
     assert found.eot not in ids and found.decode(ids).strip() == text
-    special = found.encode(text, special=True)
+    special = prompt_ids(found, text)
     assert special[0] == 1 and special[-1] == found.eot
     again = tokenizer_from_dict(json.loads(json.dumps(found.to_dict())))
     assert again.encode(text) == ids and again.n_vocab == found.n_vocab <= 300 and again.eot == found.eot

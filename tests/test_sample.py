@@ -258,7 +258,10 @@ def test_the_commands_of_a_chat(trained, tmp_path):
     answers = re.findall(r"assistant> (.*)", text)
     assert len(answers) == 3 and answers[0] == answers[1] and answers[2] == "de"
     assert "/system TEXT" in text and "error: /nonsense is not a command" in text
-    assert "error: /top_p 7: a number from 0 to 1" in text and "character 'A' is not among" in text
+    assert (
+        "error: /top_p 7: a number from 0 to 1" in text
+        and "error: the model knows none of the characters 'ABC'" in text
+    )
 
 
 ANSWERS = ("Yes, it is.", "No, it is odd.")
@@ -282,22 +285,21 @@ def chatty(tmp_path_factory):
 
 def test_a_chat_model_answers_in_turns_remembers_and_saves_the_conversation(chatty):
     typed = (
-        'Is 12 even?\n"""\nIs\n7 even?\n"""\nIs \\\n31 even?\n/save talk.txt\n/save talk.txt\n/reset\n'
-        "/system It is so.\nIs 44 even?\n/save two.txt\nexit\n"
+        'Is 12 even?\n"""\nIs\n7 even?\n"""\nIs \\\n31 even?\n/save talk.jsonl\n/save talk.jsonl\n/reset\n'
+        "/system It is so.\nIs 44 even?\n/save two.jsonl\nexit\n"
     )
-    for name in ("talk.txt", "two.txt"):
+    for name in ("talk.jsonl", "two.jsonl"):
         (chatty / name).unlink(missing_ok=True)
     text = sample(chatty, "--chat", "--turns=True", "--temperature=0", "--max_new_tokens=30", stdin=typed)
-    assert "answers in turns, as in the chat mix" in text
+    assert "The model answers in turns." in text
     answers = re.findall(r"assistant> (.*)", text)
     assert answers[0] == ANSWERS[0] and len(answers) == 4, text
     assert "the file exists already" in text and "no longer fit the context of 64 tokens" in text
-    saved = (chatty / "talk.txt").read_text().split("\n<|endoftext|>\n")
-    asked = ("Is 12 even?", "Is\n7 even?", "Is \n31 even?")  # the whole conversation, not only what fits the context
-    assert [s.partition("\nAssistant: ")[0] for s in saved] == [f"User: {q}" for q in asked]
-    assert saved[0].endswith(ANSWERS[0])
-    two = (chatty / "two.txt").read_text()
-    assert two.startswith("It is so.\n<|endoftext|>\nUser: Is 12 even?") and "User: Is 44 even?\nAssistant: " in two
+    saved = json.loads((chatty / "talk.jsonl").read_text())["messages"]
+    asked = ["Is 12 even?", "Is\n7 even?", "Is \n31 even?"]  # the whole conversation, not only what fits the context
+    assert [m["content"] for m in saved[::2]] == asked and saved[1]["content"] == ANSWERS[0]
+    two = json.loads((chatty / "two.jsonl").read_text())["messages"]
+    assert two[0] == {"role": "system", "content": "It is so."} and two[-2]["content"] == "Is 44 even?"
 
 
 def test_whether_a_model_is_a_chat_model_is_known_from_its_dataset(chatty):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import TEXT
 
-from common.inference import chat_prompt, prompt_ids, text_pieces
+from common.chat import chat_prompt
+from common.inference import prompt_ids, text_pieces
 from common.tokenizer import (
     EOT,
     GPT2_PATTERN,
@@ -222,7 +223,7 @@ def test_a_prompt_keeps_the_start_token_a_model_asks_for_but_not_an_end_token(tm
     specials = [("<s>", 1), ("</s>", 2)]
     library.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=specials)
     ours = PretrainedTokenizer(library.to_str(), "</s>")
-    assert ours.encode("the dogs", special=True) == [1, *plain] and ours.encode("the dogs") == plain
+    assert prompt_ids(ours, "the dogs") == [1, *plain] and ours.encode("the dogs") == plain
     assert prompt_ids(ours, "") == [1] and list(ours.bos) == [1]
     ids, _ = chat_prompt(ours, [], "the", 100, is_chat=True)
     assert ids == [1, *ours.encode("User: the\nAssistant:")]
