@@ -35,10 +35,11 @@ import train
 from common import checkpoint, corpus, inference, runtime, setup, shards
 from common.cpu import manual_attention_is_faster
 from common.files import atomic_write, check_writable, parse_json
+from common.scoring import Question, ending_losses
 from common.tokenizer import EOT, gpt2_tokenizer
 from common.windows import TrainingWindows
 from configurator import UserError, check_bounds, check_choice, configure, error_in, read_keys, short_errors
-from eval_hellaswag import Question, classic_question, ending_losses, load_examples
+from eval_hellaswag import classic_question, load_examples
 from model import GPT
 from prepare_tinystories import story
 
@@ -301,7 +302,7 @@ def bench_hellaswag() -> dict:
         choices[0, : len(few)] = [plain_losses(plain, question).argmin().item() for question in few]
 
     def together() -> None:
-        for indices, losses in ending_losses(model, questions):
+        for indices, losses, _ in ending_losses(model, questions):
             choices[1, indices] = losses.argmin(1)
 
     one, whole = seconds_of(one_at_a_time, together, device=device)

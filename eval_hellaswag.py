@@ -20,9 +20,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +31,10 @@ from common.checkpoint import chosen_model, find_tokenizer, load_model
 from common.cpu import tune_malloc
 from common.files import atomic_write, check_writable, download, parse_json
 from common.inference import for_inference
-from common.scoring import token_losses
+from common.scoring import Question, check_lengths, ending_losses
 from common.tokenizer import PretrainedTokenizer, Tokenizer, tokenizer_from_dict
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
-from model import GPT, KVCache
+from model import GPT
 
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id
@@ -57,13 +55,6 @@ SPLITS = {"train": 39905, "val": 10042, "test": 10003}
 
 # -----------------------------------------------------------------------------
 # Examples
-
-
-class Question(NamedTuple):
-    context: list[int]
-    endings: list[list[int]]
-    lengths: list[int]  # what acc_norm divides by
-    label: int | None = None
 
 
 def read_examples(path: Path, limit: int = 0) -> list[dict]:
@@ -145,76 +136,6 @@ QUESTIONS = {"classic": classic_question, "harness": harness_question}
 # Scoring
 
 
-def check_lengths(questions: list[Question], block_size: int) -> None:
-    sizes = [len(e) for q in questions for e in q.endings]
-    if max(sizes, default=0) > block_size:
-        raise UserError(f"an ending has more tokens than the model's context of {block_size}: this model is too small")
-    if min(sizes, default=1) == 0:
-        raise UserError("an ending has no token in the model's vocabulary")
-
-
-@torch.no_grad()
-def ending_losses(model: GPT, questions: list[Question], batch_size: int = 0) -> Iterator[tuple[list[int], np.ndarray]]:
-    """The summed token losses of every ending: yields (indices of questions, losses (n, 4) in nats).
-
-    Contexts of similar length go together. The part of them that all have is read once, into the KV cache; the endings, each
-    after the rest of its context, are then read in batches of similar length, with the head applied to the endings only.
-    Where an ending does not fit the model after its context, the context loses its front. Raises UserError for an ending
-    longer than the model's context.
-    """
-    T, device = model.config.block_size, model.device
-    batch_size = batch_size or (8 if device.type == "cpu" else 64)
-    check_lengths(questions, T)
-    contexts = []  # (index of the question, its endings that see this context, context)
-    for i, (context, endings, *_) in enumerate(questions):
-        rooms = [T + 1 - len(e) for e in endings]
-        if len(context) <= min(rooms):
-            contexts.append((i, range(len(endings)), context or [0]))
-        else:
-            contexts += [(i, [n], context[-room:] or [0]) for n, room in enumerate(rooms)]
-    contexts.sort(key=lambda entry: len(entry[2]))
-    found, missing = np.zeros((len(questions), 4)), np.full(len(questions), 4)
-    group_size = min(8 * batch_size, 256)  # contexts in one cache
-    # The cache has the model's own dtype: here rows are copied more than they are attended to.
-    autocast_dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    kv_dtype = autocast_dtype or model.transformer.wte.weight.dtype
-    for first in range(0, len(contexts), group_size):
-        group = contexts[first : first + group_size]
-        shared = len(group[0][2]) - 1  # the token before an ending is read with it
-        cache = KVCache(model.config, len(group), shared, device, kv_dtype)
-        if shared:
-            model.hidden(torch.tensor([context[:shared] for _, _, context in group], device=device), cache)
-        places, rows = [], []  # question and ending of each row; its context in the cache, ids, length of the ending
-        for row, (i, endings, context) in enumerate(group):
-            for n in endings:
-                ending = questions[i].endings[n]
-                places.append((i, n))
-                rows.append((row, context[shared:] + ending, len(ending)))
-        losses = torch.zeros(len(rows), device=device)
-        remaining = sorted(range(len(rows)), key=lambda r: len(rows[r][1]))
-        while remaining:  # the longest first
-            width = max(1, len(rows[remaining[-1]][1]) - 1)
-            # Each row copies its context's keys and values, so the number of rows is bounded too.
-            count = max(1, min(64 * batch_size // width, 8 * batch_size))
-            remaining, batch = remaining[:-count], remaining[-count:]
-            x, y = np.zeros((len(batch), width), np.int64), np.full((len(batch), width), -1, np.int64)
-            for row, r in enumerate(batch):
-                _, ids, size = rows[r]
-                end = len(ids) - 1
-                x[row, :end], y[row, end - size : end] = ids[:-1], ids[len(ids) - size :]
-            part = cache.select_rows(torch.tensor([rows[r][0] for r in batch], device=device), shared + width)
-            x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
-            in_ending = y >= 0
-            per_token = torch.zeros(y.shape, device=device)
-            per_token[in_ending] = token_losses(model, model.hidden(x, part)[in_ending], y[in_ending])[0]
-            losses[torch.tensor(batch, device=device)] = per_token.sum(1)
-        indices, columns = np.array(places).T
-        found[indices, columns] = losses.cpu().numpy()
-        np.subtract.at(missing, indices, 1)
-        complete = [i for i in dict.fromkeys(indices.tolist()) if not missing[i]]
-        yield complete, found[complete]
-
-
 class Score:
     def __init__(self):
         self.counts = torch.zeros(3, dtype=torch.float64)  # examples with a label, right by acc, right by acc_norm
@@ -247,7 +168,7 @@ def classic_accuracy(model: GPT, questions: list[Question], rank=0, world_size=1
     """acc and acc_norm of load_classic(), for train.py. The ranks share the questions."""
     own, score, training = questions[rank::world_size], Score(), model.training
     model.eval()
-    for indices, losses in ending_losses(model, own):
+    for indices, losses, _ in ending_losses(model, own):
         for i, row in zip(indices, losses):
             score.add(own[i], row)
     model.train(training)
@@ -259,7 +180,7 @@ def score_all(name: str, model: GPT, examples: list[dict], tokenizer: Tokenizer,
     """Score this rank's examples, print progress, and add each example's losses and choices to its result."""
     questions, score, done = [QUESTIONS[name](e, tokenizer) for e in examples], Score(), 0
     start = printed = time.perf_counter()
-    for indices, losses in ending_losses(model, questions, batch_size):
+    for indices, losses, _ in ending_losses(model, questions, batch_size):
         for i, row in zip(indices, losses):
             results[i][name] = score.add(questions[i], row)
         done += len(indices)

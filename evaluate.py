@@ -4,6 +4,8 @@
     python evaluate.py --checkpoints=out/a,out/b/step_500.pt,gpt2 --dataset=tinystories
     python evaluate.py --eval_tokens=0 --stride=256             the whole split, each token with at least T - 256 before it
     python evaluate.py --baseline=True                          also the same model untrained
+    python evaluate.py --task=sums                              of a chat model: how many of 100 one-digit sums are right
+    python evaluate.py --tasks=arc_easy,hellaswag --limit=200   tasks of lm-evaluation-harness (pip install -e '.[eval]')
 
 Writes evaluation_results.csv and evaluation_results.json, with every sample, into output_dir, and prints a table.
 
@@ -16,8 +18,10 @@ KL-1, KL-2       divergence of the samples' unigram and bigram frequencies from 
 
 import csv
 import io
+import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import small_talk
+from common.chat import chat_prompt
 from common.checkpoint import build_model, chosen_model, find_checkpoint, find_tokenizer, read_model
 from common.files import atomic_write, check_writable
 from common.inference import complete, for_inference, prompt_ids
@@ -48,6 +54,9 @@ eval_tokens = 2**20  # tokens to evaluate, in evenly spaced windows; 0: the whol
 stride = 0  # tokens between windows, of which only the last `stride` count; 0: block_size, no overlap
 block_size = 0  # tokens in a window; 0: the model's context
 batch_size = 8  # windows at a time
+tasks = ""  # sums, and tasks of lm-evaluation-harness, separated by commas; asked as turns of a chat model
+limit = 0  # questions of each task; 0: all
+tasks_dir = ""  # a folder with harness tasks of your own
 baseline = False  # also evaluate the same model with its initial weights
 prompts = "Once upon a time,|Solve: (3x + 5 = 11)|Write a function add(a, b) {"  # to be continued, separated by |
 num_samples = 8  # texts to sample without a prompt, for distinct-n and KL; 0: none, and no prompts either
@@ -160,12 +169,14 @@ def evaluate(name: str, target: torch.device, amp) -> Iterator[dict]:
     path = name if is_pretrained(name) else str(find_checkpoint(name))
     tokenizer = find_tokenizer(checkpoint, data_dir)
     data_name = dataset or checkpoint.get("config", {}).get("dataset", "")
-    if not data_name:
+    if not data_name and not tasks:
         raise UserError(f"{path} does not say what it was trained on: --dataset=NAME")
-    if "," in data_name:
+    if "," in data_name and not tasks:
         raise UserError(f"{path} was trained on {data_name}: choose one of them to evaluate on, --dataset=NAME")
-    data = load_dataset(data_name, data_dir)
-    if not same_vocabulary(data.tokenizer, tokenizer.to_dict()):
+    data = (
+        None if tasks and not (Path(data_dir) / data_name / "meta.json").exists() else load_dataset(data_name, data_dir)
+    )
+    if data and not same_vocabulary(data.tokenizer, tokenizer.to_dict()):
         raise UserError(f"{path} has another vocabulary than {data_name}: prepare the text with its own, --tokenizer=")
     model = build_model(checkpoint)
     c, models = model.config, {path: model}
@@ -183,13 +194,38 @@ def evaluate(name: str, target: torch.device, amp) -> Iterator[dict]:
         result = {
             "path": title, "dataset": data_name, "split": split, "step": step, "params": params, "n_embd": c.n_embd,
             "n_layer": c.n_layer, "n_head": c.n_head, "block_size": T, "stride": stride or T,
-            **measure(model, data, tokenizer, amp),
+            **(measure(model, data, tokenizer, amp) if data else {}),
         }  # fmt: skip
-        if num_samples:
-            # Ids that pad the vocabulary are not sampled.
-            model.config.vocab_size = min(c.vocab_size, tokenizer.n_vocab)
+        # Ids that pad the vocabulary are not sampled.
+        model.config.vocab_size = min(c.vocab_size, tokenizer.n_vocab)
+        is_chat = bool(checkpoint.get("is_chat"))
+        if "sums" in tasks.split(","):
+            result["sums"] = score_sums(model, tokenizer, amp, is_chat)
+        if names := [name for name in tasks.split(",") if name not in ("", "sums")]:
+            result |= run_harness(model, tokenizer, names, amp, is_chat)
+        if num_samples and data and not tasks:
             result |= describe_samples(model, tokenizer, data, amp)
         yield result
+
+
+def score_sums(model: GPT, tokenizer: Tokenizer, amp, is_chat: bool) -> float:
+    """The share of the 100 one-digit sums, in words that no synthetic conversation has, that are answered right."""
+    if not is_chat:
+        raise UserError("--tasks=sums: it is for a model that was trained on conversations")
+    questions = small_talk.held_out_sums()[: limit or None]
+    rows = [chat_prompt(tokenizer, [], question, model.config.block_size, True)[0] for question, _ in questions]
+    with amp():
+        answers = complete(model, tokenizer, rows, min(40, model.config.block_size), temperature=0.0)
+    numbers = [re.findall(r"-?\d+", tokenizer.decode(ids)) for ids in answers]
+    return sum(found[-1:] == [str(result)] for found, (_, result) in zip(numbers, questions)) / len(questions)
+
+
+def run_harness(model: GPT, tokenizer: Tokenizer, names: list[str], amp, is_chat: bool) -> dict:
+    try:
+        from common.harness import run_tasks
+    except ImportError as e:
+        raise UserError(f"--tasks={tasks} needs lm-evaluation-harness ({e}): pip install -e '.[eval]'") from None
+    return run_tasks(model, tokenizer, names, limit, tasks_dir, amp, batch_size, is_chat)
 
 
 COLUMNS = {  # of results: title and format in the printed table
@@ -200,7 +236,13 @@ COLUMNS = {  # of results: title and format in the printed table
 
 
 def table(results: list[dict]) -> str:
-    columns = {c: spec for c, spec in COLUMNS.items() if any(r.get(c) is not None for r in results)}
+    scores = {
+        c: (c, "{:.4f}")
+        for r in results
+        for c in r
+        if c == "sums" or c.startswith(tuple(tasks.split(",")) if tasks else "/")
+    }
+    columns = {c: spec for c, spec in COLUMNS.items() if any(r.get(c) is not None for r in results)} | scores
     rows = [["", *(title for title, _ in columns.values())]]
     for r in results:
         numbers = [f.format(r[c]) if r.get(c) is not None else "" for c, (_, f) in columns.items()]
@@ -220,7 +262,7 @@ def runs_in(name: str) -> list[str]:
 
 def write_results(folder: Path, results: list[dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    columns = [k for k in results[0] if k not in ("prompts", "samples")]
+    columns = [k for k in dict.fromkeys(itertools.chain(*results)) if k not in ("prompts", "samples")]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -232,7 +274,7 @@ def write_results(folder: Path, results: list[dict]) -> None:
 
 def main() -> None:
     check_choice("split", split, ("val", "train"))
-    check_bounds(globals(), at_least_0="eval_tokens stride block_size num_samples top_k temperature")
+    check_bounds(globals(), at_least_0="eval_tokens stride block_size num_samples top_k temperature limit")
     check_bounds(globals(), at_least_1="batch_size max_new_tokens")
     target = pick_device(device)
     amp_dtype = torch.float32 if quantize or (dtype == "auto" and target.type != "cuda") else pick_dtype(dtype, target)
@@ -245,7 +287,9 @@ def main() -> None:
     for name in names:
         for result in evaluate(name, target, partial(autocast, target, amp_dtype)):
             results.append(result)
-            print(f"{result['path']}: loss {result['loss']:.4f} on {result['tokens']:,} tokens of {result['dataset']}")
+            if "loss" in result:
+                on = f"{result['tokens']:,} tokens of {result['dataset']}"
+                print(f"{result['path']}: loss {result['loss']:.4f} on {on}")
             write_results(folder, results)
     last = results[-1]
     for prompt, text in last.get("prompts", {}).items():
@@ -253,7 +297,7 @@ def main() -> None:
     if last.get("samples"):
         print(f"\n> a sample\n{last['samples'][0]}")
     print(f"\n{table(results)}")
-    if num_samples and last["kl_unigram_of_the_corpus"] is not None:
+    if last.get("kl_unigram_of_the_corpus") is not None:
         unigram, bigram = last["kl_unigram_of_the_corpus"], last["kl_bigram_of_the_corpus"]
         print(f"KL of an equally long piece of the corpus: {unigram:.3f}, {bigram:.3f}")
     print(f"{folder}/evaluation_results.csv, evaluation_results.json")
@@ -261,5 +305,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     with short_errors(), explain_memory("--batch_size, --block_size or --num_samples"):
-        configure(globals())
+        configure(globals(), aliases={"task": "tasks"})
         main()

@@ -3,6 +3,8 @@
     python export.py                                  the newest run under out/, to export/ inside it
     python export.py --out_dir=out/mine --output_dir=mine-gpt
     python export.py --output_format=torch            one file of weights, arguments and tokenizer, without the optimizer
+    python export.py --llama_cpp=llama.cpp            also model.gguf, by the converter of llama.cpp's folder
+    python export.py --push=owner/name                also to the Hugging Face hub (log in with `hf auth login`)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model, tokenizer = AutoModelForCausalLM.from_pretrained("mine-gpt"), AutoTokenizer.from_pretrained("mine-gpt")
@@ -14,13 +16,17 @@ A model becomes the class of transformers that computes the same, with no code o
     rmsnorm, rope, relu2                  Arcee; with qk_norm Apertus
 
 A key that no class can express is refused by name.
-Writes config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json and README.md.
+Writes config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json and README.md; of a chat
+model also its chat template and a Modelfile, with which Ollama runs model.gguf.
 """
 
 import contextlib
 import json
 import os
+import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from common.chat import render, template_of
@@ -30,8 +36,8 @@ from common.logger import perplexity
 from common.lora import merge_lora
 from common.pretrained import is_pretrained, to_hugging_face
 from common.runtime import DTYPES
-from common.tokenizer import Tokenizer
-from configurator import UserError, check_choice, configure, short_errors
+from common.tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer
+from configurator import UserError, check_choice, configure, first_line, short_errors
 from model import GPT, GPTConfig
 
 out_dir = ""  # the run's folder; empty: the newest run
@@ -39,6 +45,8 @@ init_from = "resume"  # resume: from out_dir | a checkpoint | a Hugging Face fol
 output_dir = ""  # folder to write; empty: export/ in the run's folder
 output_format = "hf"  # hf: for transformers | torch: model.pt, which these scripts load
 dtype = "float32"  # of the weights: float32 | bfloat16 | float16
+llama_cpp = ""  # llama.cpp's folder, or its convert_hf_to_gguf.py: also write model.gguf
+push = ""  # owner/name: also upload the folder to the hub, to a new private repository or over the one there is
 overwrite = False  # replace an earlier export in the folder
 data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their dataset
 
@@ -177,6 +185,60 @@ def replaced_files(folder: Path, names: list[str]):
         (folder / name).unlink(missing_ok=True)
 
 
+def write_gguf(folder: Path, tokenizer: Tokenizer) -> None:
+    """Convert the exported folder by llama.cpp's own script, to what llama.cpp and Ollama run. Raises UserError if it fails."""
+    script = Path(llama_cpp)
+    script = (script / "convert_hf_to_gguf.py" if script.is_dir() else script).resolve()
+    # The converter knows the vocabularies of known models by a hash. A vocabulary of ours is split as GPT-2's is.
+    code = "import importlib, sys; sys.path.insert(0, sys.argv[1]); module = importlib.import_module(sys.argv[2])\n"
+    if isinstance(tokenizer, BPETokenizer):
+        code += "for c in module.ModelBase.__subclasses__():\n    c.get_vocab_base_pre = lambda *_: 'gpt-2'\n"
+    code += "sys.argv = sys.argv[2:]; module.main()"
+    part = folder / f"{GGUF}.part"
+    outtype = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
+    options = [str(folder), "--outfile", str(part), "--outtype", outtype]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(script.parent), script.stem, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode or not part.exists():
+        part.unlink(missing_ok=True)
+        reason = (done.stderr.strip() or "it wrote no file").splitlines()[-1]
+        raise UserError(f"--llama_cpp={llama_cpp}: {script.name} failed: {reason}")
+    os.replace(part, folder / GGUF)
+    print(f"{folder / GGUF}: {(folder / GGUF).stat().st_size / 2**20:,.1f} MiB")
+
+
+def check_gguf(tokenizer: Tokenizer) -> None:
+    """Raise UserError for what llama.cpp cannot run, before anything is written."""
+    script = Path(llama_cpp) / "convert_hf_to_gguf.py" if Path(llama_cpp).is_dir() else Path(llama_cpp)
+    if not script.is_file():
+        raise UserError(f"--llama_cpp={llama_cpp}: there is no convert_hf_to_gguf.py")
+    if not isinstance(tokenizer, BPETokenizer | PretrainedTokenizer):
+        raise UserError(f"--llama_cpp={llama_cpp}: llama.cpp has no vocabulary of single characters or numbers")
+    if isinstance(tokenizer, BPETokenizer) and not tokenizer.is_merged():
+        raise UserError(
+            f"--llama_cpp={llama_cpp}: llama.cpp cannot use a vocabulary of whole words; prepare with --tokenizer=bpe"
+        )
+
+
+def push_to_hub(folder: Path) -> None:
+    """Upload the folder. Raises UserError if the hub refuses."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UserError("--push needs the huggingface_hub package: pip install -e '.[hf]'") from None
+    try:
+        api = HfApi()
+        api.create_repo(push, private=True, exist_ok=True)
+        result = api.upload_folder(repo_id=push, folder_path=folder, allow_patterns=sorted(FILES - {"model.pt"}))
+    except Exception as e:  # of the connection, of the hub
+        raise UserError(f"--push={push}: {first_line(e)}; the export is complete in {folder}") from None
+    print(f"pushed to {getattr(result, 'commit_url', '') or push}")
+
+
 def export_torch(model: GPT, checkpoint: dict, tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {n: t.to(DTYPES[dtype]) for n, t in model.state_dict().items()}
@@ -202,12 +264,22 @@ def main() -> None:
         names = {p.name.removesuffix(".part").removesuffix(".old") for p in folder.iterdir()}
         if foreign := sorted(names - FILES):
             raise UserError(f"{folder} holds {foreign[0]}, which is not part of an export: choose another --output_dir")
+    if push and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
+        raise UserError(f"--push={push}: an id on the hub is owner/name")
+    if output_format == "torch" and (push or llama_cpp):
+        raise UserError(f"--output_format=torch: {'--push' if push else '--llama_cpp'} needs the format hf")
+    if llama_cpp:
+        check_gguf(tokenizer)
     if output_format == "torch":
         return export_torch(model, checkpoint, tokenizer, folder)
     results = {} if is_pretrained(name) else read_json(run / "results.json")
     if results.get("total_steps") != checkpoint.get("step"):  # best.pt is from before the run's end
         results = {key: results[key] for key in ("device", "versions", "git_commit") if key in results}
     export_hugging_face(model, checkpoint, tokenizer, folder, results)
+    if llama_cpp:
+        write_gguf(folder, tokenizer)
+    if push:
+        push_to_hub(folder)
 
 
 if __name__ == "__main__":

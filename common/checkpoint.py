@@ -404,7 +404,7 @@ RUNTIME_FIELDS = {"dropout", "attn", "activation_checkpointing"}  # of GPTConfig
 
 
 def build_model_to_train(checkpoint: dict, dataset: Dataset, keys: dict) -> GPT:
-    """The checkpoint's model with the runtime fields of the keys, and a context cut to --block_size.
+    """The checkpoint's model with the runtime fields of the keys, and a context cut to --block_size, or stretched by --rope_scaling.
 
     Raises UserError where its vocabulary is not the dataset's, or its context is too short.
     """
@@ -420,9 +420,16 @@ def build_model_to_train(checkpoint: dict, dataset: Dataset, keys: dict) -> GPT:
             f"--init_from={keys['init_from']}: trained with a vocabulary of {args['vocab_size']:,} ids, the dataset "
             f"{dataset.name} has another, of {dataset.vocab_size:,}: choose the --dataset it was trained on"
         )
-    T = keys["block_size"]
+    T, trained = keys["block_size"], args["block_size"]
+    if keys["rope_scaling"] != "none" and args.get("rope_scaling", "none") == "none":
+        if args.get("pos") != "rope":
+            raise UserError(f"--rope_scaling={keys['rope_scaling']}: the model to start from has no rotary positions")
+        args |= {key: keys[key] for key in ("rope_scaling", "rope_factor", "rope_low", "rope_high")}
+        args |= {"rope_original": keys["rope_original"] or trained, "block_size": round(trained * keys["rope_factor"])}
     if T > args["block_size"]:
-        raise UserError(f"--block_size={T} is more than the checkpoint's context of {args['block_size']}")
+        longer = f"--rope_scaling=yarn --rope_factor={-(-T // trained)} stretches it"
+        advice = f"; {longer}" if args.get("pos") == "rope" and args.get("rope_scaling", "none") == "none" else ""
+        raise UserError(f"--block_size={T} is more than the checkpoint's context of {args['block_size']}{advice}")
     if T < args["block_size"]:
         args["block_size"] = T
         weights = checkpoint["model"]

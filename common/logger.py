@@ -270,9 +270,10 @@ class Logger:
         print(f"val loss {val_loss:.4f} after {state.tokens:,} tokens in {total_seconds:.0f} s. {folder}/ has {files}")
         start = shlex.quote(config["sample_prompt"].split("\n")[0] or " ".join(text.split()[:3])[:40])
         run = shlex.quote(str(folder))
-        print(
-            f"Try next:\n  python sample.py --out_dir={run} --start={start}\n  python sample.py --out_dir={run} --chat"
-        )
+        print("Try next:")
+        if not self.tokenizer_dict.get("chat_template"):
+            print(f"  python sample.py --out_dir={run} --start={start}")
+        print(f"  python sample.py --out_dir={run} --chat")
         print("  python prepare_text.py --inputs=my.txt --dataset=mine --tokenizer=char      (train on your own text)")
 
     def upload(self, name: str, state) -> None:

@@ -75,6 +75,8 @@ def conversation(rng: random.Random) -> Messages:
             passage = rng.choice(passages)
             passage = passage[: rng.randint(1, len(passage))]
             pairs = [tuple(rng.choice(variants).format(**drawn) for variants in exchange) for exchange in passage]
+            if rng.random() < 0.2:  # as people type
+                pairs = [(question.lower().rstrip(".?!"), reply) for question, reply in pairs]
         for question, reply in pairs:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     return messages

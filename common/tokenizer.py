@@ -183,6 +183,13 @@ class BPETokenizer(Tokenizer):
             return np.array([i for text in texts for i in (self.eot, *self.encode(text))], np.uint32)
         return self.encoding.encode_to_numpy(EOT + EOT.join(texts), allowed_special="all")
 
+    def is_merged(self) -> bool:
+        """Whether every token is one byte or the sum of two others: not so with a vocabulary of whole words."""
+        return all(
+            len(t) == 1 or any(t[:n] in self.ranks and t[n:] in self.ranks for n in range(1, len(t)))
+            for t in self.tokens
+        )
+
     def token_bytes(self, i: int) -> bytes:
         return self.tokens[i] if i < self.eot else [EOT, *self.special_tokens][i - self.eot].encode()
 

@@ -4,11 +4,11 @@
 # hundredth of the weights. The conversations have to be in the model's own vocabulary; for a run of yours it is that of the
 # dataset it was trained on: prepare_text.py --source=chat --tokenizer=data/mine.
 #
-#     python prepare_text.py --source=chat --tokenizer=HuggingFaceTB/SmolLM2-135M
+#     python prepare_text.py --source=chat --dataset=chat_smollm2 --tokenizer=HuggingFaceTB/SmolLM2-135M
 #     python train.py config/finetune_chat.py
 #     python sample.py --out_dir=out/finetune_chat --chat
 out_dir = "out/finetune_chat"
-dataset = "chat"
+dataset = "chat_smollm2"
 init_from = "HuggingFaceTB/SmolLM2-135M"
 
 # The size of SmolLM2, which --dry_run shows without downloading it; a run takes the size of what it starts from.

@@ -28,19 +28,23 @@ SMALL = (
 
 
 class Script:
-    """A running script of the repository, forked from a process that has imported torch already (warm.py)."""
+    """A running script of the repository, forked from a process that has imported torch already (warm.py).
 
-    server = None
+    root: a copy of the repository to run instead, with its own tests/warm.py.
+    """
 
-    def __init__(self, *argv, cwd, env=None, limits=None, stdin="", terminal=None, out=None):
-        if Script.server is None or Script.server.poll() is not None:
-            Script.server = subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    servers: dict[Path, subprocess.Popen] = {}
+
+    def __init__(self, *argv, cwd, env=None, limits=None, stdin="", terminal=None, out=None, root=ROOT):
+        self.root = root
+        if root not in Script.servers or Script.servers[root].poll() is not None:
+            Script.servers[root] = subprocess.Popen(
+                [sys.executable, str(root / "tests" / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
             )  # fmt: skip
         self.files = [tempfile.NamedTemporaryFile("r", encoding="utf-8", newline="") for _ in range(2)]
         full = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUTF8": "1", **(env or {})}
-        request = dict(argv=[str(ROOT / argv[0]), *map(str, argv[1:])], cwd=str(cwd), env=full, limits=limits or {})
+        request = dict(argv=[str(root / argv[0]), *map(str, argv[1:])], cwd=str(cwd), env=full, limits=limits or {})
         self.input = tempfile.NamedTemporaryFile("w", encoding="utf-8")
         self.input.write(stdin)
         self.input.flush()
@@ -49,11 +53,11 @@ class Script:
         self.pid = self.ask(request | dict(zip(("in", "out", "err"), names)))
         self.returncode = None
 
-    @staticmethod
-    def ask(request: dict) -> int:
-        Script.server.stdin.write(json.dumps(request) + "\n")
-        Script.server.stdin.flush()
-        return int(Script.server.stdout.readline())
+    def ask(self, request: dict) -> int:
+        server = Script.servers[self.root]
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
 
     @property
     def stdout(self) -> str:

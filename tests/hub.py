@@ -1,5 +1,6 @@
 """A small Hugging Face hub on 127.0.0.1, for its real clients."""
 
+import base64
 import hashlib
 import http.server
 import io
@@ -13,7 +14,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     server.repos: {id: {path: bytes}}; a path that starts with @ is on the parquet branch.
     server.faults: faults of the next files sent, each used once; "cut" sends half of the file.
-    server.ranges counts the range requests.
+    server.ranges counts the range requests. Uploads go to server.repos too; server.refuses: the code that answers them.
     """
 
     protocol_version = "HTTP/1.1"
@@ -45,8 +46,41 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 
     def do_POST(self):
-        self.body = self.rfile.read(int(self.headers["Content-Length"]))
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            self.body = b""
+            while size := int(self.rfile.readline(), 16):
+                self.body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            self.body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0]
+        if path == "/api/repos/create" or "/preupload/" in path or "/commit/" in path or path == "/api/validate-yaml":
+            return self.upload(path)
         self.do_GET()
+
+    def upload(self, path):
+        if self.server.refuses:
+            return self.answer({"error": "You are not allowed to do this"}, self.server.refuses)
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            wanted = json.loads(self.body)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            self.server.repos.setdefault(name, {"README.md": b"new"})
+            return self.answer({"url": f"http://{self.headers['Host']}/{name}"})
+        repo = "/".join(path.split("/")[3:5])
+        if "/preupload/" in path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for f in json.loads(self.body)["files"]
+            ]
+            return self.answer({"files": files})
+        for entry in map(json.loads, self.body.splitlines()):
+            if entry["key"] == "file":
+                self.server.repos[repo][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        url = f"http://{self.headers['Host']}/{repo}/commit/{'3' * 40}"
+        self.answer({"success": True, "commitOid": "3" * 40, "commitUrl": url, "hookOutput": ""})
 
     do_HEAD = do_GET
 
@@ -101,6 +135,6 @@ def parquet(rows: list[dict]) -> bytes:
 def start_hub(repos: dict[str, dict[str, bytes]]) -> tuple[http.server.ThreadingHTTPServer, dict[str, str]]:
     """Start a hub; returns the server and the environment variables that direct Hugging Face's clients to it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.faults, server.ranges = repos, [], 0
+    server.repos, server.faults, server.ranges, server.refuses = repos, [], 0, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import set_gpt2_vocabulary  # noqa: E402
 from hub import parquet, start_hub  # noqa: E402
 from test_corpora import CONFIGS, ROWS, corpora  # noqa: E402
+from test_harness import TASKS  # noqa: E402
 from test_pretrained import save_gpt2, save_gpt2_tokenizer, save_llama  # noqa: E402
 
 TRAIN = "--max_iters=30 --eval_interval=15 --eval_iters=1 --warmup_iters=2 --final_eval_tokens=4096 --sample_interval=0"
@@ -36,6 +37,7 @@ INSTEAD = {  # replaces what this machine lacks
     "--source=shakespeare": "--inputs=tinyshakespeare.txt --dataset=shakespeare",
     "--nproc_per_node=8": "--nproc_per_node=2",
     "-d cuda": "-d cpu",
+    "--tasks=arc_easy,lambada_openai": "--tasks=choices --tasks_dir=tasks",
 }
 
 
@@ -55,6 +57,17 @@ def lay_out() -> None:
         (copy / "corpus" / f"{n}.parquet").write_bytes(parquet(ROWS[100 * n : 100 * n + 100]))
     question = {"ind": 1, "ctx_a": "A man", "ctx_b": "he", "ctx": "A man he", "activity_label": "Work", "label": 0}
     lines = (json.dumps({**question, "endings": [f"does {n}.", "sleeps.", "runs.", "eats."]}) for n in range(10042))
+    talk = (
+        '{"messages": [{"role": "user", "content": "Is %d even?"}, {"role": "assistant", "content": "Yes, %d is."}]}\n'
+    )
+    (copy / "chats.jsonl").write_text("".join(talk % (n, n) for n in range(0, 400, 2)))
+    (copy / "tasks").mkdir()
+    rows = "".join(
+        json.dumps({"question": f"{n} men", "choices": ["went", "sat"], "label": 0}) + "\n" for n in range(9)
+    )
+    (copy / "tasks" / "rows.jsonl").write_text(rows)
+    data = f"task: choices\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {copy}/tasks/rows.jsonl\ntest_split: test\n"
+    (copy / "tasks" / "choices.yaml").write_text(data + TASKS["choices"])
     (copy / "data" / "hellaswag").mkdir(parents=True)
     (copy / "data" / "hellaswag" / "hellaswag_val.jsonl").write_text("\n".join(lines))
 
@@ -68,6 +81,13 @@ def hub_of(vocabulary: Path) -> dict[str, dict[str, bytes]]:
         save(folder, vocab_size=50257, **sizes)
         save_gpt2_tokenizer(folder, vocabulary)
         repos[name] = {p.name: p.read_bytes() for p in folder.iterdir()}
+    chat = {
+        "eos_token": "<|endoftext|>",
+        "chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    }
+    repos["HuggingFaceTB/SmolLM2-135M-Instruct"] = repos["HuggingFaceTB/SmolLM2-135M"] | {
+        "tokenizer_config.json": json.dumps(chat).encode()
+    }
     rows = parquet([{"content": row["text"]} for row in ROWS[:300]])
     repos["owner/name"] = {
         "README.md": CONFIGS.format("config").encode(), "config/train-0.parquet": rows, "config/validation-0.parquet": rows,

@@ -314,6 +314,9 @@ def test_conversations_and_text_mix_and_the_model_chats(run, chats):
     assert [m["role"] for m in saved] == ["user", "assistant"] and saved[0]["content"] == "What is 5?"
     run("prepare_text.py", "--inputs=talk.jsonl,chats.jsonl", "--dataset=more", "--tokenizer=data/chats")
     run("export.py")
+    talk = ("--chat", "--temperature=0", "--max_new_tokens=30")
+    answers = [run("sample.py", f"--init_from={m}", *talk, stdin="What is 5?\n") for m in ("out/export", "out/best.pt")]
+    assert "answers in turns" in answers[0] and answers[0] == answers[1]
     theirs = transformers.AutoTokenizer.from_pretrained(chats / "out" / "export")
     prompt = theirs.apply_chat_template(saved[:1], add_generation_prompt=True, return_dict=False)
     assert prompt == chat.chat_prompt(tokenizer_from_dict(checkpoint["tokenizer"]), [], "What is 5?", 96, True)[0]
@@ -372,5 +375,5 @@ def test_synthetic_sums_are_right_and_the_held_out_ones_are_never_asked():
                 assert int(result) == (int(a) + int(b) if op == "+" else int(a) - int(b))
                 assert a in question["content"] and b in question["content"]
                 sums += 1
-    assert sums > 1500 and not asked & held_out.keys() and any("name" in q for q in asked)
+    assert sums > 1500 and not asked & held_out.keys() and "how are you" in asked
     assert not any("{" in m["content"] for messages in talks for m in messages)

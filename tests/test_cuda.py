@@ -11,9 +11,9 @@ from conftest import SMALL
 import train
 from common.inference import DecodeStep, beam_search
 from common.runtime import StepMonitor
+from common.scoring import Question, ending_losses
 from common.shards import load_dataset
 from common.windows import TrainingWindows
-from eval_hellaswag import Question, ending_losses
 from model import GPT, GPTConfig
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: no NVIDIA GPU here")]
@@ -46,10 +46,10 @@ def test_hellaswag_losses_equal_the_cpus():
     for heads in (4, 2):
         options = dict(block_size=64, vocab_size=101, n_layer=2, n_head=4, n_embd=64, pos="rope", n_kv_head=heads)
         model = GPT(GPTConfig(**options)).eval()
-        expected = {i: row for indices, rows in ending_losses(model, questions) for i, row in zip(indices, rows)}
+        expected = {i: row for indices, rows, _ in ending_losses(model, questions) for i, row in zip(indices, rows)}
         for dtype, tolerance in ((torch.float32, 1e-2), (torch.bfloat16, 0.3)):
             model.to("cuda", dtype)
-            for indices, rows in ending_losses(model, questions):
+            for indices, rows, _ in ending_losses(model, questions):
                 for i, row in zip(indices, rows):
                     assert row == pytest.approx(expected[i], abs=tolerance), (heads, dtype)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL, TEXT, call
+from hub import start_hub
 from test_configs import CONFIGS
 from test_pretrained import save_llama
 from test_tokenizer import foreign_tokenizer
@@ -230,6 +231,56 @@ def test_a_runs_folder_is_never_overwritten_by_an_export(run, refused, chars):
     (chars / "other" / "ckpt.pt").write_text("somebody's")
     assert "holds ckpt.pt" in refused("export.py", "--output_dir=other", "--overwrite=True")
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_an_export_is_pushed_to_the_hub_and_read_back_from_there(run, refused, book):
+    server, environment = start_hub({})
+    env = {**environment, "HF_HOME": str(book / "hf"), "HF_TOKEN": "hf_test"}
+    run("train.py", *SMALL, "--dataset=book", *LLAMA)
+    printed = run("export.py", "--push=somebody/book", env=env)
+    assert "pushed to http" in printed and f"somebody/book/commit/{'3' * 40}" in printed
+    files = server.repos["somebody/book"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files.keys()
+    assert files["model.safetensors"] == (book / "out" / "export" / "model.safetensors").read_bytes()
+    options = ("--start=line", "--temperature=0", "--max_new_tokens=10")
+    assert run("sample.py", "--init_from=somebody/book", *options, env=env) == run("sample.py", *options)
+    server.refuses = 403
+    message = refused("export.py", "--push=somebody/book", "--overwrite=True", env=env)
+    assert "--push=somebody/book: " in message and "the export is complete in out/export" in message
+    assert "an id on the hub is owner/name" in refused("export.py", "--push=book", "--overwrite=True")
+    server.shutdown()
+
+
+CONVERTER = """import argparse, json, pathlib
+class ModelBase:
+    pass
+class TextModel(ModelBase):
+    def get_vocab_base_pre(self, tokenizer):
+        raise NotImplementedError("BPE pre-tokenizer was not recognized")
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model"); parser.add_argument("--outfile"); parser.add_argument("--outtype")
+    found = parser.parse_args()
+    pathlib.Path(found.outfile).write_text(TextModel().get_vocab_base_pre(None) + found.outtype)
+"""
+
+
+def test_llama_cpps_converter_is_run_on_the_export(run, refused, book):
+    (book / "llama.cpp").mkdir()
+    (book / "llama.cpp" / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    run("train.py", *SMALL, "--dataset=book", *LLAMA)
+    assert "model.gguf: " in run("export.py", "--llama_cpp=llama.cpp")
+    assert (book / "out" / "export" / "model.gguf").read_text() == "gpt-2f32"
+    (book / "llama.cpp" / "convert_hf_to_gguf.py").write_text(
+        CONVERTER.replace("def main():", "def main():\n    1 / 0")
+    )
+    message = refused("export.py", "--llama_cpp=llama.cpp", "--overwrite=True")
+    assert "convert_hf_to_gguf.py failed: ZeroDivisionError" in message and not list(book.rglob("*.part"))
+    assert "there is no convert_hf_to_gguf.py" in refused("export.py", "--llama_cpp=gone", "--overwrite=True")
+    run("prepare_text.py", "--inputs=book.txt", "--dataset=letters", "--tokenizer=char")
+    run("train.py", *SMALL, "--dataset=letters", *LLAMA, "--out_dir=letters")
+    message = refused("export.py", "--out_dir=letters", "--llama_cpp=llama.cpp")
+    assert "no vocabulary of single characters" in message and not (book / "letters" / "export").exists()
 
 
 def export_files(folder) -> dict[str, bytes]:

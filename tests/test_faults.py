@@ -35,7 +35,6 @@ OFTEN = (
     f"--dataset=chars --max_iters={STEPS} --eval_interval=5 --checkpoint_interval=3 --sample_interval=12 --keep_checkpoints=2"
 ).split()
 SETTINGS = [
-    "--dropout=0.1",
     "--dtype=bfloat16 --dropout=0.2 --gradient_accumulation_steps=2",
     "--dtype=float16 --learning_rate=1e-2",
     "--optimizer=muon --schedule=wsd --norm=rmsnorm --mlp=swiglu --pos=rope",

@@ -63,7 +63,7 @@ def test_shared_contexts_and_batches_give_the_losses_of_one_ending_at_a_time(opt
         expected = [plain_losses(model, q) for q in questions]
     for batch_size in (1, 3, 16):
         found = np.zeros((30, 4))
-        for indices, losses in eval_hellaswag.ending_losses(model, questions, batch_size):
+        for indices, losses, _ in eval_hellaswag.ending_losses(model, questions, batch_size):
             found[indices] = losses
         assert found == pytest.approx(np.array(expected), abs=2e-3, rel=1e-4)
 

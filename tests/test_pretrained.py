@@ -114,6 +114,28 @@ def test_llamas_relatives_are_read_and_written_with_transformers_logits(kind, ch
         torch.testing.assert_close(again(idx).logits, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("scaling", ["linear", "llama3", "yarn"])
+def test_the_context_of_an_own_model_is_stretched_and_its_export_says_so(scaling, run, refused, chars):
+    keys = [*SMALL, "--dataset=chars", "--pos=rope", "--norm=rmsnorm", "--mlp=swiglu"]
+    run("train.py", *keys, "--out_dir=short")
+    longer = [*keys, "--init_from=short", "--block_size=64"]
+    assert "--rope_scaling=yarn --rope_factor=2 stretches it" in refused("train.py", *longer)
+    longer += [f"--rope_scaling={scaling}", "--rope_factor=2", "--max_iters=4"]
+    run("train.py", *longer, "--out_dir=long")
+    run("train.py", *longer[:-1], "--out_dir=long", "--max_iters=6", "--resume")
+    ours, checkpoint = load_model(chars / "long")
+    assert (ours.config.block_size, ours.config.rope_original, checkpoint["step"]) == (64, 32, 6)
+    run("export.py", "--out_dir=long")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(chars / "long" / "export").eval()
+    assert theirs.config.rope_parameters["rope_type"] == scaling
+    idx = torch.randint(0, 30, (2, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+    run("train.py", *SMALL, "--dataset=chars", "--out_dir=learned")
+    stretched = [*SMALL, "--dataset=chars", "--init_from=learned", "--pos=rope", f"--rope_scaling={scaling}"]
+    assert "has no rotary positions" in refused("train.py", *stretched)
+
+
 def test_an_xielu_that_is_not_relu_squared_is_refused(tmp_path):
     theirs = save_relative(tmp_path / "m", "apertus")
     theirs.model.layers[1].mlp.act_fn.beta.fill_(0.5)

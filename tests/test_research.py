@@ -57,9 +57,9 @@ def read_jsonl(folder: Path) -> list[dict]:
 def test_every_key_of_an_arm_reaches_its_run_and_nothing_else_changes(chars):
     """Overrides that never reach the run, the seed above all, make every comparison meaningless."""
     arms = {
-        "base": {}, "norm": {"norm": "rmsnorm"}, "mlp": {"mlp": "swiglu"}, "pos": {"pos": "rope"}, "attn": {"attn": "manual"},
-        "optimizer": {"optimizer": "muon", "learning_rate": 0.02}, "width": {"n_embd": 32}, "depth": {"n_layer": 2},
-        "context": {"block_size": 8}, "data": {"data_fraction": 0.5}, "batch": {"batch_size": 2}, "dropout": {"dropout": 0.5},
+        "base": {}, "attn": {"attn": "manual"}, "block": {"norm": "rmsnorm", "mlp": "swiglu", "pos": "rope", "dropout": 0.5},
+        "optimizer": {"optimizer": "muon", "learning_rate": 0.02}, "width": {"n_embd": 32, "n_layer": 2},
+        "data": {"block_size": 8, "data_fraction": 0.5, "batch_size": 2},
     }  # fmt: skip
     run_research("sweep.py", write_study(chars, arms=arms, seeds=[5]), "--max_parallel=2", cwd=chars)
     rows = {r["arm"]: r for r in read_jsonl(chars / "out" / "study")}
@@ -68,7 +68,7 @@ def test_every_key_of_an_arm_reaches_its_run_and_nothing_else_changes(chars):
     for arm, keys in arms.items():
         config, base = configs[arm], configs["base"]
         assert config["seed"] == 5 and {k: config[k] for k in keys} == keys
-        derived = {"mlp_hidden"} if arm in ("width", "mlp") else set()
+        derived = {"mlp_hidden"} if arm in ("width", "block") else set()
         assert {k for k in config if config[k] != base[k]} <= {"out_dir", *keys} | derived
         if arm not in ("base", "attn"):
             assert rows[arm]["final_val_loss"] != rows["base"]["final_val_loss"]
