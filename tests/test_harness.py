@@ -45,10 +45,10 @@ def folder(tmp_path_factory):
     rows = []
     for n in range(24):
         line = rng.choice(lines)
-        cut = rng.randrange(8, 30)
+        cut = rng.randrange(8, 30) if n % 2 else line.index("brown")
         rows.append({
             "question": line[:cut].rstrip() + (" " if n % 5 == 0 else ""), "text": " ".join(rng.sample(lines, 1 + n % 4)),
-            "choices": [line[cut:].strip() or "x", "lazy dogs", "jumps over it and over it", "9"], "label": rng.randrange(4),
+            "choices": [line[cut:].strip() if n % 2 else "brown fox jumps", "lazy dogs", "jumps over it and over it", "9"], "label": rng.randrange(4),
         })  # fmt: skip
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, body in TASKS.items():
