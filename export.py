@@ -118,6 +118,7 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
     if is_chat:
         reader["chat_template"] = template_of(tokenizer)
     config |= {"vocab_size": vocab_size, "torch_dtype": dtype, "eos_token_id": tokenizer.eot, "bos_token_id": None}
+    config["pad_token_id"] = None  # some classes have a default, which would freeze that row in training
     if tokenizer.eot is not None:
         eot = tokenizer.token_bytes(tokenizer.eot).decode()
         stops = list(tokenizer.stops) if len(tokenizer.stops) > 1 else tokenizer.eot

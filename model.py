@@ -84,6 +84,11 @@ class GPTConfig:
             if self.rope_factor < 1 or not 0 < self.rope_low < self.rope_high and self.rope_scaling != "linear":
                 lows = f"--rope_low={self.rope_low} must be above 0 and below --rope_high={self.rope_high}"
                 raise ValueError(f"--rope_factor={self.rope_factor} must be at least 1, {lows}")
+        elif (self.rope_factor, self.rope_original, self.rope_low, self.rope_high) != (1, 0, 1, 0):
+            raise ValueError(
+                f"--rope_factor={self.rope_factor}: it needs --rope_scaling, and so do rope_original, rope_low, rope_high"
+            )
+        self.qkv_bias = self.qkv_bias and not self.bias
         if self.qk_norm_weight and not self.qk_norm:
             raise ValueError("--qk_norm_weight=True needs --qk_norm=True")
         if self.lora_rank < 0 or self.lora_alpha <= 0:

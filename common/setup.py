@@ -17,6 +17,7 @@ from common.runtime import (
     all_reduce,
     flops_per_token,
     init_distributed,
+    is_master,
     is_out_of_memory,
     pick_dtype,
     pick_local_device,
@@ -136,6 +137,9 @@ def make_windows(keys: dict, datasets: list) -> TrainingWindows | PackedRows | M
     for dataset, _ in datasets:
         validation_windows(dataset.val, T)
     parts = [training_windows(dataset, T, seed, fraction) for dataset, _ in datasets]
+    for (dataset, _), part in zip(datasets, parts):
+        if (left_out := getattr(part, "left_out", 0)) and is_master():
+            print(f"{dataset.name}: {left_out:,} conversations do not fit --block_size={T} and are left out")
     return parts[0] if len(parts) == 1 else MixedWindows(parts, [weight for _, weight in datasets], seed)
 
 

@@ -240,6 +240,11 @@ def check_ids(shard: Shard, ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return ids
 
 
+@lru_cache(8)
+def packed_once(shards: tuple[Shard, ...], block_size: int) -> PackedRows:
+    return PackedRows(list(shards), block_size)
+
+
 def training_windows(dataset, block_size: int, seed: int = 1337, fraction: float = 1.0) -> TrainingWindows | PackedRows:
     """The training sequences of a Dataset."""
     kind = PackedRows if dataset.is_masked else TrainingWindows
@@ -252,7 +257,7 @@ def validation_windows(shards: list[Shard], block_size: int, limit: int = 0) -> 
     Of plain text non-overlapping windows as (shard, start offset), of conversations (PackedRows, row).
     """
     if shards and shards[0].mask:
-        rows = PackedRows(shards, block_size)
+        rows = packed_once(tuple(shards), block_size)
         windows = [(rows, n) for n in range(len(rows.rows))]
     else:
         windows = [(s, start) for s in split_shards(shards) for start in range(0, s.tokens - block_size, block_size)]

@@ -185,6 +185,9 @@ def test_a_long_conversation_loses_its_first_exchanges_and_one_that_never_fits_i
         found[found.index("What is 19?") - 300 :],
     )
     assert "What is 19?" in found and "What is 0?" not in found and kept
+    printed = run("train.py", *SMALL, "--dataset=chats", "--block_size=150", "--max_iters=2")
+    words = "chats: 1 conversations do not fit --block_size=150 and are left out"
+    assert (words in printed) == (PackedRows(dataset.train, 150).left_out == 1)
     with pytest.raises(UserError, match="no conversation fits 5 tokens: raise --block_size"):
         PackedRows(dataset.train, 4)
 

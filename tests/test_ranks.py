@@ -186,18 +186,18 @@ def test_a_rank_that_dies_ends_the_job_with_its_error(chars):
 
 
 def test_torchrun_restarts_continue_from_the_last_checkpoint(chars):
-    keys = [*JOB, "--max_iters=300", "--eval_interval=50"]
+    keys = [*JOB, "--max_iters=150", "--eval_interval=50"]
     done = two_ranks(*keys, "--out_dir=whole", cwds=(chars, chars))
     assert all(d.returncode == 0 for d in done)
     # A checkpoint of another job is there: the new one must put it aside, and go on with its own alone.
     assert call("train.py", *JOB, "--max_iters=4", "--out_dir=parts", cwd=chars).returncode == 0
     options = ("--standalone", "--nproc_per_node=2", "--max-restarts=2")
     with torchrun(*keys, "--out_dir=parts", cwd=chars, options=options) as job:
-        for step in (20, 100):
+        for step in (20, 70):
             wait_for(
                 lambda step=step: (chars / "parts" / "previous-1").exists() and logged(chars / "parts") > step, job
             )
-            kill(worker_of_rank(job, int(step == 100)))
+            kill(worker_of_rank(job, int(step == 70)))
             wait_for(lambda: worker_of_rank(job, 0) is None, job, 30) if step == 20 else None
         assert job.wait(90) == 0, job.log.read_text()[-3000:]
     assert losses(chars / "parts") == losses(chars / "whole")
