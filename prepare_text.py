@@ -9,7 +9,7 @@
     python prepare_text.py --inputs=chats.jsonl --tokenizer=bpe      your own: {"messages": [{"role": "user", "content": ...}, ...]}
     python prepare_text.py --dataset=mine --preview=2   the first batches of a prepared dataset, as text
 
-A .txt file is one document, or several separated by <|endoftext|>. A .jsonl, .ndjson or .json file has one document per
+A .txt, .md or .rst file is one document, or several separated by <|endoftext|>. A .jsonl, .ndjson or .json file has one document per
 line, or is an array of them. With --tokenizer=ids a line of a .txt file is a document: whole numbers, which are its token ids.
 A single document is cut in two: its end becomes the validation split. Of several documents, a hash chooses those for
 validation, and duplicates are skipped. A bpe tokenizer is trained on the training split only.
@@ -17,7 +17,6 @@ Of conversations a mask says what is learned: what the assistant says. train.py 
 The same command resumes an interrupted run.
 """
 
-import codecs
 import itertools
 import json
 import math
@@ -114,8 +113,9 @@ def json_rows(path: Path) -> Iterator[tuple[int, object]]:
     with open(path, "rb") as f:
         start = next((line.strip() for line in f if line.strip()), b"")
         f.seek(0)
-        is_array = start.startswith(b"[")
+        is_array = start.removeprefix(corpus.UTF8_BOM).startswith(b"[")
         for number, line in enumerate([f.read()] if is_array else f, 1):
+            line = line.removeprefix(corpus.UTF8_BOM) if number == 1 else line
             if not line.strip():
                 continue
             try:
@@ -128,12 +128,12 @@ def json_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def read_blocks(path: Path) -> Iterator[str]:
-    """A text file in blocks of a megabyte. Raises UserError if it is not UTF-8."""
-    with open(path, "rb") as f:
+    """A text file in blocks of a megabyte, with newlines as on Unix. Raises UserError if it is not UTF-8."""
+    with open(path, encoding="utf-8-sig", newline=None) as f:
         try:
-            yield from codecs.iterdecode(iter(lambda: f.read(1 << 20), b""), "utf-8")
+            yield from iter(lambda: f.read(1 << 20), "")
         except UnicodeDecodeError as e:
-            raise corpus.not_utf8(path, e, f.tell()) from None
+            raise corpus.not_utf8(path, e, f.buffer.tell()) from None
 
 
 def is_single_document(files: list[Path]) -> bool:
@@ -324,6 +324,9 @@ def file_documents_by_split(files: list[Path], field: str) -> tuple[dict[str, So
     is_single = tokenizer != "ids" and is_single_document(files)
     first = [] if is_single else list(itertools.islice(file_documents(files, field), 2))
     if not is_single and len(first) != 1:
+        few = list(itertools.islice(file_documents(files, field), 1000))
+        if 1 < len(set(few)) and len(few) < 1000 and not max_docs:
+            return split_few(few), names, False
         return {"all": make_source(lambda: file_documents(files, field), max_docs)}, names, False
 
     if tokenizer == "ids":
@@ -346,6 +349,30 @@ def file_documents_by_split(files: list[Path], field: str) -> tuple[dict[str, So
         return make_source(lambda: split_at_words(slice_text(blocks(), start, stop)))
 
     return {"val": part(cut, size), "train": part(0, cut)}, names, True
+
+
+def split_few(documents: list[str]) -> dict[str, Source]:
+    """Fewer than a thousand documents: those for validation are chosen by their size, so that it is near --val_fraction.
+
+    In an order by hash, each that still fits is taken. If all are too large, the end of the largest is for validation.
+    """
+    documents = list(dict.fromkeys(documents))
+    room = sum(map(len, documents)) * val_fraction
+    parts, left = {"val": [], "train": []}, room
+    for text in sorted(documents, key=lambda text: document_hash(text, seed)):
+        if len(text) <= left * 1.1:
+            parts["val"].append(text)
+            left -= len(text)
+    chosen = set(parts["val"])
+    for text in documents:
+        if text in chosen:
+            continue
+        if left > room / 2 and text == max((t for t in documents if t not in chosen), key=len):
+            cut = text.rfind(" ", 0, max(1, len(text) - round(left))) + 1 or len(text) - round(left)
+            parts["val"].append(text[cut:])
+            text = text[:cut]
+        parts["train"].append(text)
+    return {split: make_source(lambda texts=texts: texts) for split, texts in parts.items()}
 
 
 def val_threshold(read: Source, description: str) -> int:
@@ -398,11 +425,30 @@ def prepare(
             writer.discard()
             advice = "add text, raise --max_docs or --max_tokens, or change --val_fraction"
             raise UserError(f"no text is left for the {split} split: {advice}")
-    writer.finish(description)
+    tokens = writer.finish(description)
     print(writer.summary)
+    warn_if_small(tokens)
     preset = "config/train_chat.py" if is_chat else f"config/quickstart.py --out_dir=out/{folder.name}"
     place = f" --data_dir={shlex.quote(data_dir)}" if data_dir != "data" else ""
     print(f"Train on it: python train.py {preset} --dataset={folder.name}{place}")
+
+
+def warn_if_small(tokens: dict[str, int]) -> None:
+    """Say what will go wrong in training, and what to do about it."""
+    train, val = tokens["train"], tokens["val"]
+    share = val / (train + val)
+    if train < 100_000:
+        print(
+            f"note: {train:,} training tokens are little: a model learns them by heart. A megabyte of text is a start."
+        )
+    if not val_fraction / 3 < share < 3 * val_fraction:
+        print(
+            f"note: validation has {share:.0%} of the tokens, not {val_fraction:.0%}: the documents are too large to choose from"
+        )
+    if val < 300:
+        print(
+            f"note: {val:,} validation tokens do not fill a window of 256: add text, or train with --block_size={max(8, val // 4)}"
+        )
 
 
 def show_batches(name: str) -> None:
@@ -428,10 +474,10 @@ def print_sources() -> None:
 
 
 def prepare_files(folder: Path, paths: str) -> None:
-    files = corpus.find_files("inputs", paths, (".txt", *JSON_SUFFIXES))
-    if parquet := [path for path in files if path.suffix.lower() == ".parquet"]:
-        advice = f"parquet files are read by build_fineweb_shards.py --source={parquet[0]}"
-        raise UserError(f"--inputs={parquet[0]}: {advice}")
+    files = corpus.find_files("inputs", paths, (".txt", ".md", ".rst", "", *JSON_SUFFIXES))
+    for path in files:
+        if kind := corpus.kind_of_binary(path):
+            raise UserError(f"--inputs={path} is {kind}")
     field = text_field or os.environ.get("LOCAL_TEXT_FIELD", "text")
     stamps = [[str(p), p.stat().st_size, p.stat().st_mtime] for p in files]
     if holds_conversations(files):

@@ -403,7 +403,7 @@ def main(config: dict) -> None:
     if hellaswag_interval:
         questions = load_classic(hellaswag_data, data_dir, hellaswag_limit, datasets[0][0].tokenizer, block_size)
     config |= {key: value for key, value in asdict(model.config).items() if key in config}
-    log = logger.Logger(run, config, datasets[0][0].tokenizer, state, resuming) if master else logger.NullLogger()
+    log = logger.Logger(run, config, datasets[0][0], state, resuming) if master else logger.NullLogger()
     saver = checkpoint.CheckpointSaver(run, config, requested, datasets, eval_windows, log.tokenizer_dict)
     gc.collect()
     gc.freeze()  # objects that live for the whole run are never searched for garbage again

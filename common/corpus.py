@@ -290,17 +290,51 @@ def is_up_to_date(folder: Path, arguments: dict, overwrite: bool, name: str = ""
 
 
 def find_files(key: str, paths: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files of a list of files and folders, separated by commas. Raises UserError for a path without any."""
+    """The files of a list of files and folders, separated by commas. Raises UserError for a path without any.
+
+    Of a folder those with the suffixes ("": files without one). What is left out is counted and named.
+    """
     files = []
     for path in map(Path, filter(None, paths.split(","))):
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+            own = (p.relative_to(path).parts for p in path.rglob("*") if p.is_file())
+            every = sorted(path.joinpath(*parts) for parts in own if not any(part.startswith(".") for part in parts))
+            found = [p for p in every if p.suffix.lower() in suffixes and (p.suffix or not kind_of_binary(p))]
+            if found and (left_out := [p.name for p in every if p not in found]):
+                names = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+                print(f"{path}: {len(left_out):,} files of other kinds are left out: {names}")
         if not path.exists() or not found:
-            problem = f"no {', '.join(suffixes)} file in this folder" if path.exists() else "no such file or folder"
+            known = ", ".join(filter(None, suffixes))
+            problem = f"no {known} file in this folder" if path.exists() else "no such file or folder"
             raise UserError(f"--{key}={path}: there is {problem}")
         files += found
     return files
+
+
+UTF8_BOM = b"\xef\xbb\xbf"
+KINDS = {  # how files begin that are no text: what they are, what to do
+    b"%PDF": ("a PDF", "save its text first, for example with pdftotext"),
+    b"PK\x03\x04": ("a zip file, as are .docx and .epub", "save its text first"),
+    b"\xd0\xcf\x11\xe0": ("an old Office file", "save its text first"),
+    b"\x1f\x8b": ("gzip", "unpack it first"),
+    b"\x89PNG": ("a picture", ""),
+    b"\xff\xd8\xff": ("a picture", ""),
+    b"PAR1": ("parquet", "build_fineweb_shards.py --source= reads it"),
+}
+
+
+def kind_of_binary(path: Path) -> str:
+    """Why a file is no UTF-8 text, and what to do; empty if it may be text."""
+    with open(path, "rb") as f:
+        start = f.read(4096)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        convert = f"open('utf8.txt', 'w', encoding='utf-8').write(open({str(path)!r}, encoding='utf-16').read())"
+        return f'UTF-16 text; convert it to UTF-8: python -c "{convert}"'
+    for magic, (kind, advice) in KINDS.items():
+        if start.startswith(magic):
+            return f"{kind}; {advice}" if advice else kind
+    return "a binary file" if b"\0" in start else ""
 
 
 def open_stream(name: str, label: str = "", /, **options):
@@ -372,6 +406,8 @@ def split_text(path: Path, start: int = 0) -> Iterator[tuple[str, int]]:
     window = LONGEST + len(separator)
     buffer, offset, begin = b"", start, 0  # offset: of buffer[0] in the file; begin: of the next document in the buffer
     with open(path, "rb") as f:
+        if not start and f.read(3) == UTF8_BOM:
+            start = offset = 3
         f.seek(start)
         while True:
             end = buffer.find(separator, begin, begin + window)
@@ -390,12 +426,16 @@ def split_text(path: Path, start: int = 0) -> Iterator[tuple[str, int]]:
             else:
                 return
             try:
-                text = buffer[begin:end].decode("utf-8").strip()
+                text = unix_newlines(buffer[begin:end].decode("utf-8")).strip()
             except UnicodeDecodeError as e:
                 raise not_utf8(path, e, offset + end) from None
             if text:
                 yield text, offset + after
             begin = after
+
+
+def unix_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def not_utf8(path: Path, e: UnicodeDecodeError, end: int) -> UserError:

@@ -21,7 +21,7 @@ from common.files import atomic_file, atomic_write, lock_run, parse_json, read_m
 from common.inference import complete, prompt_ids
 from common.runtime import StepStats, dtype_name, flops_per_token, peak_flops, peak_memory
 from common.tokenizer import tokenizer_from_dict
-from configurator import UserError
+from configurator import UserError, first_line
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ class LineFile:
 class Logger:
     """Everything rank 0 writes about a run, except checkpoints. run, state: train.py's Run and State."""
 
-    def __init__(self, run, config: dict, tokenizer: dict, state, resuming: bool):
+    def __init__(self, run, config: dict, dataset, state, resuming: bool):
         summary_writer = import_summary_writer() if config["tensorboard"] else None
         self.run, self.config, self.state = run, config, state
         self.tokens_per_step = config["gradient_accumulation_steps"] * config["batch_size"] * config["block_size"]
@@ -68,8 +68,8 @@ class Logger:
         self.plotted = time.monotonic()  # a run of seconds draws once, at its end
         self.peak = peak_flops(run.device, config["peak_tflops"])
         self.flops_per_token = flops_per_token(run.model, config["block_size"])
-        self.tokenizer = load_tokenizer(tokenizer, config["sample_prompt"])
-        self.tokenizer_dict = self.tokenizer.to_dict() if self.tokenizer else tokenizer
+        self.tokenizer, self.prompt = load_tokenizer(dataset, config["sample_prompt"])
+        self.tokenizer_dict = self.tokenizer.to_dict() if self.tokenizer else dataset.tokenizer
         with self.writable():
             self.folder.mkdir(parents=True, exist_ok=True)
             lock_run(self.folder)
@@ -202,7 +202,7 @@ class Logger:
         """Continue the prompt without dropout, with its own random numbers, and write it to samples/step_N.txt."""
         if self.tokenizer is None:
             return ""
-        run, ids = self.run, prompt_ids(self.tokenizer, self.config["sample_prompt"])
+        run, ids = self.run, prompt_ids(self.tokenizer, self.prompt)
         settings = dict(temperature=self.config["sample_temperature"], top_k=min(200, run.model.config.vocab_size))
         rng = torch.Generator(run.device).manual_seed(self.config["seed"])
         try:
@@ -268,7 +268,7 @@ class Logger:
         names = ("results.json", "loss.png", "metrics.jsonl", "best.pt", "ckpt.pt", "samples")
         files, folder = ", ".join(n for n in names if (self.folder / n).exists()), self.folder
         print(f"val loss {val_loss:.4f} after {state.tokens:,} tokens in {total_seconds:.0f} s. {folder}/ has {files}")
-        start = shlex.quote(config["sample_prompt"].split("\n")[0] or " ".join(text.split()[:3])[:40])
+        start = shlex.quote(self.prompt.split("\n")[0] or " ".join(text.split()[:3])[:40])
         run = shlex.quote(str(folder))
         print("Try next:")
         if not self.tokenizer_dict.get("chat_template"):
@@ -285,15 +285,23 @@ class Logger:
         self.wandb.log_artifact(artifact)
 
 
-def load_tokenizer(described: dict, prompt: str):
-    """The dataset's tokenizer, None if it cannot be had. Raises UserError if it cannot encode the prompt of the samples."""
+def load_tokenizer(dataset, prompt: str) -> tuple:
+    """The dataset's tokenizer, None if it cannot be had, and the prompt of the samples.
+
+    A prompt that the vocabulary cannot express, as that of a config for another text, becomes the text's own first words.
+    """
     try:
-        tokenizer = tokenizer_from_dict(described)
+        tokenizer = tokenizer_from_dict(dataset.tokenizer)
     except UserError as e:
         print(f"no samples will be written: {e}")
-        return None
-    prompt_ids(tokenizer, prompt)
-    return tokenizer
+        return None, prompt
+    try:
+        prompt_ids(tokenizer, prompt)
+    except UserError as e:
+        first = [i for i in dataset.train[0].map()[:64].tolist() if i != tokenizer.eot]
+        words, prompt = prompt, " ".join(tokenizer.decode(first).split()[:3])
+        print(f"--sample_prompt={words!r} cannot be used ({first_line(e)}): samples begin with {prompt!r}")
+    return tokenizer, prompt
 
 
 class NullLogger:
@@ -385,7 +393,7 @@ def print_summary(model, datasets: list, config: dict, device: torch.device, dty
     print(f"step: {B} x {T} tokens x {micro_batches} micro-batch{plural} = {tokens:,} tokens; {' or '.join(limits)}")
     if config["dry_run"]:
         if datasets[0][0].tokenizer:
-            load_tokenizer(datasets[0][0].tokenizer, config["sample_prompt"])  # what the run refuses, a dry run refuses
+            load_tokenizer(datasets[0][0], config["sample_prompt"])
         palm, causal = flops_per_token(model, T), flops_per_token(model, T, "causal")
         total = f"; {palm * steps * tokens:.3g} in all" if steps else ""
         print(f"FLOPs: {palm:.4g} per token (PaLM), {causal:.4g} (causal, matrix products only){total}")

@@ -180,7 +180,7 @@ def test_the_chat_mix_is_written_in_turns_and_reports_skipped_sources(run, refus
     hub.repos.clear()
     assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", "--dataset=none")
     assert not (tmp_path / "data" / "none").exists()
-    run("train.py", *SMALL, "--dataset=chat:0.5,more:0.5", "--block_size=16")
+    run("train.py", *SMALL, "--dataset=chat:0.5,more:0.5", "--block_size=64")
 
 
 def conversations_of(folder, split: str) -> list[str]:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import SMALL, TEXT, Script, call
+from conftest import ROOT, SMALL, TEXT, Script, call
 from hub import start_hub
 
 import prepare_text
@@ -20,7 +20,7 @@ from common import corpus
 from common.corpus import DatasetWriter, document_hash, make_source, split_text
 from common.files import download
 from common.shards import load_dataset
-from common.tokenizer import tokenizer_from_dict, word_tokenizer
+from common.tokenizer import EOT, tokenizer_from_dict, word_tokenizer
 from configurator import UserError
 
 
@@ -101,14 +101,18 @@ def test_of_a_few_documents_at_least_one_is_for_validation(run, tmp_path):
         ("x", [], "cannot be split"),
         (" <|endoftext|>\n", [], "there is no text in in.txt"),
         (TEXT, ["--inputs=gone.txt"], "--inputs=gone.txt: there is no such file"),
-        (TEXT, ["--inputs=empty"], "no .txt, .jsonl, .ndjson, .json file"),
+        (TEXT, ["--inputs=empty"], "no .txt, .md, .rst, .jsonl, .ndjson, .json file"),
         (TEXT, ["--inputs="], "give --inputs=FILE"),
         (TEXT, ["--input=gone.txt"], "--inputs=gone.txt: there is no such file"),
         (TEXT, ["--tokenizer=word"], "--tokenizer=word: choose gpt2, char, ids, bpe, or a folder"),
         (TEXT, ["--tokenizer=bpe", "--vocab_size=100"], "--vocab_size=100"),
         (TEXT, ["--tokenizer=bpe", "--vocab_size=50000"], "more than this text supports"),
         (TEXT, ["--val_fraction=1.5"], "--val_fraction=1.5"),
-        (b"\xff\xfe\x00", [], "in.txt is not UTF-8 text"),
+        (b"ab\xff\xfe", [], "in.txt is not UTF-8 text: byte 2"),
+        ("abc".encode("utf-16"), [], "in.txt is UTF-16 text; convert it to UTF-8: python -c"),
+        (b"%PDF-1.4 ...", [], "in.txt is a PDF; save its text first"),
+        (b"PK\x03\x04....", [], "in.txt is a zip file, as are .docx and .epub"),
+        (b"text\0text", [], "in.txt is a binary file"),
     ],
 )
 def test_bad_input_gives_a_one_line_error(refused, tmp_path, content, arguments, words):
@@ -116,6 +120,68 @@ def test_bad_input_gives_a_one_line_error(refused, tmp_path, content, arguments,
     (tmp_path / "in.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert words in refused("prepare_text.py", "--inputs=in.txt", "--tokenizer=char", *arguments)
     assert not (tmp_path / "data" / "in" / "meta.json").exists()
+
+
+def test_text_of_windows_reads_as_that_of_unix(run, tmp_path):
+    unix = "\n".join(f"Line {n} of é." for n in range(4000)) + "\n"
+    (tmp_path / "unix.txt").write_text(unix, encoding="utf-8")
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + unix.replace("\n", "\r\n").encode())
+    (tmp_path / "several.txt").write_bytes(b"\xef\xbb\xbf" + (unix.replace("\n", "\r\n") + EOT).encode() * 2)
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(b'{"text": "row %d"}' % n for n in range(40)))
+    for name in ("unix", "windows"):
+        run("prepare_text.py", f"--inputs={name}.txt", "--tokenizer=char")
+    ids = [load_dataset(name, tmp_path / "data").train[0].map() for name in ("unix", "windows")]
+    assert np.array_equal(*ids)
+    assert [t for t, _ in split_text(tmp_path / "several.txt")] == [unix.strip()] * 2
+    run("prepare_text.py", "--inputs=rows.jsonl", "--tokenizer=char")
+    rows = load_dataset("rows", tmp_path / "data")
+    assert sorted(documents_of(rows, "train") + documents_of(rows, "val")) == sorted(f"row {n}" for n in range(40))
+
+
+def test_a_folder_gives_its_texts_and_names_what_is_left_out(run, tmp_path):
+    notes = tmp_path / "notes"
+    (notes / ".git").mkdir(parents=True)
+    for name in ("a.txt", "b.md", "c.rst", "LICENSE", ".git/config", "d.TXT"):
+        (notes / name).write_text(f"{name} " * 400)
+    (notes / "picture.png").write_bytes(b"\x89PNG\0")
+    (notes / "program").write_bytes(b"\x7fELF\0\0")
+    (notes / "table.csv").write_text("a,b")
+    printed = run("prepare_text.py", "--inputs=notes", "--tokenizer=char")
+    assert "notes: 3 files of other kinds are left out: picture.png, program, table.csv" in printed
+    dataset = load_dataset("notes", tmp_path / "data")
+    text = " ".join(documents_of(dataset, "train") + documents_of(dataset, "val"))
+    assert all(name in text for name in ("a.txt", "b.md", "c.rst", "LICENSE", "d.TXT")) and "config" not in text
+
+
+@pytest.mark.parametrize("sizes", [(35, 11, 17), (10, 10), (1000, 5), (3, 3, 3, 3, 60), (*[7] * 40, 90), (1, 1000)])
+def test_few_documents_are_split_by_their_size(run, tmp_path, sizes):
+    rng, words = random.Random(5), TEXT.split()
+    texts = [f"Number {n}. " + " ".join(rng.choice(words) for _ in range(20 * size)) for n, size in enumerate(sizes)]
+    (tmp_path / "few.txt").write_text(EOT.join(texts))
+    printed = run("prepare_text.py", "--inputs=few.txt", "--tokenizer=char", "--val_fraction=0.1")
+    dataset = load_dataset("few", tmp_path / "data")
+    train, val = (sum(s.tokens for s in shards) for shards in (dataset.train, dataset.val))
+    assert 0.04 < val / (train + val) < 0.13, printed
+    kept = "".join(sorted("".join(documents_of(dataset, "train") + documents_of(dataset, "val")).replace(" ", "")))
+    assert kept == "".join(sorted("".join(texts).replace(" ", "")))  # nothing is lost, nothing twice
+
+
+def test_a_dataset_that_is_too_small_is_said_at_once(run, tmp_path):
+    (tmp_path / "small.txt").write_text(TEXT[:1500])
+    printed = run("prepare_text.py", "--inputs=small.txt", "--tokenizer=char")
+    assert "note: 1,350 training tokens are little" in printed and "train with --block_size=37" in printed
+    (tmp_path / "large.txt").write_text(TEXT * 12)
+    assert "note:" not in run("prepare_text.py", "--inputs=large.txt", "--tokenizer=char")
+
+
+def test_the_printed_command_works_though_the_presets_prompt_cannot_be_encoded(run, tmp_path):
+    (tmp_path / "music.txt").write_text("c d e f g a b c " * 4000)
+    printed = run("prepare_text.py", "--inputs=music.txt", "--tokenizer=char")
+    command = re.search(r"Train on it: python (.*)", printed)[1].split()
+    tiny = [o for o in SMALL if not o.startswith("--block_size")]
+    printed = run(*command[:1], ROOT / command[1], *command[2:], *tiny)
+    assert "--sample_prompt='Once upon a time' cannot be used" in printed and "samples begin with 'c d e'" in printed
+    assert re.search(r"sample.py --out_dir=\S+ --start='c d e'", printed)
 
 
 def test_an_error_in_a_jsonl_file_names_the_line(refused, tmp_path):

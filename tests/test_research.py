@@ -138,9 +138,9 @@ def test_a_stopped_sweep_stops_its_runs_and_resumes_them(chars):
 
 
 def test_failed_runs_are_reported_and_retried_on_request(chars):
-    path = write_study(chars, arms={"good": {}, "bad": {"sample_prompt": "é"}}, seeds=[1])
+    path = write_study(chars, arms={"good": {}, "bad": {"n_head": 3}}, seeds=[1])
     output = run_research("sweep.py", path, cwd=chars, code=1)
-    assert "FAILED" in output and "'é' is not among" in output and "failed: bad, seed 1" in output
+    assert "FAILED" in output and "is not divisible by --n_head=3" in output and "failed: bad, seed 1" in output
     assert "2 already ended" in run_research("sweep.py", path, cwd=chars, code=1)
     assert "1 already ended" in run_research("sweep.py", path, "--retry", cwd=chars, code=1)
 

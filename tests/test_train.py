@@ -454,7 +454,6 @@ BAD = [
     (["--depth=2", "--n_embd=0"], "--n_embd=0: must be at least 1"),
     (["--depth=2", "--block_size=0"], "--block_size=0: must be at least 1"),
     (["--label_smoothing=2.0"], "--label_smoothing=2.0"),
-    (["--sample_prompt=é"], "'é' is not among"),
     (["--init_from=resume"], "there is no checkpoint out/ckpt.pt"),
     (["--init_from=gone"], "there is no checkpoint gone"),
     (["--learnin_rate=1"], "did you mean learning_rate"),

@@ -82,13 +82,12 @@ def test_a_dataset_that_was_made_again_is_not_resumed_on(run, refused, tmp_path)
 def test_a_dry_run_refuses_what_the_run_refuses(refused, run, chars):
     train = ["train.py", *SMALL, "--dataset=chars"]
     for option, words in (
-        ("--block_size=111540", "--block_size"), ("--compile=0", "--compile=0"), ("--sample_prompt=é", "character 'é'"),
+        ("--block_size=111540", "--block_size"), ("--compile=0", "--compile=0"),
         ("--rope_base=0", "--rope_base=0"), ("--decay_fraction=2.0", "--decay_fraction=2.0"),
         ("--peak_tflops=-1.0", "--peak_tflops=-1.0"), ("--logit_softcap=-3.0", "--logit_softcap=-3.0"),
     ):  # fmt: skip
         assert words in refused(*train, option, "--dry_run"), option
-    for option in ("--block_size=111540", "--sample_prompt=é"):
-        assert refused(*train, option) == refused(*train, option, "--dry_run")
+    assert refused(*train, "--block_size=111540") == refused(*train, "--block_size=111540", "--dry_run")
     assert "shapes: idx" in run(*train, "--dry_run") and not (chars / "out").exists()
     run(*train)
     message = refused(*train, "--resume", "--n_layer=3", "--dry_run")
