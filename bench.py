@@ -49,7 +49,7 @@ tokens = 100  # tokens to decode
 quantize = ""  # int8: decode with 8-bit weights
 decode_batch = 16  # texts at a time, beside a single one
 repeat = 5  # repetitions of short measurements, for the median
-vocab_size = 50257  # ids of the synthetic tokens
+vocab_size = 0  # ids of the synthetic tokens; 0: those of --dataset where it is there, otherwise GPT-2's
 real_data = False  # train on --dataset instead of synthetic tokens
 find_batch = False  # train: double the micro-batch while it fits and gets faster
 profile: bool | str = False  # True: a Chrome trace of three steps to trace.json; or a file name for it
@@ -79,11 +79,28 @@ def seconds_of(*works, device: torch.device | None = None, times=0, warmup=1) ->
     return [own[warmup:] for own in seconds]
 
 
-def report(name: str, unit: str, count: float, seconds: list[float]) -> float:
+class Measured(float):
+    """A median, and `spread`: half its range as a fraction of it, by which two runs of the same may differ."""
+
+    def __new__(cls, values, of=lambda x: x):
+        """of: what is measured, as a function of the values."""
+        self = super().__new__(cls, of(statistics.median(values)))
+        values = [of(value) for value in values]
+        self.spread = (max(values) - min(values)) / 2 / self if self else 0.0
+        return self
+
+
+def report(name: str, unit: str, count: float, seconds: list[float]) -> Measured:
     """Print count / seconds with its range, and return its median."""
-    rate, slowest, fastest = (count / f(seconds) for f in (statistics.median, max, min))
-    print(f"{name:<38} {rate:>12,.2f}{unit} ({slowest:,.2f} to {fastest:,.2f})")
+    rate = Measured(seconds, lambda s: count / s)
+    print(f"{name:<38} {rate:>12,.2f}{unit} ({count / max(seconds):,.2f} to {count / min(seconds):,.2f})")
     return rate
+
+
+def difference(whole: list[float], part: list[float]) -> Measured | None:
+    """Seconds of a whole without a part that was timed in turn with it; None where the noise is larger than that."""
+    found = sorted(a - b for a, b in zip(whole, part))
+    return Measured(found) if found[len(found) // 4] > 0 else None
 
 
 def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -116,10 +133,21 @@ class SyntheticWindows:
         return count * train.block_size
 
 
+def vocabulary() -> int:
+    """The vocabulary size of a model by train.py's keys."""
+    if vocab_size:
+        return vocab_size
+    folder = Path(train.data_dir) / train.dataset.partition(",")[0].partition(":")[0]
+    if folder.is_dir():
+        return shards.load_dataset(folder.name, train.data_dir).vocab_size
+    print(f"{folder} is not there: GPT-2's vocabulary of 50,257 is taken, --vocab_size= takes another")
+    return 50257
+
+
 def make_run() -> train.Run:
     """A run by train.py's keys."""
     device, dtype, rank, world_size = setup.set_up_device(KEYS)
-    synthetic = shards.Dataset("synthetic tokens", [], [], None, vocab_size)
+    synthetic = shards.Dataset("synthetic tokens", [], [], None, vocabulary())
     datasets = setup.load_datasets(KEYS, rank) if real_data else [(synthetic, 1.0)]
     loaded = None if train.init_from == "scratch" else checkpoint.read_model(train.init_from)
     model = setup.make_model(KEYS, datasets[0][0], loaded).to(device).train()
@@ -162,17 +190,20 @@ def bench_train() -> dict:
     kernel = f"attention: {attention_kernel(run)}, {'not compiled' if plain else 'compiled'}"
     print(f"{model.num_params():,} parameters, {batch}, {device}, {runtime.dtype_name(run.dtype)}, {kernel}")
     tokens_per_step = run.sequences_per_step * train.block_size
-    seconds, memory = statistics.median(times), runtime.peak_memory(device)
+    seconds, memory = Measured(times), runtime.peak_memory(device)
     rate = report("a step", " tokens/s", tokens_per_step, times)
     print(f"{1e3 * seconds:.1f} ms per step, peak memory {memory or math.nan:,.0f} MiB")
-    figures = {"tokens_per_second": rate, "ms_per_step": 1e3 * seconds, "peak_memory_mib": memory}
+    figures = {"tokens_per_second": rate, "ms_per_step": Measured([1e3 * s for s in times]), "peak_memory_mib": memory}
     if peak := runtime.peak_flops(device, train.peak_tflops):
         palm = runtime.flops_per_token(model, train.block_size) * tokens_per_step / run.world_size
         print(f"MFU {palm / seconds / peak:.1%} (PaLM) of {peak / 1e12:,.0f} TFLOP/s")
     if run.world_size > 1:
         return figures
-    print("where the time goes, each part timed by itself:")
+    print("where the time goes, each part timed by itself, in turn with the others:")
     for name, part in time_parts(run).items():
+        if part is None:
+            print(f"  {name:<12}  too noisy to split")
+            continue
         figures[f"ms_{name}"] = 1e3 * part
         print(f"  {name:<12} {1e3 * part:>9.1f} ms  {part / seconds:>6.1%}")
     flops, bandwidth = roofline(device, run.dtype)
@@ -190,8 +221,8 @@ def bench_train() -> dict:
     return figures
 
 
-def time_parts(run: train.Run) -> dict[str, float]:
-    """Seconds of a step's parts, each by itself."""
+def time_parts(run: train.Run) -> dict[str, float | None]:
+    """Seconds of a step's parts, each by itself; None where noise hides one."""
     x, y = run.batches.load(0)
     with torch.no_grad(), run.autocast():
         hidden = run.model.hidden(x).detach().requires_grad_()
@@ -213,9 +244,11 @@ def time_parts(run: train.Run) -> dict[str, float]:
 
     load = partial(run.batches.load, 0)
     works = (load, forward, head, lambda: run.scaler.scale(forward()).backward(), optimize)
-    batch, whole, loss_head, both, optimizer = map(statistics.median, seconds_of(*works, device=run.device))
-    parts = {"batch": batch, "forward": max(0.0, whole - loss_head), "loss_head": loss_head, "backward": both - whole}
-    return {name: run.grad_accum_steps * part for name, part in parts.items()} | {"optimizer": optimizer}
+    batch, whole, loss_head, both, optimizer = seconds_of(*works, device=run.device)
+    parts = {"batch": Measured(batch), "forward": difference(whole, loss_head), "loss_head": Measured(loss_head)}
+    parts["backward"] = difference(both, whole)
+    parts = {name: part and run.grad_accum_steps * part for name, part in parts.items()}
+    return parts | {"optimizer": Measured(optimizer)}
 
 
 def bench_batches() -> dict:
@@ -252,7 +285,7 @@ def bench_decode() -> dict:
     """Tokens/s of GPT.generate, for one text and for a batch of them."""
     device, dtype, _, _ = setup.set_up_device(KEYS)
     cuda, figures = device.type == "cuda", {}
-    model, _ = load_or_make_model(vocab_size)
+    model, _ = load_or_make_model(50257 if train.init_from != "scratch" else vocabulary())
     if 16 + tokens > model.config.block_size:
         raise UserError(f"--tokens={tokens}: with a prompt of 16, more than the context of {model.config.block_size}")
     weights = quantize or runtime.dtype_name(dtype)
@@ -442,17 +475,22 @@ def main() -> None:
             raise UserError(f"--{key}={path}: no such file")
     try:
         before = parse_json(Path(compare).read_text(encoding="utf-8")) if compare else {}
+        if not isinstance(before, dict) or not isinstance(before.get("spreads", {}), dict):
+            raise ValueError
     except ValueError:
         raise UserError(f"--compare={compare}: not a file that --output wrote") from None
     figures = bench_batches() if find_batch else BENCHES[mode]()
     for name, new in figures.items():
-        if not (new and (old := before.get(name))):
+        old = before.get(name)
+        if not (new and old and isinstance(old, (int, float))):
             continue
         ratio = new / old if "per_second" in name else old / new
-        slower = "  slower" if ratio < 0.95 else ""
-        print(f"{name:<40} {old:>12,.1f} -> {new:>12,.1f}  {ratio:5.2f} x as good{slower}")
+        noise = getattr(new, "spread", 0.0) + before.get("spreads", {}).get(name, 0.0)
+        verdict = "within the noise" if abs(ratio - 1) <= noise else "slower" if ratio < 0.95 else ""
+        print(f"{name:<40} {old:>12,.1f} -> {new:>12,.1f}  {ratio:5.2f} x as good  {verdict}".rstrip())
     if output and figures:
-        atomic_write(Path(output), json.dumps(figures, indent=1))
+        spreads = {name: figure.spread for name, figure in figures.items() if isinstance(figure, Measured)}
+        atomic_write(Path(output), json.dumps(figures | {"spreads": spreads}, indent=1))
 
 
 if __name__ == "__main__":

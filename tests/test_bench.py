@@ -27,15 +27,47 @@ def test_training_and_decoding_print_and_write_their_figures(run, tmp_path):
     assert "128 x" not in printed and "2 x 32 tokens x 2, cpu, float32, attention: flash" in printed
     figures = json.loads((tmp_path / "one.json").read_text())
     assert figures["tokens_per_second"] * figures["ms_per_step"] / 1000 == pytest.approx(128)
-    assert {"ms_batch", "ms_forward", "ms_loss_head", "ms_backward", "ms_optimizer", "ms_roofline"} < set(figures)
+    assert {"ms_batch", "ms_loss_head", "ms_optimizer", "ms_roofline"} < set(figures)
+    for name in ("forward", "backward"):  # are differences
+        assert figures.get(f"ms_{name}", 1) > 0 and (f"ms_{name}" in figures or f"too noisy to split" in printed)
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
     again = run("bench.py", *keys, "--compare=one.json")
     assert re.search(r"tokens_per_second .* -> .* x as good", again)
+    assert all(0 <= spread < 10 for spread in figures["spreads"].values()) and "tokens_per_second" in figures["spreads"]
     decoded = run("bench.py", "--mode=decode", *keys, "--output=two.json")
     figures = json.loads((tmp_path / "two.json").read_text())
-    assert set(figures) == {"decode_tokens_per_second_batch_1", "decode_tokens_per_second_batch_3"}
+    assert set(figures) == {"decode_tokens_per_second_batch_1", "decode_tokens_per_second_batch_3", "spreads"}
     assert "batch 3" in decoded and "roofline" in printed
     assert "cpu, int8," in run("bench.py", "--mode=decode", "--quantize=int8", *keys)
+
+
+def test_a_difference_that_noise_hides_is_not_told():
+    assert bench.difference([3.0, 3.1, 2.9, 3.0, 3.2], [1.0, 1.1, 0.9, 1.0, 1.0]) == pytest.approx(2.0)
+    assert bench.difference([1.0, 1.0, 1.0, 1.0, 1.0], [0.9, 1.1, 1.2, 0.8, 1.3]) is None
+
+
+def test_comparing_ignores_what_is_below_the_noise(tmp_path, monkeypatch, capsys):
+    def measured(*values):
+        monkeypatch.setitem(bench.BENCHES, "train", lambda: {"tokens_per_second": bench.Measured(values)})
+        bench.main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(bench, "output", str(tmp_path / "a.json"))
+    measured(95.0, 100.0, 105.0)
+    monkeypatch.setattr(bench, "compare", str(tmp_path / "a.json"))
+    monkeypatch.setattr(bench, "output", "")
+    assert "0.93 x as good  within the noise" in measured(88.0, 93.0, 98.0)
+    assert "0.80 x as good  slower" in measured(79.0, 80.0, 81.0)
+    assert measured(149.0, 150.0, 151.0).strip().endswith("1.50 x as good")
+
+
+def test_the_vocabulary_is_that_of_the_dataset_where_it_is_there(run, chars):
+    keys = [*TINY, "--steps=1", "--repeat=1", "--dtype=float32"]
+    printed = run("bench.py", *keys, "--dataset=chars")
+    assert " 27,040 parameters" in " " + printed and "is not there" not in printed
+    printed = run("bench.py", *keys, "--dataset=gone", "--vocab_size=40")
+    assert " 27,040 parameters" in " " + printed
+    assert "data/gone is not there: GPT-2's vocabulary" in run("bench.py", *keys, "--dataset=gone")
 
 
 def test_hellaswag_mode_makes_the_same_choices_as_one_at_a_time(run, tmp_path):
@@ -49,8 +81,9 @@ def test_hellaswag_mode_makes_the_same_choices_as_one_at_a_time(run, tmp_path):
 def test_find_batch_doubles_the_batch_until_it_is_not_faster(run, tmp_path):
     printed = run("bench.py", *TINY, "--find_batch=True", "--steps=1", "--vocab_size=600", "--output=batches.json")
     figures = json.loads((tmp_path / "batches.json").read_text())
-    best = max(figures, key=figures.get)
+    best = max((k for k in figures if k != "spreads"), key=figures.get)
     assert f"the fastest: --batch_size={best.rpartition('_')[2]}" in printed
+    figures.pop("spreads")
     assert [int(k.rpartition("_")[2]) for k in figures] == [2**n for n in range(len(figures))] and len(figures) > 2
 
 
