@@ -87,6 +87,8 @@ class Logger:
         self.recorded = {(h["step"], name) for h in read_metrics(self.folder) for name in h.keys() & REPEATED}
         purge_step = state.step + 1 if state.step else None
         self.board = summary_writer and summary_writer(self.folder / "tensorboard", purge_step=purge_step)
+        if resuming:
+            print(f"resumed at step {state.step:,}")
         self.bar = make_progress_bar(state.step, self.total_steps)  # after wandb, which wraps the console
 
     @contextlib.contextmanager
@@ -181,7 +183,8 @@ class Logger:
             self.text.write(f"{step} val {loss:.6f}\n")
         self.last_val_loss = loss
         note = "(best)" if loss <= state.best_val_loss else f"(best {state.best_val_loss:.4f})"
-        print(f"{self.progress(step)}  {format_evaluation(result)}  {note}")
+        note = note if step else ""
+        print(f"{self.progress(step)}  {format_evaluation(result)}  {note}".rstrip())
         if step and time.monotonic() - self.plotted > 10:  # drawing takes a tenth of a second
             self.plot()
 
@@ -199,7 +202,7 @@ class Logger:
         print(f"{self.progress(step)}  HellaSwag acc {acc:.4f} acc_norm {acc_norm:.4f}")
 
     def sample(self, step: int) -> str:
-        """Continue the prompt without dropout, with its own random numbers, and write it to samples/step_N.txt."""
+        """Continue the prompt without dropout, with its own random numbers; print it, and write it to samples/step_N.txt."""
         if self.tokenizer is None:
             return ""
         run, ids = self.run, prompt_ids(self.tokenizer, self.prompt)
@@ -220,6 +223,7 @@ class Logger:
 
             self.wandb.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
         self.to_board(lambda board: board.add_text("sample", text, step))
+        print(text)
         return text
 
     def out_of_patience(self, state) -> None:
@@ -255,10 +259,10 @@ class Logger:
             results["final_val_loss_by_source"] = result["by_source"]
         atomic_write(self.folder / "results.json", json.dumps(finite(results), indent=1))
         self.plot()
-        text = self.sample(state.step)
         close_progress_bar()
-        if text:
-            print(f"\n{text}\n")
+        print()
+        text = self.sample(state.step)
+        print()
         if self.wandb:
             self.wandb.summary.update(results)
             if config["wandb_checkpoint"]:

@@ -10,6 +10,7 @@ A dataset is a folder of 1-D token arrays, one or more files per split, read as 
 Conversations have a mask beside each shard, {name}_{train|val}_{000000}.mask.npy: a byte of flags per token.
 """
 
+import difflib
 import hashlib
 import io
 import os
@@ -190,7 +191,10 @@ def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False)
     folder = Path(data_dir) / name
     meta_file, pickle_file = folder / "meta.json", folder / "meta.pkl"
     if not folder.is_dir():
-        raise UserError(f"there is no dataset {folder}: {how_to_make(name)}")
+        known = [p.name for p in Path(data_dir).iterdir() if p.is_dir()] if Path(data_dir).is_dir() else []
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? Otherwise " if near else ""
+        raise UserError(f"there is no dataset {folder}: {hint}{how_to_make(name)}")
     splits: dict[str, list[Shard]] = {"train": [], "val": []}
     tokenizer, vocab_size, is_chat = {"kind": "gpt2"}, 50257, False
     if meta_file.exists():
@@ -291,7 +295,7 @@ def how_to_make(name: str) -> str:
         "tinystories": "prepare_tinystories.py",
         "tinystories_v2": "prepare_tinystories.py --version=v2",
         "tinystories_synthetic": "prepare_tinystories.py --synthetic=True",
-        "edu_fineweb.*": "build_fineweb_shards.py",
+        "edu_fineweb.*": "build_fineweb_shards.py (20 GB); a first run that needs no download: python train.py config/quickstart.py",
         "fineweb(edu)?10+B": f"build_fineweb_shards.py --pretokenized={name}",
         "chat|shakespeare|openwebtext": f"prepare_text.py --source={name}",
         "shakespeare_char": f"prepare_text.py --source=shakespeare --dataset={name} --tokenizer=char",

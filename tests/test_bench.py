@@ -29,7 +29,7 @@ def test_training_and_decoding_print_and_write_their_figures(run, tmp_path):
     assert figures["tokens_per_second"] * figures["ms_per_step"] / 1000 == pytest.approx(128)
     assert {"ms_batch", "ms_loss_head", "ms_optimizer", "ms_roofline"} < set(figures)
     for name in ("forward", "backward"):  # are differences
-        assert figures.get(f"ms_{name}", 1) > 0 and (f"ms_{name}" in figures or f"too noisy to split" in printed)
+        assert figures.get(f"ms_{name}", 1) > 0 and (f"ms_{name}" in figures or "too noisy to split" in printed)
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
     again = run("bench.py", *keys, "--compare=one.json")
     assert re.search(r"tokens_per_second .* -> .* x as good", again)
