@@ -207,7 +207,7 @@ def write_gguf(folder: Path, tokenizer: Tokenizer) -> None:
     if done.returncode or not part.exists():
         part.unlink(missing_ok=True)
         reason = (done.stderr.strip() or "it wrote no file").splitlines()[-1]
-        raise UserError(f"--llama_cpp={llama_cpp}: {script.name} failed: {reason}")
+        raise UserError(f"--llama_cpp={llama_cpp}: {script.name} failed: {reason}; the export without it is complete")
     os.replace(part, folder / GGUF)
     print(f"{folder / GGUF}: {(folder / GGUF).stat().st_size / 2**20:,.1f} MiB")
 
