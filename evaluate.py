@@ -89,7 +89,8 @@ def measure(model: GPT, data: Dataset, tokenizer: Tokenizer, amp) -> dict:
         raise UserError(f"--stride={stride}: {data.name} holds conversations, which are evaluated whole")
     strided = step < T
     windows = strided_windows(shards, T, step, limit) if strided else validation_windows(shards, T, limit)
-    token_sizes = np.array([0 if i == tokenizer.eot else len(tokenizer.token_bytes(i)) for i in range(data.vocab_size)])
+    token_sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(data.vocab_size)])
+    token_sizes[[i for name in tokenizer.special_names() for i in tokenizer.encode(name, special=True)]] = 0
     n_bytes = 0
 
     def batches():
@@ -173,9 +174,8 @@ def evaluate(name: str, target: torch.device, amp) -> Iterator[dict]:
         raise UserError(f"{path} does not say what it was trained on: --dataset=NAME")
     if "," in data_name and not tasks:
         raise UserError(f"{path} was trained on {data_name}: choose one of them to evaluate on, --dataset=NAME")
-    data = (
-        None if tasks and not (Path(data_dir) / data_name / "meta.json").exists() else load_dataset(data_name, data_dir)
-    )
+    is_missing = not data_name or "," in data_name or not (Path(data_dir) / data_name).is_dir()
+    data = None if tasks and not dataset and is_missing else load_dataset(data_name, data_dir)
     if data and not same_vocabulary(data.tokenizer, tokenizer.to_dict()):
         raise UserError(f"{path} has another vocabulary than {data_name}: prepare the text with its own, --tokenizer=")
     model = build_model(checkpoint)
@@ -199,10 +199,11 @@ def evaluate(name: str, target: torch.device, amp) -> Iterator[dict]:
         # Ids that pad the vocabulary are not sampled.
         model.config.vocab_size = min(c.vocab_size, tokenizer.n_vocab)
         is_chat = bool(checkpoint.get("is_chat"))
-        if "sums" in tasks.split(","):
-            result["sums"] = score_sums(model, tokenizer, amp, is_chat)
-        if names := [name for name in tasks.split(",") if name not in ("", "sums")]:
-            result |= run_harness(model, tokenizer, names, amp, is_chat)
+        wanted, result["scores"] = [*filter(None, tasks.split(","))], {}
+        if "sums" in wanted:
+            result["scores"]["sums"] = score_sums(model, tokenizer, amp, is_chat)
+        if names := [name for name in wanted if name != "sums"]:
+            result["scores"] |= run_harness(model, tokenizer, names, amp, is_chat)
         if num_samples and data and not tasks:
             result |= describe_samples(model, tokenizer, data, amp)
         yield result
@@ -236,12 +237,8 @@ COLUMNS = {  # of results: title and format in the printed table
 
 
 def table(results: list[dict]) -> str:
-    scores = {
-        c: (c, "{:.4f}")
-        for r in results
-        for c in r
-        if c == "sums" or c.startswith(tuple(tasks.split(",")) if tasks else "/")
-    }
+    scores = {name: (name, "{:.4f}") for r in results for name in r["scores"]}
+    results = [r | r["scores"] for r in results]
     columns = {c: spec for c, spec in COLUMNS.items() if any(r.get(c) is not None for r in results)} | scores
     rows = [["", *(title for title, _ in columns.values())]]
     for r in results:
@@ -262,6 +259,7 @@ def runs_in(name: str) -> list[str]:
 
 def write_results(folder: Path, results: list[dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    results = [{k: v for k, v in r.items() if k != "scores"} | r["scores"] for r in results]
     columns = [k for k in dict.fromkeys(itertools.chain(*results)) if k not in ("prompts", "samples")]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")

@@ -127,18 +127,23 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
         if tokenizer.to_dict()["kind"] != "pretrained":  # whose tokenizer.json says what a text begins with
             config["bos_token_id"] = tokenizer.eot
             reader |= {"bos_token": eot, "unk_token": eot}
+        elif tokenizer.bos or tokenizer.bos_token:
+            reader["bos_token"] = tokenizer.decode(tokenizer.bos) if tokenizer.bos else tokenizer.bos_token
+            config["bos_token_id"] = (
+                tokenizer.bos[0] if tokenizer.bos else tokenizer.encode(tokenizer.bos_token, True)[0]
+            )
     if config["tie_word_embeddings"]:
         del weights["lm_head.weight"]
     for name in weights:
         if name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight")):
             weights[name] = weights[name][:vocab_size]
         weights[name] = weights[name].to(DTYPES[dtype]).contiguous().clone()
-    card = model_card(folder.name, model, checkpoint, results, target)
+    card = model_card(push or folder.name, model, checkpoint, results, target)
     objects = {"config.json": config, "generation_config.json": sampling, "tokenizer_config.json": reader}
     texts = {name: json.dumps(value, indent=1) for name, value in objects.items()}
     texts |= {"tokenizer.json": tokenizer.to_json(), "README.md": card}
-    if is_chat:
-        texts["Modelfile"] = modelfile(tokenizer)
+    if is_chat and (described := modelfile(tokenizer)):
+        texts["Modelfile"] = described
     try:
         with replaced_files(folder, [*texts, "model.safetensors"]) as part_of:
             safetensors.torch.save_file(weights, part_of("model.safetensors"), {"format": "pt"})
@@ -150,12 +155,14 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
 
 
 def modelfile(tokenizer: Tokenizer) -> str:
-    """Ollama's description of a chat model: its template, in Go's language, says what ours says in Jinja."""
-    start = render(tokenizer, [])
-    system = render(tokenizer, [{"role": "system", "content": "TEXT"}]).removeprefix(start)
-    answer = render(tokenizer, [{"role": "user", "content": "TEXT"}], add_generation_prompt=True).removeprefix(start)
-    template = start + "{{ if .System }}" + system.replace("TEXT", "{{ .System }}") + "{{ end }}"
-    template += answer.replace("TEXT", "{{ .Prompt }}") + "{{ .Response }}"
+    """Ollama's description of a chat model: its template, in Go's language, says what ours says in Jinja. "" if it cannot."""
+    user, system = {"role": "user", "content": "{{ .Prompt }}"}, {"role": "system", "content": "{{ .System }}"}
+    try:
+        alone, both = (render(tokenizer, messages, True) for messages in ([user], [system, user]))
+    except UserError as e:
+        print(f"no Modelfile for Ollama: {e}")
+        return ""
+    template = f"{{{{ if .System }}}}{both}{{{{ else }}}}{alone}{{{{ end }}}}{{{{ .Response }}}}"
     stops = [tokenizer.token_bytes(i).decode(errors="replace") for i in tokenizer.stops]
     lines = [f"FROM ./{GGUF}", f'TEMPLATE """{template}"""', *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops)]
     return "\n".join(lines) + "\n"

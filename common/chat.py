@@ -5,8 +5,10 @@ first; then user and assistant take turns. A chat template, in Jinja as transfor
 tokenizer stores it, and an export gives it to others, so that all of them make the same tokens.
 """
 
+import datetime
 import functools
 import json
+import re
 
 import numpy as np
 
@@ -55,16 +57,27 @@ def for_chat(tokenizer: Tokenizer) -> Tokenizer:
 @functools.lru_cache(8)
 def compile_template(text: str):
     """With the options and functions of transformers, in a sandbox: a template may come from the hub."""
+    import jinja2.ext
     import jinja2.sandbox
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}: marks the assistant's words, which are found otherwise here."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
-    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, indent=options.get("indent"))
+    environment.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(text)
 
 
@@ -75,9 +88,12 @@ def render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool
         tokens["eos_token"] = tokens["bos_token"] = tokenizer.token_bytes(tokenizer.eot).decode()
     if tokenizer.bos:
         tokens["bos_token"] = tokenizer.decode(tokenizer.bos)
+    elif tokenizer.bos_token is not None:
+        tokens["bos_token"] = tokenizer.bos_token
     try:
         template = compile_template(template_of(tokenizer))
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+        options = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+        return template.render(messages=messages, **options, **tokens)
     except UserError:
         raise
     except Exception as e:  # a template can raise anything
@@ -86,9 +102,19 @@ def render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool
 
 def clean_content(tokenizer: Tokenizer, text: str) -> str:
     """A message without spaces around it and without the special tokens, which would end its turn."""
-    for name in tokenizer.special_names():
-        text = text.replace(name, "")
+    pattern, before = "|".join(map(re.escape, tokenizer.special_names())), None
+    while pattern and text != before:  # what is left may form a special token anew
+        before, text = text, re.sub(pattern, "", text)
     return replace_surrogates(text).strip()
+
+
+def clean_messages(tokenizer: Tokenizer, messages: Messages) -> Messages:
+    """The messages cleaned, without the exchanges that then have no question or no answer."""
+    messages = [{**m, "content": clean_content(tokenizer, m["content"])} for m in messages]
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    rest = messages[len(system) :]
+    kept = [pair for pair in zip(rest[::2], rest[1::2]) if all(m["content"] for m in pair)]
+    return [*(m for m in system if m["content"] and kept), *(message for pair in kept for message in pair)]
 
 
 def known_part(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
@@ -113,7 +139,7 @@ def check_messages(messages: object, where: str) -> Messages:
             raise UserError(f"{where}, message {number}: the role is {role!r}, not system, user or assistant")
         if not isinstance(content, str):
             raise UserError(f"{where}, message {number}: the content is a {type(content).__name__}, not a text")
-        found.append({"role": role, "content": content.strip()})
+        found.append({"role": role, "content": replace_surrogates(content).strip()})
     system = found[:1] if found[0]["role"] == "system" else []
     rest = found[len(system) :]
     if any(message["role"] != ("user", "assistant")[n % 2] for n, message in enumerate(rest)):
@@ -131,7 +157,9 @@ def encode_conversation(tokenizer: Tokenizer, messages: Messages) -> tuple[list[
 
     The ids are those of the whole text at once, as transformers' apply_chat_template gives them.
     """
-    messages = [{**m, "content": clean_content(tokenizer, m["content"])} for m in messages]
+    messages = clean_messages(tokenizer, messages)
+    if not messages:
+        return [], np.zeros(0, np.uint8)
     text, spans, cuts = render(tokenizer, messages), [], []
     stop_texts = [tokenizer.token_bytes(i).decode(errors="replace") for i in tokenizer.stops]
     for n, message in enumerate(messages):
@@ -160,7 +188,6 @@ def encode_conversation(tokenizer: Tokenizer, messages: Messages) -> tuple[list[
 def encode_with_starts(tokenizer: Tokenizer, text: str) -> tuple[list[int], np.ndarray]:
     """The ids of a text with its special tokens, and the character that each begins with."""
     if isinstance(tokenizer, PretrainedTokenizer):
-        tokenizer.library.encode_special_tokens = False
         encoded = tokenizer.library.encode(text, add_special_tokens=False)
         return encoded.ids, np.array([start for start, _ in encoded.offsets], np.int64)
     ids = tokenizer.encode(text, special=True)
@@ -198,8 +225,9 @@ def chat_prompt(
 ) -> tuple[list[int], int]:
     """The ids that ask for an answer, at most `room`, and the number of exchanges of the history (message, answer) in them.
 
-    is_chat: by the chat template. Otherwise the messages and answers continue one text. Raises UserError for a character
-    the tokenizer lacks.
+    is_chat: by the chat template; the oldest exchanges, then the system text, are left out to make it fit. Otherwise the
+    messages and answers continue one text. Raises UserError for a character the tokenizer lacks, and for a message that
+    does not fit.
     """
     if not is_chat:
         newline = "\n" if known_part(tokenizer, "\n")[0] else ""
@@ -214,6 +242,11 @@ def chat_prompt(
             messages += [] if answer is None else [{"role": "assistant", "content": answer}]
         messages = [{**m, "content": clean_content(tokenizer, m["content"])} for m in messages]
         ids, _ = encode_with_starts(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
-        if len(ids) <= room or not history:
-            return ids[-room:], len(history)
-        history.pop(0)
+        if len(ids) <= room:
+            return ids, len(history)
+        if history:
+            history.pop(0)
+        elif system:
+            system = ""
+        else:
+            raise UserError(f"the message takes {len(ids):,} tokens, and the context has room for {room:,}: shorten it")

@@ -421,7 +421,19 @@ def build_model_to_train(checkpoint: dict, dataset: Dataset, keys: dict) -> GPT:
             f"{dataset.name} has another, of {dataset.vocab_size:,}: choose the --dataset it was trained on"
         )
     T, trained = keys["block_size"], args["block_size"]
-    if keys["rope_scaling"] != "none" and args.get("rope_scaling", "none") == "none":
+    names, scaling = ("rope_factor", "rope_original", "rope_low", "rope_high"), args.get("rope_scaling", "none")
+    if keys["rope_scaling"] == "none" and any(keys[n] != GPTConfig.__dataclass_fields__[n].default for n in names):
+        raise UserError(
+            f"--rope_factor={keys['rope_factor']}: it needs --rope_scaling, and so do {', '.join(names[1:])}"
+        )
+    if "none" not in (scaling, keys["rope_scaling"]) and (scaling, args["rope_factor"]) != (
+        keys["rope_scaling"],
+        keys["rope_factor"],
+    ):
+        raise UserError(
+            f"--rope_scaling={keys['rope_scaling']}: this model is stretched already, {scaling} by {args['rope_factor']:g}"
+        )
+    if keys["rope_scaling"] != "none" and scaling == "none":
         if args.get("pos") != "rope":
             raise UserError(f"--rope_scaling={keys['rope_scaling']}: the model to start from has no rotary positions")
         args |= {key: keys[key] for key in ("rope_scaling", "rope_factor", "rope_low", "rope_high")}

@@ -35,12 +35,22 @@ class HarnessModel(TemplateLM):
     def prefix_token_id(self) -> int:
         return self.our_tokenizer.bos[0] if self.our_tokenizer.bos else self.eot_token_id
 
+    @property
+    def tokenizer_name(self) -> str:
+        return "ours"
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        start = [] if add_special_tokens is False else self.our_tokenizer.bos
+        start = self.our_tokenizer.bos
+        has_start = bool(start) and string.startswith(self.our_tokenizer.decode(start))  # a chat template wrote it
+        if add_special_tokens is False or (add_special_tokens is None and has_start):
+            start = ()
         return [*start, *self.our_tokenizer.encode(string, special=True)]
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        return render(self.our_tokenizer, chat_history, add_generation_prompt)
+        """add_generation_prompt=False: the last message is the beginning of an answer, and its turn stays open."""
+        text = render(self.our_tokenizer, chat_history, add_generation_prompt)
+        last = chat_history[-1]["content"].strip()
+        return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """requests: (texts, context ids, continuation ids). The log probability of each, and whether it is the greedy text."""
@@ -140,6 +150,6 @@ def run_tasks(
     for task, metrics in results["results"].items():
         for name, value in metrics.items():
             metric = name.removesuffix(",none").replace(",", "_")
-            if isinstance(value, float) and not metric.endswith("stderr"):
+            if isinstance(value, float) and "_stderr" not in name:
                 scores[f"{task}_{metric}"] = value
     return scores

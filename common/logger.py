@@ -68,6 +68,7 @@ class Logger:
         self.plotted = time.monotonic()  # a run of seconds draws once, at its end
         self.peak = peak_flops(run.device, config["peak_tflops"])
         self.flops_per_token = flops_per_token(run.model, config["block_size"])
+        self.is_chat = dataset.is_chat
         self.tokenizer, self.prompt = load_tokenizer(dataset, config["sample_prompt"])
         self.tokenizer_dict = self.tokenizer.to_dict() if self.tokenizer else dataset.tokenizer
         with self.writable():
@@ -275,7 +276,7 @@ class Logger:
         start = shlex.quote(self.prompt.split("\n")[0] or " ".join(text.split()[:3])[:40])
         run = shlex.quote(str(folder))
         print("Try next:")
-        if not self.tokenizer_dict.get("chat_template"):
+        if not self.is_chat:
             print(f"  python sample.py --out_dir={run} --start={start}")
         print(f"  python sample.py --out_dir={run} --chat")
         print("  python prepare_text.py --inputs=my.txt --dataset=mine --tokenizer=char      (train on your own text)")

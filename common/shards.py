@@ -205,7 +205,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False)
             masks = [(shard["mask"], shard["mask_sha256"]) if "mask" in shard else None for _, shard in listed]
             listed = [(split, *(shard[key] for key in keys)) for split, shard in listed]
             tokenizer, vocab_size = dict(meta["tokenizer"]), int(meta["vocab_size"])
-            is_chat = bool(tokenizer.get("chat_template")) or meta.get("arguments", {}).get("source") == "chat"
+            is_chat = any(masks) or meta.get("arguments", {}).get("source") == "chat"
             names = [file for _, file, _, _ in listed] + [mask[0] for mask in masks if mask]
             wrong = [file for file in names if Path(file).name != file]
             wrong += [tokens for *_, tokens, _ in listed if type(tokens) is not int]

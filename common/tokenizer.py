@@ -40,6 +40,9 @@ class Tokenizer:
 
     bos = ()
     chat_template = ""
+    bos_token: str | None = (
+        None  # what chat templates call so; None: the token that begins a text, or the end-of-text token
+    )
 
     def special_names(self) -> list[str]:
         return [] if self.eot is None else [EOT]
@@ -47,7 +50,8 @@ class Tokenizer:
     def settings(self) -> dict:
         """What to_dict() gives beside the vocabulary."""
         stops = {"stops": list(self.stops)} if self.stops not in ((), (self.eot,)) else {}
-        return stops | ({"chat_template": self.chat_template} if self.chat_template else {})
+        bos = {} if self.bos_token is None else {"bos_token": self.bos_token}
+        return stops | bos | ({"chat_template": self.chat_template} if self.chat_template else {})
 
 
 class CharTokenizer(Tokenizer):
@@ -225,14 +229,18 @@ class PretrainedTokenizer(Tokenizer):
             raise UserError("a pretrained tokenizer needs the tokenizers package: pip install -e '.[bpe]'") from None
         self.text, self.eot_token = text, eot
         self.library = Tokenizer.from_str(text)
-        self.library.no_truncation()  # neither is part of the vocabulary: texts would be cut and padded
-        self.library.no_padding()
+        self.plain = Tokenizer.from_str(text)  # spells special tokens out; of its own, since threads share a tokenizer
+        self.plain.encode_special_tokens = True
+        for library in (self.library, self.plain):
+            library.no_truncation()  # neither is part of the vocabulary: texts would be cut and padded
+            library.no_padding()
         vocab = self.library.get_vocab(with_added_tokens=True)
         self.n_vocab = max(vocab.values()) + 1
         self.eot = vocab.get(eot)
         self.stops = () if self.eot is None else (self.eot,)
         fields = parse_json(text)
-        self.special = {t["id"] for t in fields["added_tokens"]}
+        self.special = {t["id"] for t in fields["added_tokens"]}  # spelled as they are
+        self.marks = {t["id"] for t in fields["added_tokens"] if t.get("special")}
         # What the post-processor puts before a text. What it adds at the end would end a prompt before it began.
         encoded = self.library.encode("a")
         self.bos = tuple(encoded.ids[: sum(itertools.takewhile(bool, encoded.special_tokens_mask))])
@@ -244,12 +252,11 @@ class PretrainedTokenizer(Tokenizer):
         self.joins_words = bool(self.prefix or self.suffix or (kind is None and model["type"] == "WordLevel"))
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        self.library.encode_special_tokens = not special
-        return self.library.encode(replace_surrogates(text), add_special_tokens=False).ids
+        library = self.library if special else self.plain
+        return library.encode(replace_surrogates(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> np.ndarray:
-        self.library.encode_special_tokens = True
-        encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        encoded = self.plain.encode_batch_fast(texts, add_special_tokens=False)
         return np.concatenate([part for e in encoded for part in ([self.eot], e.ids)]).astype(np.int64)
 
     def token_bytes(self, i: int) -> bytes:
@@ -277,7 +284,8 @@ class PretrainedTokenizer(Tokenizer):
         return {"kind": "pretrained", "json": self.text, "eot": self.eot_token} | self.settings()
 
     def special_names(self) -> list[str]:
-        return [self.library.id_to_token(i) for i in sorted(self.special)]
+        """The tokens that mark something: not those that are text, as runs of spaces are in some vocabularies."""
+        return [self.library.id_to_token(i) for i in sorted(self.marks | {*self.stops})]
 
     def to_json(self) -> str:
         return self.text
@@ -373,13 +381,13 @@ def _from_dict(d: dict) -> Tokenizer:
     else:
         raise ValueError(f"unknown tokenizer kind {kind!r}")
     tokenizer.stops = tuple(d.get("stops", tokenizer.stops))
-    tokenizer.chat_template = d.get("chat_template", "")
+    tokenizer.chat_template, tokenizer.bos_token = d.get("chat_template", ""), d.get("bos_token")
     return tokenizer
 
 
 def same_vocabulary(a: dict, b: dict) -> bool:
     """Whether two to_dict() descriptions mean the same by each id. Of GPT-2's vocabulary some files store only the kind."""
-    a, b = ({k: v for k, v in d.items() if k not in ("stops", "chat_template")} for d in (a, b))
+    a, b = ({k: v for k, v in d.items() if k not in ("stops", "chat_template", "bos_token")} for d in (a, b))
     if a == b or a["kind"] == b["kind"] == "gpt2":
         return True
     if {"kind": "gpt2"} in (a, b):  # not loaded, which may be a download, to see that the other has another size
@@ -413,6 +421,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             }
         tokenizer.stops = tuple(sorted(stops))
         tokenizer.chat_template = read_chat_template(folder, others["tokenizer_config"])
+        if tokenizer.chat_template and not tokenizer.bos:
+            bos = others["tokenizer_config"].get("bos_token") or ""
+            tokenizer.bos_token = bos["content"] if isinstance(bos, dict) else bos
         return tokenizer
     except UserError:
         raise
@@ -474,13 +485,20 @@ def recognise(fields: dict) -> Tokenizer | None:
     return BPETokenizer("gpt2" if digest == GPT2_SHA256 else "bpe", GPT2_PATTERN, tokens, names[1:])
 
 
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+]
+
+
 def download_tokenizer(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
-        )
+        return Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
     except Exception as e:
         raise UserError(f"--tokenizer={name}: not a folder, and the hub does not have it: {first_line(e)}") from None
 

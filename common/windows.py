@@ -139,8 +139,8 @@ class PackedRows:
     """Conversations packed whole into rows of block_size + 1 tokens, for training and for validation.
 
     Best fit: the longest first, each into the row that it fills best. A row begins with a conversation; what is left of it
-    is padding. A conversation that is longer than a row loses its first exchanges, system message included; one whose last
-    exchange alone is longer is left out. Row i of training depends on the seed and i alone; each epoch has a new order.
+    is padding. A conversation that is longer than a row loses its first exchanges, system message included, and begins with
+    its first token all the same; one whose last exchange alone is longer is left out. Row i of training depends on the seed and i alone; each epoch has a new order.
     """
 
     def __init__(self, shards: list[Shard], block_size: int, vocab_size=2**32, seed: int = 1337, fraction: float = 1.0):
@@ -151,22 +151,27 @@ class PackedRows:
         found = found[: max(1, round(len(found) * fraction))]
         if not found:
             raise UserError(f"no conversation fits {block_size + 1:,} tokens: raise --block_size")
-        self.rows = pack(found, block_size + 1)  # [[(shard, start, stop, number of targets), ...], ...]
+        self.rows = pack(found, block_size + 1)  # [[(shard, start, stop, number of targets, first id), ...], ...]
         self.targets = np.array([sum(c[3] for c in row) for row in self.rows])
         self.per_epoch = len(self.rows)
         self.order = lru_cache(1)(self.order)  # of the latest epoch
 
-    def conversations(self, number: int, shard: Shard) -> Iterator[tuple[int, int, int, int]]:
-        """(shard, start, stop, number of targets) of the conversations of a shard, cut to what fits a row."""
-        mask, room = np.load(shard.mask, mmap_mode="r"), self.block_size + 1
+    def conversations(self, number: int, shard: Shard) -> Iterator[tuple[int, int, int, int, int]]:
+        """(shard, start, stop, number of targets, first id) of the conversations of a shard, cut to what fits a row."""
+        mask, ids, room = np.load(shard.mask, mmap_mode="r"), shard.map(), self.block_size + 1
         begins, cuts = np.flatnonzero(mask & BEGINS), np.flatnonzero(mask & CUT)
         learned = np.concatenate(([0], np.cumsum(mask & LEARNED)))
         for start, stop in zip(begins.tolist(), [*begins[1:].tolist(), len(mask)]):
+            first = int(ids[start])
             if stop - start > room:
                 cut = np.searchsorted(cuts, stop - room)
-                start = int(cuts[cut]) if cut < len(cuts) else stop
+                start = int(cuts[cut]) if cut < len(cuts) and cuts[cut] < stop else stop
+                if start < stop and ids[start] != first:  # the token before it makes room for the first
+                    start -= 1
+                    if stop - start > room:
+                        start = int(cuts[cut + 1]) - 1 if cut + 1 < len(cuts) and cuts[cut + 1] < stop else stop
             if start < stop and (targets := int(learned[stop] - learned[start + 1])):  # the first token is no target
-                yield number, start, stop, targets
+                yield number, start, stop, targets, first
             else:
                 self.left_out += 1
 
@@ -187,11 +192,11 @@ class PackedRows:
         targets = np.full_like(ids, -1)
         for n, row in enumerate(rows):
             at = 0
-            for number, start, stop, _ in self.rows[row]:
+            for number, start, stop, _, first in self.rows[row]:
                 shard, end = self.shards[number], at + stop - start
                 piece = check_ids(shard, shard.map()[start:stop], self.vocab_size).astype(np.int64)
                 learned = np.load(shard.mask, mmap_mode="r")[start:stop] & LEARNED > 0
-                learned[0] = False  # nothing in this conversation comes before it
+                learned[0], piece[0] = False, first  # nothing in this conversation comes before it
                 ids[n, at:end], targets[n, at:end] = piece, np.where(learned, piece, -1)
                 at = end
             ids[n, at:] = ids[n, 0]  # padding, which no target follows

@@ -92,10 +92,39 @@ def test_every_example_has_the_numbers_of_the_harnesss_own_model_on_the_export(f
         assert any(greedy for _, greedy in pairs(our_answers))
 
 
+CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+def test_chat_models_are_asked_in_turns_as_the_harness_asks_them(folder, tmp_path):
+    from test_chat import save_with_template
+    from test_pretrained import save_llama
+
+    save_llama(tmp_path / "m", vocab_size=150, max_position_embeddings=512)
+    save_with_template(tmp_path / "m", CHAT, bos=True, bos_token="<s>")
+    (tmp_path / "t").mkdir()
+    for name in ("choices", "written"):
+        text = (folder / "tasks" / f"{name}.yaml").read_text()
+        (tmp_path / "t" / f"{name}.yaml").write_text(text + "gen_prefix: 'The answer is'\n")
+    model, checkpoint = load_model(str(tmp_path / "m"))
+    ours = HarnessModel(
+        model, tokenizer_from_dict(checkpoint["tokenizer"]), lambda: autocast(torch.device("cpu"), torch.float32), 4
+    )
+    theirs = HFLM(pretrained=str(tmp_path / "m"), device="cpu", dtype="float32", batch_size=4)
+    found = []
+    for each in (ours, theirs):
+        manager = TaskManager(include_path=str(tmp_path / "t"), include_defaults=False)
+        options = {"task_manager": manager, "apply_chat_template": True, "bootstrap_iters": 0, "limit": 8}
+        result = lm_eval.simple_evaluate(each, tasks=["choices", "written"], **options)
+        found.append({task: [sample["resps"] for sample in result["samples"][task]] for task in ("choices", "written")})
+    assert found[0]["written"] == found[1]["written"]
+    for (loss, _), (their_loss, _) in zip(pairs(found[0]["choices"]), pairs(found[1]["choices"])):
+        assert loss == pytest.approx(their_loss, abs=1e-3)
+
+
 def test_scores_stand_beside_the_loss(run, refused, folder):
     arguments = (
         "--checkpoints=out/ckpt.pt",
-        "--tasks=choices,written",
+        "--tasks=choices,written,",
         "--tasks_dir=tasks",
         "--limit=8",
         "--device=cpu",
@@ -107,7 +136,7 @@ def test_scores_stand_beside_the_loss(run, refused, folder):
     )
     assert re.search(r"loss +.* choices_acc", printed)
     header = (folder / "evaluation" / "evaluation_results.csv").read_text().splitlines()[0]
-    assert "loss" in header and "choices_acc" in header and "samples" not in header
+    assert "stderr" not in header and "loss" in header and "choices_acc" in header and "samples" not in header
 
 
 def test_unknown_tasks_and_sums_of_a_model_that_cannot_chat_are_refused(folder):

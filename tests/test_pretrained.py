@@ -120,9 +120,12 @@ def test_the_context_of_an_own_model_is_stretched_and_its_export_says_so(scaling
     run("train.py", *keys, "--out_dir=short")
     longer = [*keys, "--init_from=short", "--block_size=64"]
     assert "--rope_scaling=yarn --rope_factor=2 stretches it" in refused("train.py", *longer)
+    assert "it needs --rope_scaling" in refused("train.py", *keys, "--init_from=short", "--rope_factor=4.0")
     longer += [f"--rope_scaling={scaling}", "--rope_factor=2", "--max_iters=4"]
     run("train.py", *longer, "--out_dir=long")
     run("train.py", *longer[:-1], "--out_dir=long", "--max_iters=6", "--resume")
+    again = [*keys, "--init_from=long", f"--rope_scaling={scaling}", "--rope_factor=4"]
+    assert f"this model is stretched already, {scaling} by 2" in refused("train.py", *again)
     ours, checkpoint = load_model(chars / "long")
     assert (ours.config.block_size, ours.config.rope_original, checkpoint["step"]) == (64, 32, 6)
     run("export.py", "--out_dir=long")
