@@ -6,11 +6,11 @@ import itertools
 import pytest
 import torch
 
+from common.chat import chat_prompt
 from common.cpu import Int8Linear, PackedLinear, packed_linear_is_available
 from common.inference import (
     DecodeStep,
     beam_search,
-    chat_prompt,
     complete,
     for_inference,
     one_ahead,
@@ -18,6 +18,7 @@ from common.inference import (
 )  # fmt: skip
 from common.lora import add_lora
 from common.pretrained import GPT2_CONV1D
+from common.tokenizer import EOT, CharTokenizer
 from configurator import UserError
 from model import GPT, GPTConfig, KVCache, sample_next_token
 
@@ -271,23 +272,19 @@ def test_beam_search_continues_past_the_context():
 
 
 def test_a_chat_prompt_keeps_the_latest_exchanges_that_fit():
-    class Letters:
-        eot, bos = 0, ()
-
-        def encode(self, text):
-            return [ord(c) for c in text]
-
-    def prompt(room, is_chat=True, system="", eot=0):
-        letters.eot = eot
+    def prompt(room, is_chat=True, system="", eot=True):
+        letters = CharTokenizer(sorted(set("User: Assistant:\nabcdeS")), eot)
         ids, kept = chat_prompt(letters, [("a", "b"), ("c", "d")], "e", room, is_chat, system)
-        return "".join(chr(i) if i else "|" for i in ids), kept
+        return letters.decode(ids).replace(EOT, "|"), kept
 
-    letters = Letters()
     past = "|User: a\nAssistant: b|User: c\nAssistant: d"
     assert prompt(1000) == (past + "|User: e\nAssistant:", 2)
     assert prompt(1000, system="S") == ("|S" + past + "|User: e\nAssistant:", 2)
     assert prompt(50, system="S") == ("|S|User: c\nAssistant: d|User: e\nAssistant:", 1)
-    assert prompt(10) == ("Assistant:", 0)
-    assert prompt(1000, eot=None) == (past[1:].replace("|", "\n") + "\nUser: e\nAssistant:", 2)
+    assert prompt(30, system="S") == ("|S|User: e\nAssistant:", 0)
+    assert prompt(19, system="S") == ("|User: e\nAssistant:", 0)
+    with pytest.raises(UserError, match="the message takes 19 tokens, and the context has room for 10"):
+        prompt(10)
+    assert prompt(1000, eot=False) == (past[1:].replace("|", "\n") + "\nUser: e\nAssistant:", 2)
     assert prompt(1000, is_chat=False) == ("|ab\ncd\ne", 2)
     assert prompt(3, is_chat=False) == ("d\ne", 2)
