@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import HUB, atomic_write, named_disk_errors, parse_json
-from common.shards import CHUNK, ShardWriter
+from common.shards import CHUNK, ShardWriter, cut_whole
 from common.tokenizer import EOT, BPETokenizer, Tokenizer, replace_surrogates, tokenizer_from_dict
 from configurator import UserError, first_line
 
@@ -215,7 +215,8 @@ class DatasetWriter:
             for name, ids in encoded.items():
                 writer = self.writers.setdefault(name, self.shard_writer(name))
                 n_shards = len(writer.shards)
-                writer.add(ids if not max_tokens or size <= room else ids[: len(ids) * room // size])
+                keep = len(ids) if not max_tokens or size <= room else len(ids) * room // size
+                writer.add(ids[: keep if self.encode is None else cut_whole(ids >> 32, keep)])
                 new_shards += writer.shards[n_shards:]
             progress["position"] = position
             for shard in new_shards:

@@ -85,11 +85,13 @@ class ShardWriter:
                 for file in self.files:
                     file.write(bytes(self.HEADER))
             take = min(len(columns[0]), self.shard_tokens - self.filled)
+            whole = cut_whole(columns[1], take) if len(columns) > 1 else take  # a shard ends with a conversation
+            take = whole or (take if not self.filled else 0)
             for file, dtype, column in zip(self.files, self.dtypes, columns):
                 with named_disk_errors(file.name):
                     file.write(column[:take].astype(dtype).tobytes())
             self.filled, columns = self.filled + take, [column[take:] for column in columns]
-            if self.filled == self.shard_tokens:
+            if self.filled == self.shard_tokens or len(columns[0]):
                 self.finish()
 
     def sync(self) -> None:
@@ -118,6 +120,14 @@ class ShardWriter:
         entry = {"file": paths[0][0].name, "tokens": self.filled, "sha256": hashes[0]}
         self.shards.append(entry | ({"mask": paths[1][0].name, "mask_sha256": hashes[1]} if len(paths) > 1 else {}))
         self.files, self.filled = [], 0
+
+
+def cut_whole(flags: np.ndarray, limit: int) -> int:
+    """The largest number of tokens, at most `limit`, that are whole conversations by their flags; 0 if the first is longer."""
+    if limit >= len(flags):
+        return len(flags)
+    begins = np.flatnonzero(flags[: limit + 1] & BEGINS)
+    return int(begins[-1]) if len(begins) else 0
 
 
 # -----------------------------------------------------------------------------

@@ -334,6 +334,21 @@ def test_preparing_conversations_resumes_with_ids_and_masks_in_step(run, tmp_pat
     assert len(parts.train) > 2 and np.array_equal(ids, expected & 0xFFFFFFFF) and np.array_equal(masks, expected >> 32)
 
 
+@pytest.mark.parametrize("limit", ["--shard_tokens=101", "--max_tokens=820"])
+def test_no_limit_cuts_a_conversation(limit, run, tmp_path):
+    write_chats(tmp_path, [numbered(n, 1 + n % 5) for n in range(60)])
+    run("prepare_text.py", "--inputs=chats.jsonl", "--tokenizer=bpe", "--vocab_size=280", limit)
+    dataset = load_dataset("chats", tmp_path / "data", verify=True)
+    decode, found = tokenizer_from_dict(dataset.tokenizer).decode, []
+    for shard in (*dataset.train, *dataset.val):
+        ids, begins = shard.map(), np.flatnonzero(np.load(shard.mask) & 2)
+        assert begins[0] == 0
+        found += [decode(part) for part in np.split(ids, begins[1:])]
+    whole = [chat.render(tokenizer_from_dict(dataset.tokenizer), numbered(n, 1 + n % 5)) for n in range(60)]
+    assert set(found) <= set(whole) and len(found) == len(set(found)) > 5
+    assert len(found) == 60 or limit.startswith("--max_tokens")
+
+
 TEXT_LINE = {"text": "a"}
 ROLE = [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]
 NESTED = [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]
