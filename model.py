@@ -81,6 +81,8 @@ class GPTConfig:
             self.rope_high = self.rope_high or {"llama3": 4.0, "yarn": 32.0}.get(self.rope_scaling, 0.0)
             if self.pos != "rope":
                 raise ValueError(f"--rope_scaling={self.rope_scaling} needs --pos=rope")
+            if self.rope_scaling == "yarn" and self.rope_base <= 1:
+                raise ValueError(f"--rope_base={self.rope_base}: --rope_scaling=yarn needs more than 1")
             if self.rope_factor < 1 or not 0 < self.rope_low < self.rope_high and self.rope_scaling != "linear":
                 lows = f"--rope_low={self.rope_low} must be above 0 and below --rope_high={self.rope_high}"
                 raise ValueError(f"--rope_factor={self.rope_factor} must be at least 1, {lows}")
@@ -187,9 +189,8 @@ class CausalSelfAttention(nn.Module):
         self.config, self.layer = config, layer
         D = config.head_size
         width, kv_width = config.n_head * D, config.n_kv_head * D
-        self.c_attn = nn.Linear(
-            config.n_embd, width + 2 * kv_width, config.bias or config.qkv_bias
-        )  # q, k, v in one matrix
+        qkv_bias = config.bias or config.qkv_bias
+        self.c_attn = nn.Linear(config.n_embd, width + 2 * kv_width, bias=qkv_bias)  # q, k, v in one matrix
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(D, config.norm_eps, config.qk_norm_weight)

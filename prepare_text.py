@@ -275,7 +275,7 @@ def chat_documents() -> tuple[dict[str, Source], str, bool]:
             if not allow_synthetic:
                 continue
             found = list(itertools.islice(small_talk.conversations(rng), min(max_samples_per_source, 5000)))
-            descriptions.append(f"{len(found):,} synthetic ones instead of {name}")
+            descriptions.append(f"{len(found):,} synthetic conversations instead of {name}")
         print(f"chat: {descriptions[-1]}")
         mix |= dict.fromkeys(json.dumps(c, ensure_ascii=False) for c in found)
     if not mix:
@@ -385,7 +385,9 @@ def val_threshold(read: Source, description: str) -> int:
         return threshold
     ordered = sorted(set(hashes))
     if len(ordered) == 1:
-        raise UserError(f"{description} holds only copies of one document: none is left for validation")
+        raise UserError(
+            f"{description} holds one document, once or several times: none is left for validation, add another"
+        )
     return min(max(threshold, ordered[1]), ordered[-1])
 
 
@@ -443,7 +445,7 @@ def warn_if_small(tokens: dict[str, int]) -> None:
         )
     if not val_fraction / 3 < share < 3 * val_fraction:
         print(
-            f"note: validation has {share:.0%} of the tokens, not {val_fraction:.0%}: the documents are too large to choose from"
+            f"note: validation has {share:.0%} of the tokens, not {val_fraction:.0%}: the documents are too few or too large to choose from"
         )
     if val < 300:
         print(

@@ -403,6 +403,30 @@ def check_weights(model: GPT, weights: dict[str, torch.Tensor]) -> dict[str, tor
 RUNTIME_FIELDS = {"dropout", "attn", "activation_checkpointing"}  # of GPTConfig: may change when a run continues
 
 
+def stretch_context(args: dict, keys: dict) -> None:
+    """Give the arguments of a model to train on the --rope_scaling of the keys, and the longer context. Raises UserError."""
+    names, scaling, wanted = (
+        ("rope_factor", "rope_original", "rope_low", "rope_high"),
+        args.get("rope_scaling", "none"),
+        keys["rope_scaling"],
+    )
+    if wanted == "none":
+        if any(keys[name] != GPTConfig.__dataclass_fields__[name].default for name in names):
+            others = ", ".join(names[1:])
+            raise UserError(f"--rope_factor={keys['rope_factor']}: it needs --rope_scaling, and so do {others}")
+    elif scaling != "none":
+        if (scaling, args["rope_factor"]) != (wanted, keys["rope_factor"]):
+            raise UserError(
+                f"--rope_scaling={wanted}: this model is stretched already, {scaling} by {args['rope_factor']:g}"
+            )
+    elif args.get("pos") != "rope":
+        raise UserError(f"--rope_scaling={wanted}: the model to start from has no rotary positions")
+    else:
+        trained = args["block_size"]
+        args |= {key: keys[key] for key in ("rope_scaling", "rope_factor", "rope_low", "rope_high")}
+        args |= {"rope_original": keys["rope_original"] or trained, "block_size": round(trained * keys["rope_factor"])}
+
+
 def build_model_to_train(checkpoint: dict, dataset: Dataset, keys: dict) -> GPT:
     """The checkpoint's model with the runtime fields of the keys, and a context cut to --block_size, or stretched by --rope_scaling.
 
@@ -421,23 +445,7 @@ def build_model_to_train(checkpoint: dict, dataset: Dataset, keys: dict) -> GPT:
             f"{dataset.name} has another, of {dataset.vocab_size:,}: choose the --dataset it was trained on"
         )
     T, trained = keys["block_size"], args["block_size"]
-    names, scaling = ("rope_factor", "rope_original", "rope_low", "rope_high"), args.get("rope_scaling", "none")
-    if keys["rope_scaling"] == "none" and any(keys[n] != GPTConfig.__dataclass_fields__[n].default for n in names):
-        raise UserError(
-            f"--rope_factor={keys['rope_factor']}: it needs --rope_scaling, and so do {', '.join(names[1:])}"
-        )
-    if "none" not in (scaling, keys["rope_scaling"]) and (scaling, args["rope_factor"]) != (
-        keys["rope_scaling"],
-        keys["rope_factor"],
-    ):
-        raise UserError(
-            f"--rope_scaling={keys['rope_scaling']}: this model is stretched already, {scaling} by {args['rope_factor']:g}"
-        )
-    if keys["rope_scaling"] != "none" and scaling == "none":
-        if args.get("pos") != "rope":
-            raise UserError(f"--rope_scaling={keys['rope_scaling']}: the model to start from has no rotary positions")
-        args |= {key: keys[key] for key in ("rope_scaling", "rope_factor", "rope_low", "rope_high")}
-        args |= {"rope_original": keys["rope_original"] or trained, "block_size": round(trained * keys["rope_factor"])}
+    stretch_context(args, keys)
     if T > args["block_size"]:
         longer = f"--rope_scaling=yarn --rope_factor={-(-T // trained)} stretches it"
         advice = f"; {longer}" if args.get("pos") == "rope" and args.get("rope_scaling", "none") == "none" else ""

@@ -200,7 +200,8 @@ def download_pretrained(name: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=files))
     except Exception as e:
-        raise UserError(f"{name} is no folder here, and the hub does not have {repository}: {first_line(e)}") from None
+        reason = f"{name} is no folder here, and {repository} cannot be had from the hub: {first_line(e)}"
+        raise UserError(f"{reason}. Is the name right, and the internet connected?") from None
 
 
 def arguments_from(theirs: dict, where: str) -> dict:

@@ -193,7 +193,7 @@ class Dataset:
 
     @property
     def is_masked(self) -> bool:
-        return self.train[:1] != [] and self.train[0].mask is not None
+        return bool(self.train) and self.train[0].mask is not None
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", verify: bool = False) -> Dataset:

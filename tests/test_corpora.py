@@ -176,7 +176,7 @@ def test_the_chat_mix_is_written_in_turns_and_reports_skipped_sources(run, refus
     numbers = [int(t.split()[3]) for t in turns if "User: What is" in t]
     assert numbers != sorted(numbers)  # shuffled
     allowed = ["--source=chat", "--dataset=more", "--allow_synthetic=True", "--max_samples_per_source=50"]
-    assert "50 synthetic ones instead of sahil2801/CodeAlpaca-20k" in run("prepare_text.py", *allowed)
+    assert "50 synthetic conversations instead of sahil2801/CodeAlpaca-20k" in run("prepare_text.py", *allowed)
     hub.repos.clear()
     assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", "--dataset=none")
     assert not (tmp_path / "data" / "none").exists()

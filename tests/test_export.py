@@ -257,7 +257,7 @@ class ModelBase:
     pass
 class TextModel(ModelBase):
     def get_vocab_base_pre(self, tokenizer):
-        raise NotImplementedError("BPE pre-tokenizer was not recognized")
+        raise ValueError("BPE pre-tokenizer was not recognized")
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model"); parser.add_argument("--outfile"); parser.add_argument("--outtype")

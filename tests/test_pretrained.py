@@ -227,7 +227,7 @@ def test_damaged_folders_are_refused_in_one_line(refused, tmp_path):
     assert "m has no *.safetensors; save the model with safe_serialization=True" in refused(*command)
     assert "there is no checkpoint gone" in refused("sample.py", "--init_from=gone")
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    assert "the hub does not have openai-community/gpt2-xl" in refused("sample.py", "--init_from=gpt2-xl", env=hub)
+    assert "openai-community/gpt2-xl cannot be had from the hub" in refused("sample.py", "--init_from=gpt2-xl", env=hub)
 
 
 PLACES = {  # key -> where and how a config.json may say it
