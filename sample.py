@@ -258,7 +258,7 @@ class Chat:
 
     def answer(self, message: str) -> None:
         sampler, ended, limit = self.sampler, [], self.sampler.model.config.block_size
-        room = limit - min(sampler.settings["max_new_tokens"], limit // 2)
+        room = chats.prompt_room(limit, sampler.settings["max_new_tokens"])
         message, unknown = chats.known_part(sampler.tokenizer, message)
         if unknown and not message.strip():
             raise UserError(f"the model knows none of the characters {unknown!r}")

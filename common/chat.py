@@ -220,6 +220,11 @@ def plain_text(document: str) -> str:
     return "\n".join(names[message["role"]] + message["content"] for message in document)
 
 
+def prompt_room(context: int, max_new_tokens: int) -> int:
+    """The tokens of the context that a prompt may take: the answer keeps its own, but at most a quarter of the context."""
+    return context - min(max_new_tokens, context // 4)
+
+
 def chat_prompt(
     tokenizer: Tokenizer, history: list[tuple[str, str]], message: str, room: int, is_chat: bool, system: str = ""
 ) -> tuple[list[int], int]:
@@ -249,4 +254,6 @@ def chat_prompt(
         elif system:
             system = ""
         else:
-            raise UserError(f"the message takes {len(ids):,} tokens, and the context has room for {room:,}: shorten it")
+            raise UserError(
+                f"the message takes {len(ids):,} tokens, and the context has room for {room:,} beside the answer: shorten it"
+            )

@@ -93,9 +93,14 @@ def page(browser, demo):
 
 
 def set_value(page, name, value):
+    """Set a field of the settings, which are in a drawer."""
+    page.locator("#settings .toggle-button").click()
+    page.locator("#settings.open").wait_for()
     box = page.locator(f"#{name} input[type=number], #{name} textarea, #{name} input[type=text]").first
     box.fill(str(value))
     box.press("Tab")
+    page.locator("#settings .toggle-button").click()
+    page.locator("#settings:not(.open)").wait_for()
 
 
 def text_of(page, name="text"):
@@ -175,8 +180,9 @@ def test_stop_ends_the_text(browser, slow):
     set_value(page, "max_new_tokens", 500)
     page.get_by_role("button", name="Generate").click()
     eventually(lambda: len(text_of(page)) > 8)
-    page.locator("#stop").click()
-    page.wait_for_timeout(700)
+    page.locator("#prompt").get_by_role("button", name="Stop").click()
+    page.locator("#prompt").get_by_role("button", name="Generate").wait_for()
+    page.wait_for_timeout(300)
     stopped = text_of(page)
     page.wait_for_timeout(500)
     assert text_of(page) == stopped and len(stopped) < 100
@@ -203,7 +209,7 @@ def test_long_prompts_and_unknown_characters_are_reported(page):
     box = page.locator("#prompt textarea")
     box.fill("a" * 1_000_000)
     box.press("Enter")
-    page.get_by_text("The prompt has 1,000,000 characters; at most 20,000 are taken.").wait_for()
+    page.get_by_text("The text has 1,000,000 characters; at most 20,000 are taken.").wait_for()
     box.fill("ABC")
     box.press("Enter")
     page.get_by_text("character 'A' is not among the 26").wait_for()
@@ -212,14 +218,15 @@ def test_long_prompts_and_unknown_characters_are_reported(page):
     box.fill(ALPHABET * 20)
     box.press("Enter")
     eventually(lambda: text_of(page) == ALPHABET * 20 + ALPHABET[:10])
-    assert "the last 64 of the prompt's 520 tokens" in page.locator("#speed").inner_text()
+    assert "the last 64 of the prompt's 520 tokens" in page.locator("#write_notice").inner_text()
+    assert page.locator(".error").count() == 0  # a message in place, no box over the page
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_old_model_stays(page):
     page.locator("#run input").click()
-    page.get_by_role("option", name="out/broken").click()
-    page.get_by_text("best.pt is damaged").first.wait_for()
-    eventually(lambda: "out/abc" in page.locator("#run input").input_value())
+    page.get_by_role("option", name="broken").click()
+    page.locator("#run_notice").get_by_text("best.pt is damaged").first.wait_for()
+    eventually(lambda: page.locator("#run input").input_value().startswith("abc · loss 0."))
     greedy(page)
     set_value(page, "max_new_tokens", 10)
     page.locator("#prompt textarea").fill("abc")
@@ -244,49 +251,124 @@ def test_a_checkpoint_damaged_while_it_is_shown_is_reported_and_the_loaded_model
     shutil.rmtree(trained / "out" / "live")
 
 
-def test_the_next_token_tab_shows_the_most_likely_tokens(page):
+def test_the_next_token_tab_shows_the_likely_tokens_and_marks_the_one_that_was_taken(page):
     page.get_by_role("tab", name="Next token").click()
     greedy(page)
     page.locator("#grown textarea").fill("abc")
     page.locator("#one").click()
     eventually(lambda: text_of(page, "grown") == "abcd")
-    shown = page.locator("#could").inner_text()
-    assert shown.count("%") == 10 and "'d'" in shown and "'d'" in page.locator("#taken").inner_text()
+    assert page.locator("#could tr.taken").inner_text().split()[0] == "'d'"
+    shares = [float(cell.rstrip("%")) for cell in page.locator("#could td:nth-child(3)").all_inner_texts()]
+    assert shares == sorted(shares, reverse=True) and min(shares) >= 1 and sum(shares) < 100.1
+    set_value(page, "top_k", 0)
+    set_value(page, "temperature", 2)
+    for seed in range(20):  # hot sampling takes a token below 1 % sooner or later: it is shown all the same
+        set_value(page, "seed", seed)
+        page.locator("#grown textarea").fill("abc")
+        page.locator("#one").click()
+        eventually(lambda: len(text_of(page, "grown")) == 4)
+        taken = text_of(page, "grown")[3]
+        eventually(lambda c=taken: repr(c) in page.locator("#could tr.taken").inner_text())
+        if taken != "d":
+            break
+    assert taken != "d"
+    greedy(page)
     set_value(page, "max_new_tokens", 10)
+    page.locator("#grown textarea").fill("abcd")
     page.locator("#many").click()
     eventually(lambda: text_of(page, "grown") == letters_after("abcd", 10))
+    page.locator("#still").wait_for(state="hidden")  # Stop is there only while something runs
 
 
-def test_chat_continues_the_conversation_until_it_is_cleared(page):
+def say(page, text):
+    page.locator("#message textarea").fill(text)
+    page.keyboard.press("Enter")
+
+
+def bubbles(page):
+    return page.locator("#talked .message").all_inner_texts()
+
+
+def test_chat_continues_the_conversation_until_a_new_chat(page):
     page.get_by_role("tab", name="Chat").click()
-    page.get_by_text("It is no chat model: it continues your text.").wait_for()
+    page.get_by_text("This is no chat model: it continues your text.").wait_for()
     greedy(page)
     set_value(page, "max_new_tokens", 10)
     for said, answer in (("abc", "defghijklm"), ("nop", "qrstuvwxyz")):
-        page.locator("#message textarea").fill(said)
-        page.keyboard.press("Enter")
+        say(page, said)
         page.locator("#talked").get_by_text(answer, exact=True).wait_for()
         eventually(lambda: page.locator("#message textarea").input_value() == "")
-    page.locator("#message textarea").fill("  ")
-    page.keyboard.press("Enter")
+    say(page, "  ")
     page.wait_for_timeout(500)
     assert "qrstuvwxyz" in page.locator("#talked").inner_text()
-    page.locator("#talked button[title=Clear]").click()
+    page.locator("#new_chat").click()
     eventually(lambda: "defghijklm" not in page.locator("#talked").inner_text())
 
 
-def test_typing_during_an_answer_is_kept_and_clear_ends_the_answer(browser, slow):
+def test_a_message_is_edited_an_answer_retried_and_the_last_exchange_undone(page):
+    page.get_by_role("tab", name="Chat").click()
+    greedy(page)
+    set_value(page, "max_new_tokens", 10)
+    for said, answer in (("abc", "defghijklm"), ("nop", "qrstuvwxyz")):
+        say(page, said)
+        page.locator("#talked").get_by_text(answer, exact=True).wait_for()
+        page.locator("#message").get_by_role("button", name="Send").wait_for()
+    talked = page.locator("#talked")
+    talked.locator("button[title='Retry'], button[aria-label='Retry']").last.click()
+    page.wait_for_timeout(1000)
+    eventually(lambda: bubbles(page) == ["abc", "defghijklm", "nop", "qrstuvwxyz"])
+    talked.locator("button[title='Undo'], button[aria-label='Undo']").last.click()
+    eventually(lambda: bubbles(page) == ["abc", "defghijklm"])
+    assert page.locator("#message textarea").input_value() == "nop"
+    talked.locator("button[title='Edit'], button[aria-label='Edit']").first.click()
+    talked.locator("textarea").fill("fgh")
+    talked.locator("button[title='Submit'], button[aria-label='Submit']").first.click()
+    eventually(lambda: bubbles(page) == ["fgh", "ijklmnopqr"])
+
+
+def test_an_error_in_the_chat_is_a_message_and_keeps_what_was_typed(page):
+    page.get_by_role("tab", name="Chat").click()
+    say(page, "ABC")
+    page.locator("#chat_notice").get_by_text("none of the characters 'ABC'").wait_for()
+    assert page.locator("#message textarea").input_value() == "ABC"
+    say(page, "abC")
+    page.locator("#chat_notice").get_by_text("does not know 'C': left out").wait_for()
+
+
+def test_typing_during_an_answer_is_kept_and_a_new_chat_ends_the_answer(browser, slow):
     page = open_page(browser, slow)
     page.get_by_role("tab", name="Chat").click()
     greedy(page)
-    page.locator("#message textarea").fill("abc")
-    page.keyboard.press("Enter")
+    say(page, "abc")
     page.locator("#talked").get_by_text("def").first.wait_for()
     page.locator("#message textarea").press_sequentially("what next", delay=100)
     assert page.locator("#message textarea").input_value() == "what next"
-    page.locator("#talked button[title=Clear]").click()
+    page.locator("#message").get_by_role("button", name="Stop").click()
+    page.locator("#message").get_by_role("button", name="Send").wait_for()
+    assert page.locator("#message textarea").input_value() == "what next"
+    assert "def" in page.locator("#talked").inner_text()
+    page.locator("#new_chat").click()
+    eventually(lambda: "def" not in page.locator("#talked").inner_text())
+    say(page, "abc")
+    page.locator("#talked").get_by_text("def").first.wait_for()
+    page.locator("#new_chat").click()
     page.wait_for_timeout(1000)
     assert "def" not in page.locator("#talked").inner_text()
+    page.locator("#message").get_by_role("button", name="Send").wait_for()
+    page.close()
+
+
+@pytest.mark.parametrize("size", [(1280, 800), (390, 844)])
+def test_tabs_and_input_are_above_the_fold(browser, demo, size):
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    page.goto(demo.url)
+    for tab in ("Write", "Next token", "Loss", "Chat"):
+        page.get_by_role("tab", name=tab).click()
+    say(page, "abc")
+    page.locator("#talked").get_by_text("def").first.wait_for()
+    box = page.locator("#message textarea").bounding_box()
+    assert box["y"] + box["height"] <= size[1], box
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     page.close()
 
 
@@ -297,12 +379,36 @@ def test_an_invalid_seed_is_reported(page):
         page.get_by_text(f"The seed {seed} is not a whole number").first.wait_for()
 
 
-def test_the_loss_tab_shows_curve_and_results(page):
+def test_the_loss_tab_shows_several_runs_and_follows_one_that_trains(browser, trained):
+    run = trained / "out" / "growing"
+    run.mkdir()
+    for name in ("best.pt", "config.json"):
+        shutil.copy(trained / "out" / "abc" / name, run)
+    lines = [json.dumps({"step": n, "tokens": n, "val_loss": 3 - n / 10}) + "\n" for n in (1, 2, 3, 4)]
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    served = Demo(trained, "--out_dir=out/abc")
+    page = open_page(browser, served)
     page.get_by_role("tab", name="Loss").click()
-    image = page.locator("#curve img")
-    image.wait_for()
-    eventually(lambda: image.evaluate("i => i.naturalWidth") > 300)
-    assert "final_val_loss" in page.locator("#results").inner_text()
+    page.locator("#curve svg").first.wait_for()
+
+    def picture():
+        page.wait_for_timeout(300)
+        return page.evaluate("document.querySelector('#curve svg')?.innerHTML")
+
+    eventually(picture)
+    one = picture()
+    assert "validation loss, nats per token (lower is better)" in page.locator("#results").inner_text()
+    page.locator("#compared input").click()
+    page.get_by_role("option", name="growing").click()
+    eventually(lambda: "growing" in (picture() or ""))  # in the legend: the plot knows the new run
+    assert "growing" not in one and "growing" in page.locator("#results").inner_text()
+    page.wait_for_timeout(1000)
+    two = picture()
+    (run / "metrics.jsonl").write_text("".join(lines))
+    eventually(lambda: picture() not in (two, None))  # without a click: the page looks every five seconds
+    page.close()
+    served.end()
+    shutil.rmtree(run)
 
 
 def test_no_request_leaves_the_machine(page):
@@ -319,9 +425,8 @@ def test_without_a_run_the_page_says_how_to_train_one_and_finds_it_later(browser
     page.get_by_role("button", name="Generate").click()
     page.get_by_text("python train.py config/quickstart.py").first.wait_for()
     shutil.copytree(trained / "out" / "abc", tmp_path / "out" / "abc")
-    page.get_by_role("button", name="Refresh").click()
-    page.locator("#run input").click()
-    page.get_by_role("option", name="out/abc").click()
+    page.locator("#refresh").click()
+    eventually(lambda: page.locator("#run input").input_value().startswith("abc"))
     greedy(page)
     set_value(page, "max_new_tokens", 10)
     page.locator("#prompt textarea").fill("abc")
