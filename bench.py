@@ -26,11 +26,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import psutil
-import torch
-import torch.nn.functional as F
-
 import train
 from common import checkpoint, corpus, inference, runtime, setup, shards
 from common.cpu import manual_attention_is_faster
@@ -42,6 +37,11 @@ from configurator import UserError, check_bounds, check_choice, configure, error
 from eval_hellaswag import classic_question, load_examples
 from model import GPT
 from prepare_tinystories import story
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
 
 mode = "train"  # train | decode | hellaswag | data | startup
 steps = 20  # training steps to time, after three to warm up

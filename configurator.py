@@ -142,7 +142,7 @@ class Overrides:
         self.annotations = namespace.get("__annotations__", {})
         self.defaults = {k: namespace[k] for k in self.comments if not k.startswith("#")}
         self.levels: dict[str, float] = {}
-        self.flags: set[str] = set()
+        self.flags: dict[str, object] = {}  # key -> its value before the first flag
 
     def set(self, key: str, value: object, where: str, level: float) -> None:
         key = self.aliases.get(key, key)
@@ -161,6 +161,8 @@ class Overrides:
         if key not in self.defaults:
             close = difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.5)
             hint = f" (did you mean {close[0]}?)" if close else ""
+            if key in read_keys(HERE / "train.py"):
+                hint = " (it is a key of train.py)"
             raise UserError(f"{where}: unknown key {key}{hint}; --help lists the keys of {Path(self.script).name}")
         return self.defaults[key], self.annotations.get(key)
 
@@ -177,8 +179,8 @@ class Overrides:
         except TypeError:
             expected = _type_names(default, annotation)
             raise UserError(f"command line: --{key} takes {expected}, not {text!r}") from None
+        self.flags.setdefault(key, self.namespace[key])
         self.set(key, value, "command line", level)
-        self.flags.add(key)
 
     def turn_dial(self, dial: str, derive) -> dict:
         """Set the keys that derive(all keys, explicit keys) returns, except explicit ones. Returns what it set.
@@ -207,7 +209,9 @@ class Overrides:
 def configure(
     namespace: dict, argv: list[str] | None = None, dial: tuple | None = None, one_of: tuple = (), aliases: dict | None = None
 ) -> dict:  # fmt: skip
-    """Override `namespace` (a script's globals()) by argv, print on stderr what was set, and return all keys as a dict.
+    """Override `namespace` (a script's globals()) by argv and return all keys as a dict.
+
+    Printed on stderr: what flags changed of a config file, and what follows from the dial.
 
     dial: a key and a function derive(all keys, explicit keys) -> dict of keys that follow from it.
     one_of: groups of numeric keys that set the same quantity. The one set last wins (a config file over the defaults, the
@@ -234,10 +238,15 @@ def configure(
         keys.clear_alternatives(group)
     config = {k: namespace[k] for k in keys.defaults}
     if int(os.environ.get("RANK", 0)) == 0:
-        chosen = {k: v for k, v in config.items() if v != keys.defaults[k] and k in keys.levels.keys() - derived}
-        for title, values in (("set", chosen), (f"from --{dial[0]}" if dial else "", derived)):
-            if values:
-                text = f"{title}: " + "  ".join(f"{k}={v!r}" for k, v in values.items())
+        files = [argument for argument in argv if not argument.startswith("-")]
+        changed = [f"{k}={config[k]!r} (was {was!r})" for k, was in keys.flags.items() if files and config[k] != was]
+        follows = [f"{k}={v!r}" for k, v in derived.items()]
+        for title, parts in (
+            (f"changed in {files[-1]}" if files else "", changed),
+            (f"from --{dial[0]}" if dial else "", follows),
+        ):
+            if parts:
+                text = f"{title}: " + "  ".join(parts)
                 print(textwrap.fill(text, 110, subsequent_indent="  "), file=sys.stderr)
     return config
 

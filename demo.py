@@ -17,8 +17,6 @@ import threading
 import time
 from pathlib import Path
 
-import torch
-
 from common import chat, inference
 from common.checkpoint import find_checkpoint, find_runs
 from common.files import read_json, read_metrics
@@ -26,6 +24,8 @@ from common.inference import text_pieces, until
 from common.pretrained import is_pretrained
 from common.tokenizer import replace_surrogates
 from configurator import UserError, configure, short_errors
+
+import torch
 
 out_dir = ""  # the run to select first; empty: the newest one
 init_from = "resume"  # resume: a run | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id

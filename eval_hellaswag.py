@@ -22,10 +22,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-
 from common import runtime
 from common.checkpoint import chosen_model, find_tokenizer, load_model
 from common.cpu import tune_malloc
@@ -35,6 +31,10 @@ from common.scoring import Question, check_lengths, ending_losses
 from common.tokenizer import PretrainedTokenizer, Tokenizer, tokenizer_from_dict
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
 from model import GPT
+
+import numpy as np
+import torch
+import torch.distributed as dist
 
 out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id

@@ -28,9 +28,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from common import small_talk
 from common.chat import chat_prompt
 from common.checkpoint import build_model, chosen_model, find_checkpoint, find_tokenizer, read_model
@@ -45,6 +42,9 @@ from common.tokenizer import Tokenizer, same_vocabulary
 from common.windows import split_shards, validation_batches, validation_windows
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
 from model import GPT
+
+import numpy as np
+import torch
 
 checkpoints = ""  # runs, folders of runs, checkpoints, Hugging Face models, separated by commas; empty: the newest run
 dataset = ""  # to evaluate on; empty: what each was trained on

@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from common.cpu import fused_linear_cross_entropy, fused_loss_is_faster, manual_attention, manual_attention_is_faster
+from common.rope import rotary_table
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from common.cpu import fused_linear_cross_entropy, fused_loss_is_faster, manual_attention, manual_attention_is_faster
-from common.rope import rotary_table
 
 
 @dataclass

@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
-
 from common.corpus import DatasetWriter, is_up_to_date, make_source, split_text
 from common.files import download
 from common.tokenizer import Tokenizer, learn_tokenizer, word_tokenizer
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
+
+from filelock import FileLock
 
 synthetic = False  # write the synthetic stories instead of TinyStories
 version = "v1"  # v1: the original stories | v2: those by GPT-4

@@ -16,8 +16,6 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 from common import chat as chats
 from common import inference
 from common.checkpoint import chosen_model
@@ -26,6 +24,8 @@ from common.inference import text_pieces, token_repr, until
 from common.runtime import explain_memory
 from common.tokenizer import EOT, replace_surrogates
 from configurator import UserError, check_bounds, check_choice, configure, short_errors
+
+import torch
 
 # The model
 out_dir = ""  # the run's folder; empty: the newest run

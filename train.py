@@ -16,9 +16,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from common import checkpoint, logger, muon, runtime, setup
 from common.files import lock_run
 from common.scoring import sum_losses
@@ -27,6 +24,9 @@ from configurator import add_keys, configure, short_errors
 from eval_hellaswag import classic_accuracy, load_classic
 from model import GPT, GPTConfig
 from prepare_tinystories import ensure_synthetic
+
+import numpy as np
+import torch
 
 # -----------------------------------------------------------------------------
 # Keys: --key=value or a config file sets them; --help prints them
@@ -471,7 +471,9 @@ def main(config: dict) -> None:
     saver.wait()
     monitor.signals.catch(False)  # everything that training made is on the disk
     run.step_model = model  # frees DDP before its process group: the other order deadlocks
-    result = None if monitor.stop else evaluate(run, datasets, -(-final_eval_tokens // block_size))
+    if not monitor.stop:
+        log.final_evaluation(datasets)
+        result = evaluate(run, datasets, -(-final_eval_tokens // block_size))
     runtime.shutdown_distributed()  # all ranks together: torchrun ends the others when one exits
     if not monitor.stop:
         log.finish(state, result, time.perf_counter() - monitor.start_time)
@@ -487,6 +489,7 @@ def log_step(run: Run, state: State, log: logger.Logger, monitor: runtime.StepMo
         state.train_seconds += stats.seconds
         if is_due(log_interval, stats.step) or is_finished(state, monitor.minutes) or monitor.stop:
             log.step(stats, monitor.minutes)
+        log.show_step(stats.step)
         if not (math.isfinite(stats.loss) and (math.isfinite(stats.grad_norm) or run.scaler.is_enabled())):
             raise runtime.bad_step_error(run, stats)
 

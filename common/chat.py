@@ -10,11 +10,11 @@ import functools
 import json
 import re
 
-import numpy as np
-
 from common.shards import BEGINS, CUT, LEARNED
 from common.tokenizer import CharTokenizer, IdTokenizer, PretrainedTokenizer, Tokenizer, replace_surrogates
 from configurator import UserError, first_line
+
+import numpy as np
 
 # The format of ChatML, which most models of today use: for vocabularies that have its two tokens.
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")

@@ -9,14 +9,11 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves, tree_map
 
 from common.files import atomic_file
 from common.lora import add_lora
@@ -26,6 +23,10 @@ from common.shards import Dataset, load_dataset
 from common.tokenizer import Tokenizer, read_tokenizer, same_vocabulary, tokenizer_from_dict
 from configurator import UserError, check_type, first_line
 from model import GPT, GPTConfig
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 PREVIOUS = "ckpt_previous.pt"  # the checkpoint before ckpt.pt, for when that is damaged
 
@@ -272,7 +273,10 @@ def chosen_model(out_dir: str, init_from: str) -> str:
     if not out_dir and not find_runs():
         hint = "run python train.py config/quickstart.py, or set --out_dir"
         raise UserError(f"there is no trained model under out/: {hint}")
-    return out_dir or str(find_runs()[0])
+    if not out_dir:
+        out_dir = str(find_runs()[0])
+        print(f"{out_dir}: the newest run; --out_dir takes another", file=sys.stderr)
+    return out_dir
 
 
 def find_checkpoint(name: str | Path) -> Path:

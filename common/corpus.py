@@ -20,12 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from common.files import HUB, atomic_write, named_disk_errors, parse_json
 from common.shards import CHUNK, ShardWriter, cut_whole
 from common.tokenizer import EOT, BPETokenizer, Tokenizer, replace_surrogates, tokenizer_from_dict
 from configurator import UserError, first_line
+
+import numpy as np
 
 Source = Callable[[object], Iterable[tuple[str, object]]]
 LONGEST = 2**24  # bytes or characters; a longer document is read as several, to bound the memory

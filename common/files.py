@@ -8,6 +8,9 @@ import json
 import os
 import re
 import shutil
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 from configurator import UserError, first_line
@@ -129,8 +132,11 @@ def download(url: str, path: Path, sha256: str = "") -> None:
 
     Files on the Hugging Face hub go through huggingface_hub, which resumes, retries, and honours $HF_ENDPOINT.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     on_hub = re.fullmatch(rf"{HUB}/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url)
+    if not path.exists():
+        check_network(os.environ.get("HF_ENDPOINT", url) if on_hub else url, url)
+    is_new_folder = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if on_hub and not path.exists():
             from huggingface_hub import hf_hub_download
@@ -143,11 +149,24 @@ def download(url: str, path: Path, sha256: str = "") -> None:
     except Exception as e:  # huggingface_hub passes on httpx's errors, which have no other base class
         if isinstance(e, OSError) and e.errno and e.filename:
             raise
+        with contextlib.suppress(OSError):
+            if is_new_folder:
+                path.parent.rmdir()  # a folder without its file would be taken for a dataset
         reason = f"{type(e).__name__}: {first_line(e)}"
         raise UserError(f"{url} cannot be downloaded ({reason}); try the same command again") from None
     if sha256 and (got := file_sha256(path)) != sha256:
         path.unlink()
         raise UserError(f"{url}: sha256 mismatch: got {got}, expected {sha256}")
+
+
+def check_network(url: str, what: str) -> None:
+    """Raise UserError at once where the host's name is not known, as without a network: a download would retry for a minute."""
+    host = urllib.parse.urlsplit(url).hostname
+    try:
+        if host and not urllib.request.getproxies():
+            socket.getaddrinfo(host, None)
+    except socket.gaierror:
+        raise UserError(f"{what} cannot be downloaded: there is no network, or it does not know {host}") from None
 
 
 def fetch(url: str, path: Path) -> None:

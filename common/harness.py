@@ -4,12 +4,7 @@ Contexts that several requests share are read once, into the KV cache. The numbe
 """
 
 import itertools
-
-from lm_eval import simple_evaluate
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+import logging
 
 from common.chat import render
 from common.inference import stream_ids
@@ -17,6 +12,12 @@ from common.scoring import Question, ending_losses
 from common.tokenizer import Tokenizer
 from configurator import UserError, first_line
 from model import GPT
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 
 class HarnessModel(TemplateLM):
@@ -132,6 +133,7 @@ def run_tasks(
     known = set(manager.all_tasks)
     if unknown := [task for task in tasks if task not in known]:
         raise UserError(f"--tasks={','.join(tasks)}: lm-evaluation-harness has no task {unknown[0]}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it tells of each of its retries
     harness_model = HarnessModel(model, tokenizer, autocast, batch_size)
     try:
         results = simple_evaluate(

@@ -5,9 +5,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 
-import torch
-import torch.nn as nn
-
 from common.checkpoint import find_tokenizer, load_model
 from common.cpu import Int8Linear, PackedLinear, packed_linear_is_available, tune_malloc
 from common.lora import merge_lora
@@ -15,6 +12,9 @@ from common.runtime import pick_device, pick_dtype
 from common.tokenizer import Tokenizer
 from configurator import UserError, check_choice
 from model import GPT, KVCache
+
+import torch
+import torch.nn as nn
 
 Rows = list[list[int]]  # token ids, a row per text
 

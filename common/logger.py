@@ -12,16 +12,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-from tqdm.contrib import DummyTqdmFile
-
 from common.files import atomic_file, atomic_write, lock_run, parse_json, read_metrics
 from common.inference import complete, prompt_ids
 from common.runtime import StepStats, dtype_name, flops_per_token, peak_flops, peak_memory
 from common.tokenizer import tokenizer_from_dict
 from configurator import UserError, first_line
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 
 @contextlib.contextmanager
@@ -63,6 +63,7 @@ class Logger:
         self.tokens_per_step = config["gradient_accumulation_steps"] * config["batch_size"] * config["block_size"]
         self.folder, self.first_step = Path(config["out_dir"]), state.step
         self.total_steps = config["max_iters"]  # an estimate where the clock decides; 0: unknown
+        self.seconds_before = state.train_seconds
         self.logged, self.minutes_before = (state.step, state.train_seconds), state.total_seconds / 60
         self.wandb, self.speed, self.last_val_loss, self.scores = None, 0.0, None, {}
         self.plotted = time.monotonic()  # a run of seconds draws once, at its end
@@ -142,6 +143,15 @@ class Logger:
         if not self.config["max_minutes"]:
             return f"{step:>6,}/{self.total_steps:,}"
         return f"{step:>6,}" + (f"/~{self.total_steps:,}" if step and self.total_steps else "")
+
+    def show_step(self, step: int) -> None:
+        """Move the bar of a terminal between two log lines, with the time left from the first steps on."""
+        if self.bar is None or step - self.bar.n < 1:
+            return
+        if not self.speed and self.total_steps:
+            pace = (self.state.train_seconds - self.seconds_before) / (step - self.first_step)
+            self.bar.set_description_str(f"eta {format_duration((self.total_steps - step) * pace)}", refresh=False)
+        self.bar.update(step - self.bar.n)
 
     def step(self, stats: StepStats, minutes: float) -> None:
         """A log line. minutes: since the start of the run."""
@@ -239,6 +249,15 @@ class Logger:
         self.metrics.sync()
         self.text.sync()
 
+    def final_evaluation(self, datasets: list) -> None:
+        limit = self.config["final_eval_tokens"] or math.inf
+        tokens = sum(min(limit, sum(shard.tokens for shard in dataset.val)) for dataset, _ in datasets)
+        text = f"final evaluation on {tokens:,} validation tokens"
+        if self.bar is None:
+            print(text)
+        else:
+            self.bar.set_description_str(text)
+
     def finish(self, state, result: dict, total_seconds: float) -> None:
         """results.json, the last sample, and what to do next. result: of the final evaluation."""
         run, config, val_loss = self.run, self.config, result["loss"]
@@ -262,7 +281,7 @@ class Logger:
         self.plot()
         close_progress_bar()
         print()
-        text = self.sample(state.step)
+        self.sample(state.step)
         print()
         if self.wandb:
             self.wandb.summary.update(results)
@@ -273,13 +292,28 @@ class Logger:
         names = ("results.json", "loss.png", "metrics.jsonl", "best.pt", "ckpt.pt", "samples")
         files, folder = ", ".join(n for n in names if (self.folder / n).exists()), self.folder
         print(f"val loss {val_loss:.4f} after {state.tokens:,} tokens in {total_seconds:.0f} s. {folder}/ has {files}")
-        start = shlex.quote(self.prompt.split("\n")[0] or " ".join(text.split()[:3])[:40])
-        run = shlex.quote(str(folder))
         print("Try next:")
-        if not self.is_chat:
-            print(f"  python sample.py --out_dir={run} --start={start}")
-        print(f"  python sample.py --out_dir={run} --chat")
-        print("  python prepare_text.py --inputs=my.txt --dataset=mine --tokenizer=char      (train on your own text)")
+        for command, comment in self.next_commands():
+            print(f"  {command:<70}  ({comment})" if comment else f"  {command}")
+
+    def next_commands(self) -> list[tuple[str, str]]:
+        """(command, comment): what one can do with the run."""
+        run, prompt = shlex.quote(str(self.folder)), self.prompt.split("\n")[0]
+        if self.is_chat:
+            commands = [
+                (f"python sample.py --out_dir={run} --chat", ""),
+                (f"python export.py --out_dir={run}", "for other programs"),
+            ]
+        elif self.tokenizer:
+            start = f" --start={shlex.quote(prompt)}" if prompt else ""
+            commands = [(f"python sample.py --out_dir={run}{start}", "")]
+        else:
+            commands = [(f"python evaluate.py --checkpoints={run}", "")]
+        commands.append((f"python demo.py --out_dir={run}", "the page in a browser: pip install -e '.[demo]'"))
+        if self.config["dataset"] == "tinystories_synthetic":
+            own = "python prepare_text.py --inputs=my.txt --dataset=mine --tokenizer=char"
+            commands.append((own, "then --dataset=mine"))
+        return commands
 
     def upload(self, name: str, state) -> None:
         import wandb
@@ -379,36 +413,41 @@ def format_duration(seconds: float) -> str:
 
 
 def print_summary(model, datasets: list, config: dict, device: torch.device, dtype: torch.dtype) -> None:
-    """What is about to be trained; with --dry_run also FLOPs, memory and shapes."""
+    """What is about to be trained, in four lines; with --dry_run also FLOPs, memory and shapes."""
     c, B, T, max_minutes = model.config, config["batch_size"], config["block_size"], config["max_minutes"]
     micro_batches, steps = config["gradient_accumulation_steps"], config["max_iters"]
     tokens = micro_batches * B * T
     starts_from = config["init_from"] not in ("scratch", "resume")
-    source = f", from {config['init_from']}, which sets the model keys" if starts_from else ""
-    print(f"model: {model.num_params():,} parameters: {model.describe()}{source}")
+    source = f"; from {config['init_from']}, which sets the model keys" if starts_from else ""
+    sizes = f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, vocabulary {c.vocab_size:,}"
+    print(f"model: {model.num_params():,} parameters, {sizes}{source}")
     if c.lora_rank:
         print(f"LoRA: trains {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of the parameters")
-    print(f"device: {device}, {dtype_name(dtype)}, torch {torch.__version__}")
     for dataset, weight in datasets:
         train, val = (sum(s.tokens for s in shards) for shards in (dataset.train, dataset.val))
         part = f" ({weight:.1%})" if len(datasets) > 1 else ""
-        print(f"data: {dataset.name}{part}, {train:,} train, {val:,} val tokens")
-    limits = [f"{steps:,} steps, {steps * tokens:,}"] * bool(steps) + [f"{max_minutes:g} minutes"] * bool(max_minutes)
+        print(f"data: {dataset.name}{part}, {train:,} training and {val:,} validation tokens")
+    time_limit = f"{max_minutes:g} minute" + "s" * (max_minutes != 1)
+    limits = [f"{steps:,} steps, {steps * tokens:,} tokens"] * bool(steps) + [time_limit] * bool(max_minutes)
     plural = "es" if micro_batches > 1 else ""
     print(f"step: {B} x {T} tokens x {micro_batches} micro-batch{plural} = {tokens:,} tokens; {' or '.join(limits)}")
+    copies = {"sgd": 3, "adafactor": 2}.get(config["optimizer"], 4)  # weights, gradients, moments
+    state = sum(p.numel() for p in model.parameters()) * 4 * copies
+    size = 4 if dtype == torch.float32 else 2
+    per_block = B * T * (10 * c.n_embd + 2 * c.mlp_hidden) * size  # what a block keeps for its backward pass
+    kept = B * T * c.n_embd * size if c.activation_checkpointing else per_block
+    activations = c.n_layer * kept + B * T * c.vocab_size * (size + 8)
+    state, activations = state / 2**20, activations / 2**20
+    torch_version = torch.__version__.partition("+")[0]
+    print(
+        f"device: {device}, {dtype_name(dtype)}, torch {torch_version}; about {state + activations:,.0f} MiB for the training"
+    )
     if config["dry_run"]:
         if datasets[0][0].tokenizer:
             load_tokenizer(datasets[0][0], config["sample_prompt"])
         palm, causal = flops_per_token(model, T), flops_per_token(model, T, "causal")
         total = f"; {palm * steps * tokens:.3g} in all" if steps else ""
         print(f"FLOPs: {palm:.4g} per token (PaLM), {causal:.4g} (causal, matrix products only){total}")
-        copies = {"sgd": 3, "adafactor": 2}.get(config["optimizer"], 4)  # weights, gradients, moments
-        state = sum(p.numel() for p in model.parameters()) * 4 * copies
-        size = 4 if dtype == torch.float32 else 2
-        per_block = B * T * (10 * c.n_embd + 2 * c.mlp_hidden) * size  # what a block keeps for its backward pass
-        kept = B * T * c.n_embd * size if c.activation_checkpointing else per_block
-        activations = c.n_layer * kept + B * T * c.vocab_size * (size + 8)
-        state, activations = state / 2**20, activations / 2**20
         print(f"memory: {state:,.0f} MiB weights, gradients, optimizer; about {activations:,.0f} MiB activations")
         print(f"shapes: idx and targets ({B}, {T}) int64, logits ({B}, {T}, {c.vocab_size})")
 

@@ -2,11 +2,11 @@
 
 import math
 
+from model import GPT
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from model import GPT
 
 
 class LoRALinear(nn.Linear):

@@ -13,12 +13,12 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 from common.files import parse_json
 from configurator import UserError, first_line
 from model import GATED, GPT, GPTConfig
+
+import torch
+import torch.nn.functional as F
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 

@@ -12,11 +12,11 @@ from collections import Counter
 from datetime import timedelta
 from typing import NamedTuple
 
+from configurator import UserError, check_choice, first_line
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  must come before init_process_group: imported later, it keeps the group alive
-
-from configurator import UserError, check_choice, first_line
 
 # -----------------------------------------------------------------------------
 # Device and dtype

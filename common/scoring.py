@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from configurator import UserError
 from model import GPT, KVCache
+
+import numpy as np
+import torch
 
 
 @torch.no_grad()

@@ -7,9 +7,6 @@ import math
 import os
 from pathlib import Path
 
-import torch
-from torch.nn.parallel import DistributedDataParallel
-
 from common import checkpoint
 from common.cpu import tune_malloc
 from common.lora import add_lora, merge_lora
@@ -26,6 +23,9 @@ from common.shards import Dataset, load_mixture
 from common.windows import MixedWindows, PackedRows, TrainingWindows, training_windows, validation_windows
 from configurator import UserError, check_bounds, check_choice, first_line
 from model import GPT
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
 
 def from_depth(keys: dict, explicit: set[str]) -> dict:

@@ -20,11 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from common.files import file_sha256, named_disk_errors, parse_json
 from common.tokenizer import CharTokenizer, IdTokenizer, same_vocabulary
 from configurator import UserError
+
+import numpy as np
 
 VERIFIED_TOKENS = 50_000_000  # smaller datasets are always checked: it takes a fraction of a second
 CHUNK = 100_000_000  # tokens in a shard

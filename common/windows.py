@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-import numpy as np
-
 from common.shards import BEGINS, CHUNK, CUT, LEARNED, Shard
 from configurator import UserError
+
+import numpy as np
 
 
 def split_shards(shards: list[Shard], fraction: float = 1.0, chunk: int = CHUNK) -> list[Shard]:

@@ -43,6 +43,30 @@ def set_log_scale(axis) -> None:
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short_number(value)))
 
 
+def label_ends(axes, ends: list[tuple]) -> None:
+    """Name lines at their ends (text, x, y, colour), in place of a legend; labels that would overlap move apart."""
+    from scipy.optimize import isotonic_regression
+
+    ends = sorted(ends, key=lambda end: end[2])
+    to_axes = axes.transData + axes.transAxes.inverted()
+    axes.autoscale_view()
+    wanted = np.array([to_axes.transform((x, y))[1] for _, x, y, _ in ends])
+    gap = 10 / (axes.bbox.height * 72 / axes.figure.dpi) * np.arange(len(ends))
+    places = isotonic_regression(wanted - gap).x + gap  # in order, a text's height apart, nearest to the ends
+    for (text, x, y, colour), place in zip(ends, places):
+        line = dict(arrowstyle="-", color=colour, linewidth=0.6, shrinkA=0, shrinkB=2)
+        axes.annotate(
+            text,
+            (x, y),
+            (1.03, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=colour,
+            arrowprops=line,
+        )
+
+
 def draw_all(points: list[dict], fits: dict, folder: Path) -> list[str]:
     """Draw every law that was fitted. Returns the names of the files."""
     fitted = {axis: law for axis, law in fits["axes"].items() if "refused" not in law}
@@ -64,7 +88,8 @@ def finish(axes, x_label: str) -> None:
     axes.set(xlabel=x_label, ylabel=LOSS_LABEL)
     set_log_scale(axes.xaxis)
     set_log_scale(axes.yaxis)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
 
 
 def draw_axis(axes, axis: str, law: dict) -> None:
@@ -89,11 +114,14 @@ def draw_surface(axes, points: list[dict], theta) -> None:
     levels = np.unique(D) if len(np.unique(D)) <= 6 else np.geomspace(D.min(), D.max(), 6)
     nearest = abs(np.log(levels)[:, None] - np.log(D)).argmin(0)  # (n_points,)
     sizes = np.geomspace(N.min(), N.max(), 100)
+    ends = []
     for n, tokens in enumerate(levels):
         axes.plot(N[nearest == n], loss[nearest == n], "o", color=f"C{n}", markersize=4)
-        label = f"{short_number(tokens)} tokens"
-        axes.plot(sizes, np.exp(surface(theta, sizes, tokens)), color=f"C{n}", label=label)
+        line = np.exp(surface(theta, sizes, tokens))
+        axes.plot(sizes, line, color=f"C{n}")
+        ends.append((f"{short_number(tokens)} tokens", sizes[-1], line[-1], f"C{n}"))
     finish(axes, AXIS_LABELS["params"])
+    label_ends(axes, ends)
 
 
 def draw_residuals(axes, points: list[dict], theta) -> None:
@@ -105,23 +133,27 @@ def draw_residuals(axes, points: list[dict], theta) -> None:
 
 
 def draw_isoflop(axes, points: list[dict], budgets: list[dict]) -> None:
-    label_every = 1 + len(budgets) // 9  # more than nine labels do not fit
+    ends = []
     for n, budget in enumerate(budgets):
         N, loss = columns([p for p in points if abs(p["flops"] / budget["flops"] - 1) <= 0.1], "params", "loss")
         sizes = np.geomspace(N.min(), N.max(), 100)
         axes.plot(N, loss, "o", color=f"C{n}", markersize=4)
-        label = None if n % label_every else f"{short_number(budget['flops'])} FLOPs"
-        axes.plot(sizes, np.polyval(budget["coefficients"], np.log(sizes)), color=f"C{n}", label=label)
+        line = np.polyval(budget["coefficients"], np.log(sizes))
+        axes.plot(sizes, line, color=f"C{n}")
+        ends.append((f"{short_number(budget['flops'])} FLOPs", sizes[-1], line[-1], f"C{n}"))
         axes.plot(budget["best_params"], budget["best_loss"], "*", color=f"C{n}", markersize=12)
     finish(axes, AXIS_LABELS["params"])
+    label_ends(axes, ends)
 
 
 def draw_efficiency(axes, points: list[dict]) -> None:
     """Loss against training FLOPs: a line for each model size, and the frontier."""
-    sizes = np.unique([point["params"] for point in points])
+    sizes, ends = np.unique([point["params"] for point in points]), []
     for n, size in enumerate(sizes):
         runs = sorted((point["flops"], point["loss"]) for point in points if point["params"] == size)
-        label = f"{short_number(size)} parameters" if len(sizes) <= 10 else None
-        axes.plot(*zip(*runs), "o-", color=f"C{n}", linewidth=0.8, markersize=4, label=label)
+        axes.plot(*zip(*runs), "o-", color=f"C{n}", linewidth=0.8, markersize=4)
+        ends.append((f"{short_number(size)} parameters", *runs[-1], f"C{n}"))
     axes.plot(*columns(frontier(points), "flops", "loss"), "k:", label="frontier")
     finish(axes, AXIS_LABELS["flops"])
+    if len(ends) <= 30:  # more labels do not fit
+        label_ends(axes, ends)

@@ -1,25 +1,27 @@
-"""Figures of runs and studies: loss curves, and bars that compare the arms.
+"""Figures of runs and studies: loss curves, and the arms compared.
 
-    python research/plot.py --results=out/width                    a study: bars and curves of its arms, summary.csv
+    python research/plot.py --results=out/width                    a study: its arms compared, their curves, summary.csv
     python research/plot.py --results=out/quickstart,out/mine      loss curves of single runs
     python research/plot.py --results=out/width --x=flops          loss against steps, tokens, flops or seconds
 
 Several sources are separated by commas.
 """
 
+import re
 from pathlib import Path
-
-import numpy as np
-from figures import COLOURS, LOSS_LABEL, plt, set_log_scale
-from runs import arm_statistics, make_folder, print_table, read_rows, save_figure, write_csv
 
 from common.files import read_metrics
 from configurator import UserError, check_choice, configure, short_errors
 
+import numpy as np
+from figures import COLOURS, LOSS_LABEL, label_ends, plt, set_log_scale
+from runs import check_scipy, make_folder, print_table, read_rows, save_figure, write_csv
+from verdicts import compare_arms
+
 results = ""  # folders of runs or studies, or results.jsonl files, separated by commas
 output_dir = ""  # folder for the figures; empty: the first of --results
 x = "tokens"  # horizontal axis of the curves: steps | tokens | flops | seconds
-metric = "final_val_loss"  # what the bars show: a column of results.jsonl
+metric = "final_val_loss"  # what is compared: a column of results.jsonl
 curve = "val_loss"  # what the curves show: val_loss | train_loss
 title = ""  # title of the figures; empty: the name of the study
 
@@ -52,55 +54,69 @@ def draw_curves(rows: list[dict], path: Path) -> bool:
     """A line for each arm: the mean over its seeds, the range shaded. Returns False if there is nothing to draw."""
     fig, axes = plt.subplots()
     axes.set_prop_cycle(plt.cycler(linestyle=("-", "--", "-.", ":")) * plt.cycler(color=COLOURS))
+    ends = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         curves = [read_curve(row, curve, x) for row in rows if row["arm"] == arm]
         if curves := [points for points in curves if points]:
             common = min(map(len, curves))
             points = np.array([points[:common] for points in curves])  # (runs, common, 2)
             (xs, means), losses = points.mean(0).T, points[..., 1]  # x is averaged too, because seconds differ
-            (line,) = axes.plot(xs, means, label=arm, linewidth=1.6, marker="o" if common < 3 else None)
+            (line,) = axes.plot(xs, means, linewidth=1.6, marker="o" if common < 3 else None)
             axes.fill_between(xs, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+            ends.append((arm, xs[-1], means[-1], line.get_color()))
     if not axes.lines:
         return False
     axes.set(xlabel=X_LABELS[x], ylabel=LOSS_LABELS.get(curve, curve), title=title or path.parent.name)
     if x != "steps":
         set_log_scale(axes.xaxis)
-    axes.legend()
+    label_ends(axes, ends)
     save_figure(fig, path)
     return True
 
 
-def draw_bars(rows: list[dict], table: list[dict], path: Path) -> None:
-    """A bar for the mean of each arm, its standard deviation, a dot for every run. The axis does not start at 0."""
-    fig, axes = plt.subplots(figsize=(7.0, 1.4 + 0.38 * len(table)))
-    low, high = min(entry["min"] for entry in table), max(entry["max"] for entry in table)
-    margin = 0.15 * (high - low) or 0.05 * abs(high) or 1
-    start = low - margin if low < 0 else max(0.0, low - margin)
+def draw_comparison(rows: list[dict], table: list[dict], path: Path) -> None:
+    """Left every run and the mean of its arm; right, with several arms, the differences to the first one with intervals."""
+    several, first = len(table) > 1, table[0]["arm"]
+    fig, panels = plt.subplots(
+        1, 1 + several, figsize=(7 + 3 * several, 1.4 + 0.34 * len(table)), sharey=True, squeeze=False
+    )
+    left, right = panels[0, 0], panels[0, -1]
     for n, entry in enumerate(table):
-        axes.barh(n, entry["mean"] - start, left=start, height=0.62, color="#56B4E9", alpha=0.55)
-        if entry["std"] is not None:
-            axes.errorbar(entry["mean"], n, xerr=entry["std"], color="#333333", capsize=3, linewidth=1.1)
         values = [row[metric] for row in rows if row["arm"] == entry["arm"] and row.get(metric) is not None]
-        heights = n + np.linspace(-0.15, 0.15, len(values) + 2)[1:-1]
-        axes.plot(values, heights, "o", color="#D55E00", markersize=4, markeredgecolor="white", markeredgewidth=0.5)
-    axes.axvline(table[0]["mean"], color="#333333", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(table)), [entry["arm"] for entry in table])
-    axes.invert_yaxis()
-    axes.set(xlim=(start, high + margin), title=title or path.parent.name)
-    explanation = f"mean, standard deviation, every run; the axis starts at {start:.3g}"
-    # A label of the figure, because long arm names leave the axes too narrow for it.
-    fig.supxlabel(f"{LOSS_LABELS.get(metric, metric)}\n{explanation}", fontsize=10)
+        left.plot(values, [n] * len(values), "o", color="C0", markersize=5, alpha=0.7, markeredgewidth=0)
+        left.plot(entry["mean"], n, "|", color="#333333", markersize=13, markeredgewidth=1.6)
+        if "verdict" in entry:
+            word = re.match("better|worse|not told apart|one seed", entry["verdict"]).group()
+            colour = {"better": "#009E73", "worse": "#D55E00"}.get(word, "#777777")
+            low, high = entry["interval"] or [entry["difference"]] * 2
+            right.plot([low, high], [n, n], color=colour, linewidth=2)
+            right.plot(entry["difference"], n, "o", color=colour, markersize=5)
+            place = dict(xycoords=("axes fraction", "data"), va="center", fontsize=8, color=colour)
+            right.annotate(word, (1.02, n), annotation_clip=False, **place)
+    left.set_yticks(range(len(table)), [entry["arm"] for entry in table])
+    left.invert_yaxis()
+    left.set_xlabel(f"{LOSS_LABELS.get(metric, metric)}\na dot is a run, a line the mean")
+    if several:
+        right.axvline(0, color="#333333", linewidth=0.8)
+        right.set_xlabel(f"difference to: {first}\nintervals that all hold together in 95 % of studies")
+    fig.suptitle(title or path.parent.name)
     save_figure(fig, path)
 
 
 def main() -> None:
     check_choice("x", x, X_LABELS)
+    check_scipy("figures")
     rows = read_rows(results)
-    table = arm_statistics(rows, metric)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    table = compare_arms(rows, metric, arms)
+    if not any(
+        "=" in arm for arm in arms
+    ):  # named arms are an ablation: the first one, then from the lowest to the highest
+        table = table[:1] + sorted(table[1:], key=lambda entry: entry["mean"])
     folder = make_folder(output_dir, results)
     written = []
     if table:
-        draw_bars(rows, table, folder / "comparison.png")
+        draw_comparison(rows, table, folder / "comparison.png")
         write_csv(folder / "summary.csv", table)
         written += ["comparison.png", "summary.csv"]
         print_table(table, metric)

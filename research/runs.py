@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import io
-import math
 import shlex
 import signal
 import statistics
@@ -78,46 +77,20 @@ def arm_statistics(rows: list[dict], metric: str) -> list[dict]:
     return table
 
 
-def compare_arms(rows: list[dict], metric: str, order: list[str]) -> list[dict]:
-    """arm_statistics(), and for each arm its difference to the first one of `order`, over the seeds that both have.
-
-    The difference has a 95 % confidence interval, or None where there is only one such seed.
-    """
-    table = arm_statistics(sorted(rows, key=lambda row: order.index(row["arm"])), metric)
-    values = {(row["arm"], row["seed"]): row[metric] for row in rows if row.get(metric) is not None}
-    for entry in table:
-        own = {seed: value for (arm, seed), value in values.items() if arm == entry["arm"] != order[0]}
-        differences = [value - values[order[0], seed] for seed, value in own.items() if (order[0], seed) in values]
-        if differences:
-            entry["difference"] = statistics.fmean(differences)
-            entry["interval"] = confidence_interval(differences) if len(differences) > 1 else None
-    return table
-
-
 def check_scipy(purpose: str) -> None:
     if importlib.util.find_spec("scipy") is None:
         raise UserError(f"{purpose} need scipy: pip install -e '.[research]'")
 
 
-def confidence_interval(values: list[float]) -> list[float]:
-    """The 95 % confidence interval of the mean of two values or more, by Student's t."""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return [statistics.fmean(values) - half, statistics.fmean(values) + half]
-
-
-def print_table(table: list[dict], metric: str, reference: str = "") -> None:
-    """Print the table of arm_statistics() or, with the name of the reference arm, of compare_arms()."""
-    difference = f"   difference to {reference}, 95 % interval" if reference else ""
-    print(f"\n{metric:<40} {'n':>2} {'mean':>9} {'std':>8} {'min':>9} {'max':>9}{difference}")
+def print_table(table: list[dict], metric: str) -> None:
+    """Print the table of arm_statistics() or of compare_arms(), whose differences are to the first arm."""
+    lower = "" if "acc" in metric else " (lower is better)"
+    title, verdicts = metric + lower, any("verdict" in entry for entry in table)
+    print(f"\n{title:<40} {'n':>2} {'mean':>9} {'std':>8} {'min':>9} {'max':>9}" + "  to the first arm" * verdicts)
     for entry in table:
         std = "" if entry["std"] is None else f"{entry['std']:.4f}"
         line = "{arm:<40} {n:>2} {mean:>9.4f} {0:>8} {min:>9.4f} {max:>9.4f}".format(std, **entry)
-        if "difference" in entry:
-            interval = "[{:+.4f}, {:+.4f}]".format(*entry["interval"]) if entry["interval"] else "(one seed)"
-            line += f"   {entry['difference']:+.4f}  {interval}"
-        print(line)
+        print(line + (f"  {entry['difference']:+.4f}  {entry['verdict']}" if "verdict" in entry else ""))
 
 
 def split_args(text: str, key: str) -> list[str]:

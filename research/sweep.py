@@ -24,11 +24,12 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from runs import ROOT, catch_signals, check_scipy, compare_arms, print_table, split_args, wait_for, write_csv
-from tqdm import tqdm
-
 from common.files import atomic_write, read_json
 from configurator import UserError, check_bounds, configure, error_in, read_keys, short_errors
+
+from runs import ROOT, catch_signals, check_scipy, print_table, split_args, wait_for, write_csv
+from tqdm import tqdm
+from verdicts import compare_arms
 
 # Study
 name = "sweep"  # name of the study
@@ -38,6 +39,7 @@ zipped: dict = {}  # key -> list of values; all first values together, then all 
 arms: dict = {}  # name of the arm -> its keys; instead of axes and zipped
 seeds: list = [1, 2, 3]  # each arm is run once with each seed
 metric = "final_val_loss"  # number of results.json to compare
+power = 0.01  # a verdict says how many seeds would show a difference of this size
 # Run
 output_dir = ""  # folder for runs and tables; empty: out/<name>
 dry_run = False  # print the commands and what they would cost
@@ -182,7 +184,7 @@ def run_script(script: str, *arguments: str) -> str:
 def read_costs(run: Run) -> tuple[float, float, float]:
     """Parameters, tokens and FLOPs of a run as train.py --dry_run prints them; nan if it does not print them all."""
     output = run_script("train.py", *run.arguments, "--dry_run")
-    found = re.search(r"model: ([\d,]+) parameters.*steps, ([\d,]+).*FLOPs: ([\d.e+]+)", output, re.DOTALL)
+    found = re.search(r"model: ([\d,]+) parameters.*steps, ([\d,]+) tokens.*FLOPs: ([\d.e+]+)", output, re.DOTALL)
     numbers = [float(number.replace(",", "")) for number in found.groups()] if found else [math.nan] * 3
     return numbers[0], numbers[1], numbers[1] * numbers[2]
 
@@ -280,7 +282,7 @@ def report(planned: list[Run], folder: Path) -> None:
     write_csv(folder / "results.csv", rows)
     atomic_write(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     arm_keys = {run.arm: run.keys for run in planned}
-    table = compare_arms(rows, metric, list(arm_keys))  # refuses a wrong metric, after the results are safe
+    table = compare_arms(rows, metric, list(arm_keys), power)  # refuses a wrong metric, after the results are safe
     differences = unintended_differences(rows, arm_keys)
     failed = [run.title for run in planned if run.state() == "failed"]
     summary = dict(name=name, base=base, metric=metric, seeds=seeds, arms=table, differences=differences, failed=failed)
@@ -288,7 +290,7 @@ def report(planned: list[Run], folder: Path) -> None:
     if arms:  # named arms are an ablation: the first arm, then the largest effects first
         table = table[:1] + sorted(table[1:], key=lambda entry: -abs(entry.get("difference", 0)))
     if table:
-        print_table(table, metric, next(iter(arm_keys)))
+        print_table(table, metric)
     else:
         print("no run has finished")
     for line in differences:
@@ -305,6 +307,8 @@ def main() -> None:
     if not (axes or zipped or arms or base):
         raise UserError("no study given: name its file, such as config/sweep/width.py")
     check_bounds(globals(), at_least_1="max_parallel")
+    if not power > 0:
+        raise UserError(f"--power={power}: must be above 0")
     folder = Path(output_dir or f"out/{name}")
     planned = plan_runs(folder)
     if list_runs:

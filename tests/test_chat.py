@@ -6,19 +6,19 @@ import random
 import re
 from itertools import islice
 
-import numpy as np
-import pytest
-import transformers
-from conftest import ROOT, SMALL, TEXT
-from test_tokenizer import foreign_tokenizer
-from test_train import losses, metrics, torchrun
-
 from common import chat, small_talk
 from common.checkpoint import load_model
 from common.shards import load_dataset
 from common.tokenizer import EOT, CharTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict, train_bpe
 from common.windows import PackedRows, pack, training_windows, validation_batches, validation_windows
 from configurator import UserError
+
+import numpy as np
+import pytest
+import transformers
+from conftest import ROOT, SMALL, TEXT
+from test_tokenizer import foreign_tokenizer
+from test_train import losses, metrics, torchrun
 
 TALK = [
     {"role": "system", "content": "Be kind."},

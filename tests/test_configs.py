@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-import pytest
-import torch
-
 from configurator import run_file
 from model import GPT, GPTConfig
+
+import pytest
+import torch
 
 CONFIGS = sorted((Path(__file__).parent.parent / "config").glob("*.py"))
 WORDS = r"(\d+) layers, (\d+) heads, width (\d+)"

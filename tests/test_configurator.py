@@ -1,15 +1,17 @@
 import builtins
 import os
+import re
 import subprocess
 import sys
+
+from configurator import UserError, check_bounds, check_choice, configure, read_keys, short_errors
 
 import pytest
 from conftest import ROOT
 
-from configurator import UserError, check_bounds, check_choice, configure, read_keys, short_errors
-
 SCRIPT = '''"""A script of the tests."""
 import os
+import re
 from settings import Settings
 from configurator import add_keys
 # Run
@@ -253,20 +255,32 @@ def test_a_flag_before_the_file_that_sets_the_dial_is_explicit_too(namespace, tm
     assert (config["max_iters"], config["max_epochs"], config["batch_size"]) == (0, 2.0, 3)
 
 
-def test_only_what_was_set_or_derived_is_printed(namespace, tmp_path, capsys):
-    path = config_file(tmp_path, "norm = 'rmsnorm'\nbatch_size = 12\n")  # the latter is the default
-    configure(dict(namespace), [path, "--out_dir=here"])
+def test_only_what_flags_change_in_a_file_or_what_is_derived_is_printed(namespace, tmp_path, capsys):
+    path = config_file(tmp_path, "norm = 'rmsnorm'\nbatch_size = 12\n")
+    configure(dict(namespace), [path, "--out_dir=here", "--norm=rmsnorm"])  # the latter is what the file says
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err == "set: out_dir='here'  norm='rmsnorm'\n"
+    assert captured.out == "" and captured.err == f"changed in {path}: out_dir='here' (was 'out')\n"
     configure(dict(namespace), ["--depth=2", "--max_iters=5"], dial=DIAL)
-    assert capsys.readouterr().err == "set: depth=2  max_iters=5\nfrom --depth: batch_size=6  learning_rate=1.0\n"
-    configure(dict(namespace), [])
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "from --depth: batch_size=6  learning_rate=1.0\n"
+    for argv in ([], [path], ["--out_dir=here"]):
+        configure(dict(namespace), argv)
+        assert capsys.readouterr().err == ""
 
 
-def test_only_rank_0_prints_what_was_set(namespace, monkeypatch, capsys):
+def test_a_key_of_another_script_is_named_so(refused):
+    assert "unknown key n_layer (it is a key of train.py)" in refused("sample.py", "--n_layer=4")
+
+
+def test_a_python_without_torch_is_one_line(tmp_path):
+    for script in ("train.py", "sample.py", "prepare_text.py", "bench.py", "demo.py", "evaluate.py", "export.py"):
+        done = subprocess.run([sys.executable, "-S", str(ROOT / script)], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == "", script
+        assert re.fullmatch(r"error: \S+ has no torch: activate your environment, or pip install -e \.\n", done.stderr)
+
+
+def test_only_rank_0_prints_what_was_set(namespace, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    configure(namespace, ["--batch_size=3"])
+    configure(namespace, [config_file(tmp_path, "batch_size = 12\n"), "--batch_size=3"])
     assert capsys.readouterr().err == ""
 
 

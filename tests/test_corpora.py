@@ -3,16 +3,16 @@
 import random
 import time
 
+import prepare_text
+from common.shards import BEGINS, load_dataset
+from common.tokenizer import gpt2_tokenizer, same_vocabulary, tokenizer_from_dict
+from configurator import UserError
+
 import numpy as np
 import pytest
 from conftest import SMALL, TEXT, Script
 from hub import parquet, start_hub
 from test_prepare import documents_of
-
-import prepare_text
-from common.shards import BEGINS, load_dataset
-from common.tokenizer import gpt2_tokenizer, same_vocabulary, tokenizer_from_dict
-from configurator import UserError
 
 
 def make_pages(count: int) -> list[str]:

@@ -4,10 +4,6 @@ import json
 import signal
 import time
 
-import pytest
-import torch
-from conftest import SMALL
-
 import train
 from common.inference import DecodeStep, beam_search
 from common.runtime import StepMonitor
@@ -15,6 +11,10 @@ from common.scoring import Question, ending_losses
 from common.shards import load_dataset
 from common.windows import TrainingWindows
 from model import GPT, GPTConfig
+
+import pytest
+import torch
+from conftest import SMALL
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: no NVIDIA GPU here")]
 

@@ -2,17 +2,17 @@ import json
 import pickle
 import struct
 
-import numpy as np
-import pytest
-import torch
-from conftest import TEXT, make_nanogpt_chars
-
 import train
 from common.corpus import DatasetWriter, check_replaceable
 from common.shards import ShardWriter, load_dataset, load_mixture, open_shard
 from common.tokenizer import tokenizer_from_dict, word_tokenizer
 from common.windows import MixedWindows, TrainingWindows, split_shards, validation_batches, validation_windows
 from configurator import UserError
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, make_nanogpt_chars
 
 
 def write(folder, arrays, vocab=1000, split="train", shard_tokens=100):

@@ -4,16 +4,16 @@ import csv
 import json
 import math
 
+import evaluate
+from common.checkpoint import load_model
+from common.shards import load_dataset
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, TEXT
 from test_pretrained import save_gpt2, save_gpt2_tokenizer
-
-import evaluate
-from common.checkpoint import load_model
-from common.shards import load_dataset
 
 
 @pytest.fixture

@@ -5,6 +5,13 @@ import json
 import os
 import random
 
+import export
+from common.checkpoint import load_model
+from common.pretrained import EXPRESSIBLE, target_of, to_hugging_face
+from common.tokenizer import read_tokenizer, tokenizer_from_dict
+from configurator import UserError
+from model import GPT, GPTConfig
+
 import pytest
 import torch
 import transformers
@@ -13,13 +20,6 @@ from hub import start_hub
 from test_configs import CONFIGS
 from test_pretrained import save_llama
 from test_tokenizer import foreign_tokenizer
-
-import export
-from common.checkpoint import load_model
-from common.pretrained import EXPRESSIBLE, target_of, to_hugging_face
-from common.tokenizer import read_tokenizer, tokenizer_from_dict
-from configurator import UserError
-from model import GPT, GPTConfig
 
 GPT2 = ["--bias=True"]
 LLAMA = "--norm=rmsnorm --mlp=swiglu --pos=rope --n_kv_head=1 --rope_base=500.0 --tie_weights=False".split()

@@ -4,15 +4,15 @@ import json
 import random
 import time
 
-import numpy as np
-import pytest
-from conftest import SMALL, TEXT, Script, call
-from test_prepare import web  # noqa: F401, a fixture
-
 import build_fineweb_shards
 from common import corpus as corpus_module
 from common.shards import HEADERS, load_dataset
 from common.tokenizer import tokenizer_from_dict
+
+import numpy as np
+import pytest
+from conftest import SMALL, TEXT, Script, call
+from test_prepare import web  # noqa: F401, a fixture
 
 
 def make_pages(count: int) -> list[str]:

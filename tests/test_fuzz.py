@@ -12,12 +12,6 @@ import struct
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-from conftest import ROOT, TEXT
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 import build_fineweb_shards
 import prepare_text
 import sample
@@ -30,6 +24,12 @@ from common.tokenizer import CharTokenizer, read_tokenizer, tokenizer_from_dict,
 from common.windows import TrainingWindows
 from configurator import UserError, configure, read_keys
 from model import GPT, GPTConfig
+
+import numpy as np
+import pytest
+from conftest import ROOT, TEXT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(ROOT / "research"))
 from test_tokenizer import foreign_tokenizer

@@ -4,17 +4,17 @@ import json
 import random
 import re
 
+from common.checkpoint import load_model
+from common.harness import HarnessModel
+from common.runtime import autocast
+from common.tokenizer import tokenizer_from_dict
+
 import lm_eval
 import pytest
 import torch
 from conftest import SMALL, TEXT
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-
-from common.checkpoint import load_model
-from common.harness import HarnessModel
-from common.runtime import autocast
-from common.tokenizer import tokenizer_from_dict
 
 TASKS = {
     "choices": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{label}}'\ndoc_to_choice: '{{choices}}'\n"

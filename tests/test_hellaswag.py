@@ -3,6 +3,11 @@
 import json
 import random
 
+import eval_hellaswag
+from common.tokenizer import PretrainedTokenizer, gpt2_tokenizer
+from configurator import UserError
+from model import GPT, GPTConfig
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +17,6 @@ from test_prepare import web  # noqa: F401, a fixture
 from test_pretrained import save_gpt2, save_gpt2_tokenizer, save_llama
 from test_ranks import free_port
 from test_tokenizer import foreign_tokenizer
-
-import eval_hellaswag
-from common.tokenizer import PretrainedTokenizer, gpt2_tokenizer
-from configurator import UserError
-from model import GPT, GPTConfig
 
 
 def examples(count: int, labels: bool = True) -> list[dict]:

@@ -3,9 +3,6 @@
 import copy
 import itertools
 
-import pytest
-import torch
-
 from common.chat import chat_prompt
 from common.cpu import Int8Linear, PackedLinear, packed_linear_is_available
 from common.inference import (
@@ -21,6 +18,9 @@ from common.pretrained import GPT2_CONV1D
 from common.tokenizer import EOT, CharTokenizer
 from configurator import UserError
 from model import GPT, GPTConfig, KVCache, sample_next_token
+
+import pytest
+import torch
 
 CPU = torch.device("cpu")
 

@@ -1,10 +1,6 @@
 import itertools
 import math
 
-import pytest
-import torch
-import torch.nn.functional as F
-
 from common.checkpoint import load_weights
 from common.cpu import fused_linear_cross_entropy
 from common.pretrained import from_llama
@@ -13,6 +9,10 @@ from common.runtime import flops_per_token, peak_flops_of
 from common.scoring import token_losses
 from configurator import UserError
 from model import GPT, GPTConfig, KVCache, rotate, sample_next_token
+
+import pytest
+import torch
+import torch.nn.functional as F
 
 SIZES = dict(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_embd=32)
 

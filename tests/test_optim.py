@@ -3,16 +3,16 @@ import os
 import subprocess
 import sys
 
-import pytest
-import torch
-from conftest import ROOT
-
 import train
 from common.muon import Muon, orthogonalise
 from common.setup import check_keys
 from configurator import UserError
 from model import GPT, GPTConfig
 from train import OPTIMIZERS, get_lr, make_optimizers
+
+import pytest
+import torch
+from conftest import ROOT
 
 
 def new_model(**switches):

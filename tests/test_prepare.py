@@ -9,11 +9,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import pytest
-from conftest import ROOT, SMALL, TEXT, Script, call
-from hub import start_hub
-
 import prepare_text
 import prepare_tinystories
 from common import corpus
@@ -22,6 +17,11 @@ from common.files import download
 from common.shards import load_dataset
 from common.tokenizer import EOT, tokenizer_from_dict, word_tokenizer
 from configurator import UserError
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, TEXT, Script, call
+from hub import start_hub
 
 
 def read(dataset, split):
@@ -385,6 +385,17 @@ def test_a_failed_download_leaves_no_file_and_the_next_call_succeeds(web, tmp_pa
     assert not list(tmp_path.iterdir())
     download(f"{web.url}/f", tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == BLOB
+
+
+def test_without_a_network_a_download_fails_at_once_and_leaves_no_folder(tmp_path):
+    for url in ("https://nowhere.invalid/f", "https://huggingface.co/datasets/a/b/resolve/main/f"):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(UserError, match="there is no network, or it does not know"),
+        ):
+            patch.setenv("HF_ENDPOINT", "https://nowhere.invalid")
+            download(url, tmp_path / "data" / "f")
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_download_with_another_sha256_is_removed(web, tmp_path):

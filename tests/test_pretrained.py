@@ -5,18 +5,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.checkpoint import load_model
+from common.inference import prompt_ids
+from common.pretrained import arguments_from, from_llama, read_pretrained, to_hugging_face, to_our_names
+from common.tokenizer import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
+from configurator import UserError
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import SMALL, TEXT, make_nanogpt_chars
 from hub import start_hub
-
-from common.checkpoint import load_model
-from common.inference import prompt_ids
-from common.pretrained import arguments_from, from_llama, read_pretrained, to_hugging_face, to_our_names
-from common.tokenizer import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
-from configurator import UserError
 
 LLAMA = dict(
     hidden_size=64, intermediate_size=144, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

@@ -15,14 +15,15 @@ import pytest
 from conftest import ROOT, call_on_terminal
 
 sys.path.insert(0, str(ROOT / "research"))
+from configurator import UserError, read_keys, run_file  # noqa: E402
+
 import laws  # noqa: E402
 import pipeline  # noqa: E402
 import plot  # noqa: E402
 import runs  # noqa: E402
 import scaling  # noqa: E402
 import sweep  # noqa: E402
-
-from configurator import UserError, read_keys, run_file  # noqa: E402
+import verdicts  # noqa: E402
 
 TINY = (
     "--dataset=chars --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=1 "
@@ -189,14 +190,63 @@ def test_ready_studies_name_keys_that_train_has(monkeypatch):
             assert set(options) <= known, set(options) - known
 
 
-def test_intervals_of_paired_differences_use_students_t():
-    low, high = runs.confidence_interval([1.0, 2.0, 3.0])
-    assert (low + high) / 2 == pytest.approx(2) and (high - low) / 2 == pytest.approx(4.303 / np.sqrt(3), rel=1e-3)
-    rows = [dict(arm=arm, seed=seed, loss=seed + arm * seed) for seed in (1, 2, 3) for arm in (0, 1)]
-    reference, other = runs.compare_arms([*rows, dict(arm=1, seed=4, loss=99)], "loss", [0, 1])
-    assert "difference" not in reference and other["n"] == 4
-    assert other["difference"] == 2 and other["interval"] == pytest.approx([low, high])
-    assert runs.compare_arms(rows[:2], "loss", [0, 1])[1]["interval"] is None
+def study(losses) -> list[dict]:
+    """Rows of a study from losses (seeds, arms)."""
+    return [dict(arm=a, seed=s, loss=float(x)) for s, row in enumerate(losses) for a, x in enumerate(row)]
+
+
+def test_two_arms_are_compared_as_students_t_does_by_seed_where_the_seeds_matter():
+    from scipy.stats import ttest_ind, ttest_rel
+
+    rng = np.random.default_rng(0)
+    own = rng.normal(0, 0.01, (6, 2)) + [2.0, 2.015]
+    for losses, test in ((own, ttest_ind), (own + rng.normal(0, 1, (6, 1)), ttest_rel)):
+        interval = test(losses[:, 1], losses[:, 0]).confidence_interval()
+        reference, other = verdicts.compare_arms(study(losses), "loss", [0, 1])
+        assert "difference" not in reference and other["interval"] == pytest.approx([*interval])
+    assert verdicts.compare_arms(study(own[:1]), "loss", [0, 1])[1]["interval"] is None
+    rows = study(own)
+    assert verdicts.compare_arms([*rows, dict(arm=1, seed=9, loss=2.01)], "loss", [0, 1])[1]["n"] == 7
+
+
+@pytest.mark.parametrize("arms, runs_per_arm", [(2, 4), (3, 3), (6, 5)])
+def test_the_quantile_of_many_arms_is_dunnetts(arms, runs_per_arm):
+    from scipy.stats import dunnett
+
+    samples = np.random.default_rng(1).normal(size=(arms + 1, runs_per_arm))
+    result = dunnett(*samples[1:], control=samples[0], rng=np.random.default_rng(2))
+    low, high = result.confidence_interval(0.95)
+    sigma = np.sqrt(samples.var(1, ddof=1).mean() * 2 / runs_per_arm)
+    half = verdicts.dunnett_quantile(arms, (arms + 1) * (runs_per_arm - 1)) * sigma
+    assert (high - low)[0] / 2 == pytest.approx(half, rel=0.02)
+
+
+@pytest.mark.parametrize("arms, runs_per_arm, seed_effect", [(2, 3, 0), (5, 3, 1), (20, 3, 0), (20, 3, 2), (4, 2, 1)])
+def test_in_studies_without_an_effect_about_one_in_twenty_tells_an_arm_apart(arms, runs_per_arm, seed_effect):
+    rng, found = np.random.default_rng(3), 0
+    for _ in range(400):
+        losses = rng.normal(size=(runs_per_arm, arms)) + seed_effect * rng.normal(size=(runs_per_arm, 1))
+        fit = verdicts.fit_arms({(row["arm"], row["seed"]): row["loss"] for row in study(losses)})
+        quantile = verdicts.dunnett_quantile(arms - 1, fit["df"])
+        found += any(abs(d) > quantile * fit["errors"][arm] for arm, d in fit["differences"].items())
+    assert 0.02 <= found / 400 <= 0.10
+
+
+def test_verdicts_are_words():
+    rng = np.random.default_rng(4)
+    losses = rng.normal(0, 0.004, (4, 4)) + [1.0, 1.001, 0.95, 1.2]
+    words = [entry.get("verdict") for entry in verdicts.compare_arms(study(losses), "loss", [0, 1, 2, 3], 0.01)]
+    assert words[0] is None and re.fullmatch(r"not told apart \(about \d seeds show 0\.01\)", words[1])
+    assert re.fullmatch(r"better by 0\.0[45]\d\d, 95 % 0\.0[34]\d\d to 0\.0[56]\d\d", words[2])
+    assert words[3].startswith("worse by 0.")
+    accuracies = [row | {"acc": row["loss"]} for row in study(losses)]
+    assert verdicts.compare_arms(accuracies, "acc", [0, 1, 2, 3])[3]["verdict"].startswith("better by 0.")
+    needed = verdicts.seeds_needed(0.004, 12, 3, 0.01)  # and with as many seeds, four studies of five do show it
+    shown = 0
+    for _ in range(300):
+        losses = rng.normal(0, 0.004, (needed, 4)) + [0, 0.01, 0, 0]
+        shown += not verdicts.compare_arms(study(losses), "loss", [0, 1, 2, 3])[1]["verdict"].startswith("not")
+    assert 0.7 <= shown / 300 <= 0.95
 
 
 def test_missing_scipy_is_reported_before_the_first_run(monkeypatch):

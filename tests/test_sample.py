@@ -4,15 +4,15 @@ import signal
 import time
 from types import SimpleNamespace
 
-import pytest
-import torch
-from conftest import SMALL, Script, call, call_on_terminal, make_nanogpt_chars
-
 import sample as script
 from common.inference import text_pieces, until
 from common.runtime import explain_memory
 from common.tokenizer import CharTokenizer
 from configurator import UserError
+
+import pytest
+import torch
+from conftest import SMALL, Script, call, call_on_terminal, make_nanogpt_chars
 
 
 @pytest.fixture(scope="module")
@@ -333,10 +333,10 @@ def test_ctrl_c_stops_an_answer_and_the_chat_continues(trained):
 def test_ctrl_c_keeps_the_completions_that_are_done(trained, tmp_path):
     (tmp_path / "p.txt").write_text("abc\n" * 4000)
     out = tmp_path / "made.jsonl"
-    options = (f"--prompts={tmp_path / 'p.txt'}", f"--output={out}", "--max_new_tokens=500", "--batch_size=4")
+    options = (f"--prompts={tmp_path / 'p.txt'}", f"--output={out}", "--max_new_tokens=50", "--batch_size=4")
     writing = Script("sample.py", "--device=cpu", *options, cwd=trained)
     deadline = time.monotonic() + 60
-    while "set:" not in writing.stderr and time.monotonic() < deadline:
+    while "newest run" not in writing.stderr and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(3)
     writing.kill(signal.SIGINT)

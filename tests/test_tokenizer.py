@@ -2,10 +2,6 @@
 
 import json
 
-import numpy as np
-import pytest
-from conftest import TEXT
-
 from common.chat import chat_prompt
 from common.inference import prompt_ids, text_pieces
 from common.tokenizer import (
@@ -24,6 +20,10 @@ from common.tokenizer import (
     word_tokenizer,
 )  # fmt: skip
 from configurator import UserError
+
+import numpy as np
+import pytest
+from conftest import TEXT
 
 STRANGE = "naïve café — “quotes” 日本語 🙂\t\n\r\n  spaces   " + EOT
 

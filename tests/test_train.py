@@ -12,15 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
-
 import train
 from common import setup
 from common.logger import Logger
 from common.shards import load_dataset
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -265,7 +265,7 @@ def test_the_clock_ends_the_run_and_the_schedule_lands_with_it(run, chars):
 
 def test_two_ranks_stop_by_one_clock(chars):
     torchrun(
-        2, *SMALL, "--dataset=chars", "--max_minutes=0.1", "--max_iters=0", "--gradient_accumulation_steps=2", cwd=chars
+        2, *SMALL, "--dataset=chars", "--max_minutes=0.2", "--max_iters=0", "--gradient_accumulation_steps=2", cwd=chars
     )
     results = json.loads((chars / "out" / "results.json").read_text())
     assert results["total_steps"] == metrics(chars / "out")[-1]["step"] > 5
@@ -304,9 +304,9 @@ def test_one_dial_sets_a_whole_run_and_each_value_can_be_given(run, chars):
     assert "4 layers, 2 heads, width 128" in printed and "; 7 steps" in printed
     (chars / "mine.py").write_text("n_layer = 12\nlearning_rate = 0.5\ndropout = 0.1\n")
     done = call("train.py", "mine.py", "--depth=2", "--dataset=chars", "--dry_run", cwd=chars)
-    assert "2 layers" in done.stdout and "dropout=0.1" in done.stderr and "learning_rate=0.5" not in done.stderr
+    assert "2 layers" in done.stdout and "learning_rate=0.02" in done.stderr  # the dial was turned after the file
     done = call("train.py", "--depth=2", "mine.py", "--dataset=chars", "--dry_run", cwd=chars)
-    assert "12 layers" in done.stdout and "learning_rate=0.5" in done.stderr
+    assert "12 layers" in done.stdout and " learning_rate=" not in done.stderr
 
 
 def test_label_smoothing_is_in_the_training_loss_alone(run, chars):
@@ -517,6 +517,11 @@ def test_on_a_terminal_a_bar_of_80_columns_and_elsewhere_lines_that_fit(run, cha
     bars = [part for part in re.split(r"[\r\n]", shown) if re.search(r"loss [\d.]+ .*lr .*tok/s.*eta", part)]
     assert bars and max(map(len, bars)) <= 80 and any(re.match(r" *[1-6]/6 ", b) and " val " in b for b in bars), shown
     assert "val loss" in shown and "Try next:" in shown and "norm" not in shown.split("step:")[1]
+    start = shown[: shown.index("     0/6")].replace("\r", "").strip().split("\n")
+    assert len(start) <= 5 and max(map(len, start)) < 90, start
+    _, slow = call_on_terminal("train.py", *SMALL, "--dataset=chars", "--log_interval=6", "--out_dir=bar", cwd=chars)
+    bars = [part for part in re.split(r"[\r\n]", slow) if re.match(r" *[1-5]/6 .*eta \d+:\d\d", part)]
+    assert bars, slow  # the bar moves, and says the time left, before there is a line to log
     lines = [
         line for line in run("train.py", *SMALL, "--dataset=chars", "--out_dir=lines").splitlines() if " tok/s" in line
     ]

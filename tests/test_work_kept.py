@@ -4,14 +4,14 @@ import json
 import signal
 import time
 
-import pytest
-import torch
-from conftest import SMALL, TEXT, Script, call
-
 from common.checkpoint import build_model, load_checkpoint
 from common.files import read_metrics
 from configurator import UserError
 from model import GPT, GPTConfig
+
+import pytest
+import torch
+from conftest import SMALL, TEXT, Script, call
 
 BEST_ONLY = [*SMALL, "--dataset=chars", "--always_save_checkpoint=False"]
 

@@ -48,6 +48,12 @@ def child(request: dict) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import build_fineweb_shards  # noqa: F401
+    import prepare_text  # noqa: F401
+    import prepare_tinystories  # noqa: F401
+    import sample  # noqa: F401
+    import train  # noqa: F401
+
     import matplotlib.backends.backend_agg  # noqa: F401  (of loss.png)
     import matplotlib.figure  # noqa: F401
     import pandas  # noqa: F401  (of `datasets`, which itself reads the environment at import)
@@ -55,12 +61,6 @@ def main() -> None:
     import requests  # noqa: F401
     import torch._dynamo  # noqa: F401  (imported by optimizers)
     import tqdm  # noqa: F401
-
-    import build_fineweb_shards  # noqa: F401
-    import prepare_text  # noqa: F401
-    import prepare_tinystories  # noqa: F401
-    import sample  # noqa: F401
-    import train  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin:
