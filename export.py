@@ -64,10 +64,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}")
-ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
+{inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={length})[0]))
 ```
 """
+TEXT_INPUTS = 'inputs = tokenizer({prompt!r}, return_tensors="pt")'
+CHAT_INPUTS = """\
+messages = [{"role": "user", "content": "Hello!"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
 
 
 def model_card(name: str, model: GPT, checkpoint: dict, results: dict, target: str) -> str:
@@ -92,12 +96,15 @@ def model_card(name: str, model: GPT, checkpoint: dict, results: dict, target: s
     rows = [f"| {key} | {value:{formats.get(type(value), '')}} |" for key, value in facts.items() if value]
     keys = [key for key in COMMAND_KEYS.split() + [*GPTConfig.__dataclass_fields__] if key in config]
     command = shlex.join(f"--{key}={config[key]}" for key in dict.fromkeys(keys))
+    prompt = config.get("sample_prompt") or "The"
+    inputs = CHAT_INPUTS if checkpoint.get("is_chat") else TEXT_INPUTS.format(prompt=prompt)
     sections = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}",
-        f"A {target} model of {model.num_params():,} parameters ({model.describe()}), {origin} with flatgpt.",
+        f"A GPT of {model.num_params():,} parameters ({model.describe()}), {origin} with flatgpt. transformers loads it as "
+        f"its class {target}.",
         "\n".join(["| | |", "|---|---|", *rows]) if rows else "",
         f"```sh\npython train.py {command}\n```" if command else "",
-        EXAMPLE.format(name=name),
+        EXAMPLE.format(name=name, inputs=inputs, length=min(100, model.config.block_size // 2)),
     ]
     return "\n\n".join(filter(None, sections))
 
@@ -138,7 +145,8 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
         if name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight")):
             weights[name] = weights[name][:vocab_size]
         weights[name] = weights[name].to(DTYPES[dtype]).contiguous().clone()
-    card = model_card(push or folder.name, model, checkpoint, results, target)
+    title = folder.resolve().parent.name if folder.name == "export" else folder.name
+    card = model_card(push or title, model, checkpoint, results, target)
     objects = {"config.json": config, "generation_config.json": sampling, "tokenizer_config.json": reader}
     texts = {name: json.dumps(value, indent=1) for name, value in objects.items()}
     texts |= {"tokenizer.json": tokenizer.to_json(), "README.md": card}
@@ -267,7 +275,7 @@ def main() -> None:
     if folder.resolve() in (Path.cwd(), run.resolve(), Path(name).resolve()):
         raise UserError(f"--output_dir={folder}: an export needs a folder of its own")
     if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
+        if not overwrite and not push:  # what is pushed is always exported anew
             raise UserError(f"{folder} exists already: choose another --output_dir, or --overwrite=True")
         names = {p.name.removesuffix(".part").removesuffix(".old") for p in folder.iterdir()}
         if foreign := sorted(names - FILES):

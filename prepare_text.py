@@ -430,7 +430,8 @@ def prepare(
     tokens = writer.finish(description)
     print(writer.summary)
     warn_if_small(tokens)
-    preset = "config/train_chat.py" if is_chat else f"config/quickstart.py --out_dir=out/{folder.name}"
+    preset = "config/train_chat.py" if is_chat else "config/quickstart.py"
+    preset += f" --out_dir=out/{folder.name}" * (folder.name != "chat")  # the run of the chat preset itself is out/chat
     place = f" --data_dir={shlex.quote(data_dir)}" if data_dir != "data" else ""
     print(f"Train on it: python train.py {preset} --dataset={folder.name}{place}")
 
@@ -440,9 +441,7 @@ def warn_if_small(tokens: dict[str, int]) -> None:
     train, val = tokens["train"], tokens["val"]
     share = val / (train + val)
     if train < 100_000:
-        print(
-            f"note: {train:,} training tokens are little: a model learns them by heart. A megabyte of text is a start."
-        )
+        print(f"note: {train:,} training tokens are few: a model learns them by heart. A megabyte of text is a start.")
     if not val_fraction / 3 < share < 3 * val_fraction:
         print(
             f"note: validation has {share:.0%} of the tokens, not {val_fraction:.0%}: the documents are too few or too large to choose from"

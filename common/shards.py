@@ -308,6 +308,7 @@ def how_to_make(name: str) -> str:
         "edu_fineweb.*": "build_fineweb_shards.py (20 GB); a first run that needs no download: python train.py config/quickstart.py",
         "fineweb(edu)?10+B": f"build_fineweb_shards.py --pretokenized={name}",
         "chat|shakespeare|openwebtext": f"prepare_text.py --source={name}",
+        "chat_.*": f"prepare_text.py --source=chat --dataset={name} --tokenizer=MODEL, the model to start from",
         "shakespeare_char": f"prepare_text.py --source=shakespeare --dataset={name} --tokenizer=char",
         ".*_char": f"{own_text} --tokenizer=char, or choose another --dataset",
         ".*": f"{own_text}, or choose another --dataset",

@@ -3,11 +3,12 @@
 import math
 from pathlib import Path
 
+from laws import columns, formula, frontier, power_law, surface
+from runs import save_figure
+
 import matplotlib.pyplot as plt
 import numpy as np
-from laws import columns, formula, frontier, power_law, surface
 from matplotlib import ticker
-from runs import save_figure
 
 # The palette of Okabe and Ito, for the colour-blind (https://jfly.uni-koeln.de/color/), dark colours first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999933")
@@ -52,9 +53,10 @@ def label_ends(axes, ends: list[tuple]) -> None:
     axes.autoscale_view()
     wanted = np.array([to_axes.transform((x, y))[1] for _, x, y, _ in ends])
     gap = 10 / (axes.bbox.height * 72 / axes.figure.dpi) * np.arange(len(ends))
-    places = isotonic_regression(wanted - gap).x + gap  # in order, a text's height apart, nearest to the ends
+    # In order, a text's height apart, within the axes, and nearest to the ends.
+    places = np.clip(isotonic_regression(wanted - gap).x, 0, max(0, 1 - gap[-1])) + gap
     for (text, x, y, colour), place in zip(ends, places):
-        line = dict(arrowstyle="-", color=colour, linewidth=0.6, shrinkA=0, shrinkB=2)
+        line = dict(arrowstyle="-", color=colour, linewidth=0.6, shrinkA=0, shrinkB=2, relpos=(0, 0.5))
         axes.annotate(
             text,
             (x, y),

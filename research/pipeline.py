@@ -22,10 +22,10 @@ import sys
 import time
 from pathlib import Path
 
+from runs import ROOT, catch_signals, split_args, wait_for
+
 from common.files import atomic_write, read_json
 from configurator import UserError, check_choice, configure, short_errors
-
-from runs import ROOT, catch_signals, split_args, wait_for
 
 name = "pipeline"  # name of the pipeline
 steps: dict = {}  # step -> dict(run=..., after=[...], inputs=[...], outputs=[...], env={...}, retries=0)

@@ -10,13 +10,14 @@ Several sources are separated by commas.
 import re
 from pathlib import Path
 
+from figures import COLOURS, LOSS_LABEL, label_ends, plt, set_log_scale
+from runs import check_scipy, make_folder, print_table, read_rows, save_figure, write_csv
+from verdicts import compare_arms
+
 from common.files import read_metrics
 from configurator import UserError, check_choice, configure, short_errors
 
 import numpy as np
-from figures import COLOURS, LOSS_LABEL, label_ends, plt, set_log_scale
-from runs import check_scipy, make_folder, print_table, read_rows, save_figure, write_csv
-from verdicts import compare_arms
 
 results = ""  # folders of runs or studies, or results.jsonl files, separated by commas
 output_dir = ""  # folder for the figures; empty: the first of --results
@@ -76,7 +77,7 @@ def draw_curves(rows: list[dict], path: Path) -> bool:
 
 def draw_comparison(rows: list[dict], table: list[dict], path: Path) -> None:
     """Left every run and the mean of its arm; right, with several arms, the differences to the first one with intervals."""
-    several, first = len(table) > 1, table[0]["arm"]
+    several, first = any("verdict" in entry for entry in table), table[0]["arm"]
     fig, panels = plt.subplots(
         1, 1 + several, figsize=(7 + 3 * several, 1.4 + 0.34 * len(table)), sharey=True, squeeze=False
     )
@@ -86,15 +87,14 @@ def draw_comparison(rows: list[dict], table: list[dict], path: Path) -> None:
         left.plot(values, [n] * len(values), "o", color="C0", markersize=5, alpha=0.7, markeredgewidth=0)
         left.plot(entry["mean"], n, "|", color="#333333", markersize=13, markeredgewidth=1.6)
         if "verdict" in entry:
-            word = re.match("better|worse|not told apart|one seed", entry["verdict"]).group()
+            word = re.match("better|worse|not told apart", entry["verdict"]).group()
             colour = {"better": "#009E73", "worse": "#D55E00"}.get(word, "#777777")
-            low, high = entry["interval"] or [entry["difference"]] * 2
-            right.plot([low, high], [n, n], color=colour, linewidth=2)
+            right.plot(entry["interval"], [n, n], color=colour, linewidth=2)
             right.plot(entry["difference"], n, "o", color=colour, markersize=5)
             place = dict(xycoords=("axes fraction", "data"), va="center", fontsize=8, color=colour)
             right.annotate(word, (1.02, n), annotation_clip=False, **place)
     left.set_yticks(range(len(table)), [entry["arm"] for entry in table])
-    left.invert_yaxis()
+    left.set_ylim(len(table) - 0.5, -0.5)
     left.set_xlabel(f"{LOSS_LABELS.get(metric, metric)}\na dot is a run, a line the mean")
     if several:
         right.axvline(0, color="#333333", linewidth=0.8)

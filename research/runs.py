@@ -85,12 +85,15 @@ def check_scipy(purpose: str) -> None:
 def print_table(table: list[dict], metric: str) -> None:
     """Print the table of arm_statistics() or of compare_arms(), whose differences are to the first arm."""
     lower = "" if "acc" in metric else " (lower is better)"
-    title, verdicts = metric + lower, any("verdict" in entry for entry in table)
-    print(f"\n{title:<40} {'n':>2} {'mean':>9} {'std':>8} {'min':>9} {'max':>9}" + "  to the first arm" * verdicts)
+    title, compared = metric + lower, any("difference" in entry for entry in table)
+    print(f"\n{title:<40} {'n':>2} {'mean':>9} {'std':>8} {'min':>9} {'max':>9}" + "  to the first arm" * compared)
     for entry in table:
         std = "" if entry["std"] is None else f"{entry['std']:.4f}"
         line = "{arm:<40} {n:>2} {mean:>9.4f} {0:>8} {min:>9.4f} {max:>9.4f}".format(std, **entry)
-        print(line + (f"  {entry['difference']:+.4f}  {entry['verdict']}" if "verdict" in entry else ""))
+        difference = f"  {entry['difference']:+.4f}  {entry.get('verdict', '')}" if "difference" in entry else ""
+        print((line + difference).rstrip())
+    if compared and not any("verdict" in entry for entry in table):
+        print("no verdicts: every arm has one run; several seeds tell an effect from luck")
 
 
 def split_args(text: str, key: str) -> list[str]:

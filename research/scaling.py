@@ -17,14 +17,15 @@ import json
 import math
 from pathlib import Path
 
-from common.files import atomic_write, parse_json
-from configurator import UserError, check_bounds, configure, read_keys, short_errors
-
 import laws
-import numpy as np
 from figures import AXIS_LABELS, draw_all
 from laws import columns
 from runs import ROOT, check_scipy, make_folder, read_rows, write_csv
+
+from common.files import atomic_write, parse_json
+from configurator import UserError, check_bounds, configure, read_keys, short_errors
+
+import numpy as np
 
 results = ""  # folders of studies or runs, or CSV files, separated by commas
 output_dir = ""  # folder for the fits and figures; empty: the first of --results

@@ -24,12 +24,13 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from runs import ROOT, catch_signals, check_scipy, print_table, split_args, wait_for, write_csv
+from verdicts import compare_arms
+
 from common.files import atomic_write, read_json
 from configurator import UserError, check_bounds, configure, error_in, read_keys, short_errors
 
-from runs import ROOT, catch_signals, check_scipy, print_table, split_args, wait_for, write_csv
 from tqdm import tqdm
-from verdicts import compare_arms
 
 # Study
 name = "sweep"  # name of the study

@@ -8,8 +8,9 @@ arm together (Dunnett 1955): in 95 % of studies without any effect, no arm is to
 import functools
 import math
 
-import numpy as np
 from runs import arm_statistics
+
+import numpy as np
 
 
 @functools.cache
@@ -84,7 +85,7 @@ def seeds_needed(sigma: float, df: int, arms: int, effect: float) -> int:
 def compare_arms(rows: list[dict], metric: str, order: list[str], effect: float = 0.01) -> list[dict]:
     """arm_statistics(), and for each arm but the first of `order`: difference, interval (95 %), verdict.
 
-    The interval is None where no arm has a second run. effect: the difference for which a verdict says the seeds needed.
+    The interval is None, and there is no verdict, where no arm has a second run. effect: the difference for which a verdict says the seeds needed.
     Lower is better, except for accuracies.
     """
     rows = sorted((row for row in rows if row["arm"] in order), key=lambda row: order.index(row["arm"]))
@@ -96,11 +97,7 @@ def compare_arms(rows: list[dict], metric: str, order: list[str], effect: float 
     for entry in table[1:]:
         arm = entry["arm"]
         if fit is None:
-            entry |= {
-                "difference": entry["mean"] - table[0]["mean"],
-                "interval": None,
-                "verdict": "one seed: no verdict",
-            }
+            entry |= {"difference": entry["mean"] - table[0]["mean"], "interval": None}
             continue
         difference, half = fit["differences"][arm], dunnett_quantile(compared, fit["df"]) * fit["errors"][arm]
         entry |= {"difference": difference, "interval": [difference - half, difference + half]}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import transformers
 from conftest import ROOT, SMALL, TEXT
+from test_export import run_example
 from test_tokenizer import foreign_tokenizer
 from test_train import losses, metrics, torchrun
 
@@ -430,6 +431,9 @@ def test_conversations_and_text_mix_and_the_model_chats(run, chats):
     talk = ("--chat", "--temperature=0", "--max_new_tokens=30")
     answers = [run("sample.py", f"--init_from={m}", *talk, stdin="What is 5?\n") for m in ("out/export", "out/best.pt")]
     assert "answers in turns" in answers[0] and answers[0] == answers[1]
+    card = (chats / "out" / "export" / "README.md").read_text()
+    assert "apply_chat_template" in card
+    run_example(card, "out", chats / "out" / "export")
     theirs = transformers.AutoTokenizer.from_pretrained(chats / "out" / "export")
     prompt = theirs.apply_chat_template(saved[:1], add_generation_prompt=True, return_dict=False)
     assert prompt == chat.chat_prompt(tokenizer_from_dict(checkpoint["tokenizer"]), [], "What is 5?", 96, True)[0]

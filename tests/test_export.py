@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 
 import export
 from common.checkpoint import load_model
@@ -62,9 +63,17 @@ def test_transformers_loads_an_export_with_the_same_logits_text_and_tokens(run, 
     card = (book / "out" / "export" / "README.md").read_text()
     results = json.loads((book / "out" / "results.json").read_text())
     assert f"{results['final_val_loss']:.4f}" in card and "| trained on | book |" in card and "--n_layer=2" in card
+    run_example(card, "out", book / "out" / "export")
     options = ["--start=line", "--temperature=0", "--max_new_tokens=20"]
     texts = [run("sample.py", f"--init_from={name}", *options) for name in ("out/export", "out/ckpt.pt")]
     assert texts[0] == texts[1]
+
+
+def run_example(card: str, name: str, folder) -> None:
+    """Run the Python code of a model card, which loads the model by its name."""
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert code.count(f'"{name}"') == 2
+    exec(code.replace(f'"{name}"', repr(str(folder))), {})
 
 
 TINY = (

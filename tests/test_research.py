@@ -15,15 +15,16 @@ import pytest
 from conftest import ROOT, call_on_terminal
 
 sys.path.insert(0, str(ROOT / "research"))
+import laws  # noqa: E402
+import runs  # noqa: E402
+import verdicts  # noqa: E402
+
 from configurator import UserError, read_keys, run_file  # noqa: E402
 
-import laws  # noqa: E402
 import pipeline  # noqa: E402
 import plot  # noqa: E402
-import runs  # noqa: E402
 import scaling  # noqa: E402
 import sweep  # noqa: E402
-import verdicts  # noqa: E402
 
 TINY = (
     "--dataset=chars --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=1 "
