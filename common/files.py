@@ -118,6 +118,16 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def code_hash() -> str:
+    """Twelve hex digits that change with the code that trains: train.py, what it imports, and common/."""
+    root = Path(__file__).resolve().parents[1]
+    names = ("train.py", "model.py", "configurator.py", "eval_hellaswag.py", "prepare_tinystories.py")
+    digest = hashlib.sha256()
+    for path in [*(root / name for name in names), *sorted((root / "common").glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def check_disk_space(folder: Path, need: float, advice: str = "") -> None:
     """Raise UserError if the disk has less than `need` bytes free, minus what the folder's shards already take."""
     need -= sum(p.stat().st_size for p in folder.glob("*.npy*"))

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.files import atomic_file, atomic_write, lock_run, parse_json, read_metrics
+from common.files import atomic_file, atomic_write, code_hash, lock_run, parse_json, read_metrics
 from common.inference import complete, prompt_ids
 from common.runtime import StepStats, dtype_name, flops_per_token, peak_flops, peak_memory
 from common.tokenizer import tokenizer_from_dict
@@ -63,7 +63,7 @@ class Logger:
         self.tokens_per_step = config["gradient_accumulation_steps"] * config["batch_size"] * config["block_size"]
         self.folder, self.first_step = Path(config["out_dir"]), state.step
         self.total_steps = config["max_iters"]  # an estimate where the clock decides; 0: unknown
-        self.seconds_before = state.train_seconds
+        self.seconds_before, self.code = state.train_seconds, code_hash()
         self.logged, self.minutes_before = (state.step, state.train_seconds), state.total_seconds / 60
         self.wandb, self.speed, self.last_val_loss, self.scores = None, 0.0, None, {}
         self.plotted = time.monotonic()  # a run of seconds draws once, at its end
@@ -190,7 +190,8 @@ class Logger:
         step, loss = state.step, result["loss"]
         if (step, "val_loss") not in self.recorded:  # a resumed run may repeat what its log has
             by_source = {"val_loss_by_source": result["by_source"]} if len(result["by_source"]) > 1 else {}
-            self.record(step, state.tokens, val_loss=loss, val_accuracy=result["accuracy"], **by_source)
+            elapsed = dict(elapsed=state.train_seconds)
+            self.record(step, state.tokens, val_loss=loss, val_accuracy=result["accuracy"], **elapsed, **by_source)
             self.text.write(f"{step} val {loss:.6f}\n")
         self.last_val_loss = loss
         note = "(best)" if loss <= state.best_val_loss else f"(best {state.best_val_loss:.4f})"
@@ -273,7 +274,7 @@ class Logger:
             "total_seconds": total_seconds, "peak_memory_mib": peak_memory(run.device), "seed": config["seed"],
             "world_size": run.world_size, "device": str(run.device), "dtype": dtype_name(run.dtype),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-            "git_commit": git_commit(), **self.scores,
+            "git_commit": git_commit(), "code": self.code, **self.scores,
         }  # fmt: skip
         if len(result["by_source"]) > 1:
             results["final_val_loss_by_source"] = result["by_source"]

@@ -77,7 +77,7 @@ def draw_all(points: list[dict], fits: dict, folder: Path) -> list[str]:
         drawings["params_and_tokens.png"] = (draw_surface, points, fits["params_and_tokens"]["theta"])
         drawings["residuals.png"] = (draw_residuals, points, fits["params_and_tokens"]["theta"])
     if budgets := fits["isoflop"]["budgets"]:
-        drawings["isoflop.png"] = (draw_isoflop, points, budgets)
+        drawings["isoflop.png"] = (draw_isoflop, budgets)
     drawings["efficiency.png"] = (draw_efficiency, points)
     for name, (draw, *arguments) in drawings.items():
         fig, axes = plt.subplots()
@@ -134,10 +134,10 @@ def draw_residuals(axes, points: list[dict], theta) -> None:
     axes.set(xlabel=f"predicted {LOSS_LABEL}", ylabel="measured relative to predicted (%)")
 
 
-def draw_isoflop(axes, points: list[dict], budgets: list[dict]) -> None:
+def draw_isoflop(axes, budgets: list[dict]) -> None:
     ends = []
     for n, budget in enumerate(budgets):
-        N, loss = columns([p for p in points if abs(p["flops"] / budget["flops"] - 1) <= 0.1], "params", "loss")
+        N, loss = np.array(budget["params"]), np.array(budget["loss"])
         sizes = np.geomspace(N.min(), N.max(), 100)
         axes.plot(N, loss, "o", color=f"C{n}", markersize=4)
         line = np.polyval(budget["coefficients"], np.log(sizes))

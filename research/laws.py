@@ -54,6 +54,16 @@ def fit_power(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return float(np.exp(intercept)), float(-slope)
 
 
+def power_intervals(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
+    """The 95 % intervals of a and b of L = a x^-b, by Student's t for the line through log L."""
+    from scipy.stats import linregress, t
+
+    line, quantile = linregress(np.log(x), np.log(y)), t.ppf(0.975, len(x) - 2)
+    b, log_a = -line.slope, line.intercept
+    half_b, half_a = quantile * line.stderr, quantile * line.intercept_stderr
+    return {"a": [math.exp(log_a - half_a), math.exp(log_a + half_a)], "b": [b - half_b, b + half_b]}
+
+
 def fit_offset(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """(a, b, c) of L = c + a x^-b with c >= 0.
 
@@ -71,6 +81,69 @@ def fit_offset(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     width = y.min() * 0.02
     fine = np.clip(np.linspace(best - width, best + width, 101), 0, y.min() * 0.9999)
     return min(map(fit_given, fine))[1:]
+
+
+def offset_intervals(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
+    """The 95 % intervals of a, b and c of L = c + a x^-b, by profile likelihood.
+
+    A value is inside if the best fit with it is not significantly worse than the best fit of all (F test).
+    """
+    from scipy.optimize import least_squares
+    from scipy.stats import f
+
+    a, b, c = fit_offset(x, y)
+    best = np.array([math.log(a), b, c])
+    lowest, highest = np.array([-50.0, 0.0, 0.0]), np.array([50.0, 10.0, 0.9999 * y.min()])
+
+    def fit(fixed: int | None = None, value: float = 0.0, start=best) -> tuple[float, np.ndarray]:
+        free = [n for n in range(3) if n != fixed]
+
+        def residuals(parameters):
+            theta = np.full(3, value)
+            theta[free] = parameters
+            return np.log(power_law(x, math.exp(theta[0]), theta[1], theta[2]) / y)
+
+        inside = np.clip(start[free], lowest[free] + 1e-9, highest[free] - 1e-9)
+        found = least_squares(residuals, inside, bounds=(lowest[free], highest[free]), x_scale=abs(inside) + 1e-2)
+        theta = np.full(3, value)
+        theta[free] = found.x
+        return 2 * found.cost, theta
+
+    smallest, best = fit()
+    limit = smallest * (1 + f.ppf(0.95, 1, len(x) - 3) / (len(x) - 3))
+    intervals = {}
+    for n, name in enumerate("abc"):
+        ends = []
+        for bound in (lowest[n], highest[n]):
+            inside, outside, start = best[n], bound, best
+            if fit(n, bound)[0] <= limit:
+                inside = bound
+            else:
+                for _ in range(25):
+                    middle = (inside + outside) / 2
+                    cost, theta = fit(n, middle, start)
+                    if cost <= limit:
+                        inside, start = middle, theta
+                    else:
+                        outside = middle
+            ends.append(float(math.exp(inside) if name == "a" else inside))
+        intervals[name] = ends
+    return intervals
+
+
+def frontier_exponent(points: list[dict]) -> float:
+    """b of the power law through the frontier of the points; nan with fewer than three points on it."""
+    x, y = columns(frontier(points), "flops", "loss")
+    return fit_power(x, y)[1] if len(np.unique(x)) > 2 else math.nan
+
+
+def why_not_frontier(points: list[dict]) -> str:
+    """A running minimum falls also where there is only noise: over all runs, the loss must fall with FLOPs beyond chance."""
+    from scipy.stats import spearmanr
+
+    flops, loss = columns(points, "flops", "loss")
+    falls = spearmanr(flops, loss, alternative="less").pvalue < 0.025
+    return "" if falls else "over all runs the loss does not fall with FLOPs beyond chance"
 
 
 def leave_one_out(x: np.ndarray, y: np.ndarray) -> float:
@@ -154,18 +227,29 @@ def optimum(theta, flops: float) -> tuple[float, float]:
     return math.exp(log_n), flops / 6 / math.exp(log_n)
 
 
-def fit_isoflop(points: list[dict]) -> dict:
+def split_budgets(points: list[dict], budgets: list[float]) -> list[list[dict]]:
+    """The points by their FLOPs: around the given budgets, or in groups with a gap of 20 % or more between them."""
+    groups: list[list[dict]] = [[] for _ in budgets]
+    for point in sorted(points, key=lambda p: p["flops"]):
+        if budgets:
+            distances = [abs(math.log(point["flops"] / budget)) for budget in budgets]
+            groups[int(np.argmin(distances))].append(point)
+        elif groups and point["flops"] <= 1.2 * groups[-1][-1]["flops"]:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [group for group in groups if group]
+
+
+def fit_isoflop(points: list[dict], budgets: list[float] = ()) -> dict:
     """The best N of each budget, by a parabola of loss in log N, and the power of C by which it grows, or why not.
 
-    Points whose FLOPs are within 10 % of the smallest belong to one budget, which needs four sizes around the best.
+    A budget needs four sizes around the best; a trend needs three budgets, and its exponent has a 95 % interval (t).
     """
-    budgets, left_out = [], []
-    remaining = sorted(points, key=lambda p: p["flops"])
-    while remaining:
-        group = [p for p in remaining if p["flops"] <= 1.1 * remaining[0]["flops"]]
-        remaining = remaining[len(group) :]
+    fitted, left_out = [], []
+    for group in split_budgets(points, list(budgets)):
         C, N, y = columns(group, "flops", "params", "loss")
-        flops, log_n, sizes = float(C.mean()), np.log(N), len(np.unique(N))
+        flops, log_n, sizes = float(np.exp(np.log(C).mean())), np.log(N), len(np.unique(N))
         if sizes < 4:
             left_out += [f"{flops:.3g} FLOPs: {sizes} sizes, a parabola needs 4"] * (sizes > 1)
             continue
@@ -176,10 +260,17 @@ def fit_isoflop(points: list[dict]) -> dict:
             left_out.append(f"{flops:.3g} FLOPs: no minimum among its sizes, add {missing} ones")
             continue
         best_loss = c0 - c1**2 / (4 * c2)
-        budgets.append(dict(flops=flops, coefficients=parabola, best_params=math.exp(best), best_loss=best_loss))
-    law: dict = {"budgets": budgets, "left_out": left_out}
-    if len(budgets) < 2:
+        fitted.append(
+            dict(
+                flops=flops, coefficients=parabola, best_params=math.exp(best), best_loss=best_loss,
+                params=N.tolist(), loss=y.tolist(),
+            )
+        )  # fmt: skip
+    law: dict = {"budgets": fitted, "left_out": left_out}
+    if len(fitted) < 3:
         reasons = f" ({'; '.join(left_out)})" if left_out else ""
-        return law | {"refused": f"{len(budgets)} budgets with four sizes and a minimum, a trend needs 2{reasons}"}
-    factor, exponent = fit_power(*columns(budgets, "flops", "best_params"))
-    return law | dict(exponent_of_N=-exponent, factor=factor)
+        return law | {"refused": f"{len(fitted)} budgets with four sizes and a minimum, a trend needs 3{reasons}"}
+    C, N = columns(fitted, "flops", "best_params")
+    factor, exponent = fit_power(C, N)
+    low, high = power_intervals(C, N)["b"]
+    return law | dict(exponent_of_N=-exponent, interval=[-high, -low], factor=factor)

@@ -30,7 +30,7 @@ from configurator import UserError, check_choice, configure, short_errors
 name = "pipeline"  # name of the pipeline
 steps: dict = {}  # step -> dict(run=..., after=[...], inputs=[...], outputs=[...], env={...}, retries=0)
 env: dict = {}  # environment variables for every step
-step = ""  # run only this step, even if it is up to date
+step = ""  # run only this step, or these steps (a,b or --step=a --step=b), even if they are up to date
 from_step = ""  # run only this step and those that depend on it
 dry_run = False  # print what would run
 continue_on_error = False  # after a failure, run the steps that do not depend on the failed one
@@ -73,7 +73,10 @@ def command_of(run: str, *more: str, python: str = sys.executable) -> list[str]:
 
 
 def has_new_outputs(s: dict) -> bool:
-    """Whether a step has outputs and none is older than an input; a folder is as old as its newest file."""
+    """Whether a step has outputs and none is older than an input; a folder is as old as its newest file.
+
+    A file that the command names, such as a study, is an input too.
+    """
 
     def last_write(path: str) -> float:
         files = [p for p in (Path(path), *Path(path).rglob("*")) if p.is_file()]
@@ -81,7 +84,8 @@ def has_new_outputs(s: dict) -> bool:
 
     if not s["outputs"] or not all(Path(p).exists() for p in s["inputs"] + s["outputs"]):
         return False
-    return max(map(last_write, s["inputs"]), default=0.0) <= min(map(last_write, s["outputs"]))
+    named = [word for word in shlex.split(s["run"])[1:] if Path(word).is_file()]
+    return max(map(last_write, s["inputs"] + named), default=0.0) <= min(map(last_write, s["outputs"]))
 
 
 def run_step(title: str, s: dict, signals: list[int]) -> dict:
@@ -109,18 +113,23 @@ def main() -> None:
     if not steps:
         raise UserError("no steps given: name a pipeline file, such as config/pipeline/reproduce_small.py")
     ordered = sort_steps(steps, env)
-    for key, value in (("step", step), ("from_step", from_step)):
+    only = [title for title in step.split(",") if title]
+    for key, value in (*(("step", title) for title in only), ("from_step", from_step)):
         if value:
             check_choice(key, value, ordered)
-    chosen = {step or from_step} if step or from_step else set(ordered)
+    chosen = set(only) or ({from_step} if from_step else set(ordered))
     for title, s in ordered.items():
         if from_step and chosen & set(s["after"]):
             chosen.add(title)
     path = Path(output_dir) / f"{name}.json"
+    commands = read_json(path).get("commands", {})  # step -> what it ran last
     last = read_json(path).get("last", {})  # step -> done, failed, or running if the pipeline was killed meanwhile
-    report = dict(name=name, started=time.strftime("%Y-%m-%d %H:%M:%S"), steps=[], last=last)
+    report = dict(name=name, started=time.strftime("%Y-%m-%d %H:%M:%S"), steps=[], last=last, commands=commands)
     would_run, failed = set(), set()  # would_run: only in a dry run, where no output becomes newer
     signals = catch_signals()
+
+    def is_current(title: str, s: dict) -> bool:
+        return not (force or step) and commands.get(title, [s["run"], s["env"]]) == [s["run"], s["env"]]
 
     def write_report() -> None:
         if not dry_run:
@@ -132,13 +141,13 @@ def main() -> None:
         succeeded = last.get(title, "done") == "done"
         if blocked := sorted(failed & after):
             entry = {"state": f"not run: {', '.join(blocked)} failed"}
-        elif not (force or step) and succeeded and not would_run & after and has_new_outputs(s):
+        elif is_current(title, s) and succeeded and not would_run & after and has_new_outputs(s):
             entry = {"state": "up to date"}
         elif dry_run:
             entry = {"state": f"to run: {s['run']}"}
             would_run.add(title)
         else:
-            last[title] = "running"
+            last[title], commands[title] = "running", [s["run"], s["env"]]
             write_report()
             entry = run_step(title, s, signals)
             last[title] = entry["state"]
@@ -157,5 +166,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     with short_errors():
-        configure(globals())
+        given = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--step=")]
+        others = [a for a in sys.argv[1:] if not a.startswith("--step=")]
+        configure(globals(), others + [f"--step={','.join(given)}"] * bool(given))
         main()

@@ -42,6 +42,20 @@ def read_rows(sources: str) -> list[dict]:
     return rows
 
 
+def same_conditions(rows: list[dict]) -> list[dict]:
+    """The rows of one code, torch, device and dtype: those of the most runs. What is left out is printed."""
+    keys = ("code", "torch", "device", "dtype")
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(str(row.get(key)).partition(":")[0] for key in keys), []).append(row)
+    kept = max(groups, key=lambda group: len(groups[group]), default=())
+    for group in groups.keys() - {kept}:
+        names = ", ".join(f"{row['arm']} seed {row.get('seed')}" for row in groups[group])
+        unlike = ", ".join(f"{key} {a} and not {b}" for key, a, b in zip(keys, group, kept) if a != b)
+        print(f"left out, with {unlike}: {names} (--mixed=True compares them too, --force=True repeats them)")
+    return groups[kept] if groups else []
+
+
 def make_folder(output_dir: str, sources: str) -> Path:
     """output_dir or, if it is empty, the folder of the first source."""
     first = Path(sources.split(",")[0])

@@ -20,7 +20,7 @@ from pathlib import Path
 import laws
 from figures import AXIS_LABELS, draw_all
 from laws import columns
-from runs import ROOT, check_scipy, make_folder, read_rows, write_csv
+from runs import ROOT, check_scipy, make_folder, read_rows, same_conditions, write_csv
 
 from common.files import atomic_write, parse_json
 from configurator import UserError, check_bounds, configure, read_keys, short_errors
@@ -30,6 +30,8 @@ import numpy as np
 results = ""  # folders of studies or runs, or CSV files, separated by commas
 output_dir = ""  # folder for the fits and figures; empty: the first of --results
 budget = 0.0  # FLOPs to spend (6 per parameter and token) in the best way; 0: ten times the largest run's
+mixed = False  # fit runs of different code, torch, device or dtype too
+budgets: list = []  # FLOPs of the IsoFLOP budgets: [6e18,1e19]; empty: groups with a gap of 20 % between them
 bootstrap = 200  # bootstrap samples for the intervals
 delta = 1e-3  # of the Huber loss: residuals of log loss above it count linearly
 seed = 0  # seed of the bootstrap
@@ -56,7 +58,8 @@ def read_points(sources: str) -> list[dict]:
         if source.endswith(".csv"):
             points += read_csv(Path(source))
         else:
-            points += [run_to_point(row) for row in read_rows(source) if row.get("final_val_loss") is not None]
+            rows = [row for row in read_rows(source) if row.get("final_val_loss") is not None]
+            points += [run_to_point(row) for row in (rows if mixed else same_conditions(rows))]
     points = [p for p in points if math.isfinite(p["loss"])]
     if not points:
         raise UserError(f"--results={sources}: no points there: no finished run, or a CSV with only a header")
@@ -134,35 +137,28 @@ def points_along(points: list[dict], axis: str) -> list[dict]:
 
 def fit_axis(points: list[dict], axis: str, rng: np.random.Generator) -> dict:
     """The fits along an axis, or {"refused": why}."""
-    points = points_along(points, axis)
+    all_points, points = points, points_along(points, axis)
     x, y = columns(points, axis, "loss")
-    if reason := laws.why_not_axis(x, y):
+    reason = laws.why_not_axis(x, y) or (laws.why_not_frontier(all_points) if axis == "flops" else "")
+    if reason:
         return {"refused": reason}
     fixed = {key: points[0][key] for key in AXIS_LABELS if key in points[0] and len({p.get(key) for p in points}) == 1}
-    power = fit_with_intervals(laws.fit_power, "ab", x, y, rng)
+    power = dict(zip("ab", laws.fit_power(x, y))) | {"interval": laws.power_intervals(x, y)}
+    power["r2"] = laws.r_squared(y, laws.power_law(x, power["a"], power["b"]))
+    if axis == "flops":  # which runs are on the frontier is chance too: resample them
+        samples = [laws.frontier_exponent([*rng.choice(all_points, len(all_points))]) for _ in range(bootstrap)]
+        power["interval"]["b"] = np.nanquantile(samples, (0.025, 0.975)).tolist()
     distinct = len(np.unique(x))
     if distinct < 4:
         offset = {"refused": f"{distinct} different values, three coefficients need 4"}
     else:
-        offset = fit_with_intervals(laws.fit_offset, "abc", x, y, rng)
+        offset = dict(zip("abc", laws.fit_offset(x, y))) | {"interval": laws.offset_intervals(x, y)}
+        offset["r2"] = laws.r_squared(y, laws.power_law(x, offset["a"], offset["b"], offset["c"]))
         offset["leave_one_out"] = laws.leave_one_out(x, y)
         low, high = offset["interval"]["c"]
         if high - low > 0.5 * y.min():
             offset["warning"] = "the offset is very uncertain: its interval is wider than half the lowest loss"
     return dict(points=len(x), power=power, offset=offset, fixed=fixed, x=x.tolist(), loss=y.tolist())
-
-
-def fit_with_intervals(fit, names: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> dict:
-    """The coefficients of a power law, their intervals from a bootstrap of the residuals of log loss, and R².
-
-    The residuals are widened by sqrt(n / (n - coefficients)), because a fit to few points leaves them too small.
-    """
-    found = fit(x, y)
-    predicted = laws.power_law(x, *found)
-    residuals = np.log(y / predicted)
-    residuals = (residuals - residuals.mean()) * math.sqrt(len(y) / (len(y) - len(names)))
-    samples = [fit(x, predicted * np.exp(rng.choice(residuals, len(y)))) for _ in range(bootstrap)]
-    return dict(zip(names, found)) | dict(interval=intervals(samples, names), r2=laws.r_squared(y, predicted))
 
 
 def intervals(samples, names) -> dict[str, list[float]]:
@@ -193,6 +189,10 @@ def fit_params_and_tokens(points: list[dict], rng: np.random.Generator) -> dict:
         exponents = {name: law["interval"][name] for name in ("alpha", "beta")}
         if uncertain := [name for name, (low, high) in exponents.items() if high > 4 * max(low, 1e-9)]:
             law["warning"] = f"{' and '.join(uncertain)} very uncertain: add runs over a wider range"
+    if law["E"] < 1e-3 * y.min():  # at the bound of the search, where refits cannot move it
+        law |= {"E": 0.0, "E_note": "E not distinguishable from 0"}
+        if law["interval"]:
+            law["interval"]["E"] = None
     law["r2"] = laws.r_squared(y, np.exp(laws.surface(theta, N, D)))
     errors = []
     for i in range(len(y)) if len(y) <= 60 else ():  # a refit for each point takes too long with more
@@ -208,7 +208,8 @@ def fit_params_and_tokens(points: list[dict], rng: np.random.Generator) -> dict:
 
 
 def format_intervals(law: dict, names) -> str:
-    return ", ".join("{} {:.4g} to {:.4g}".format(name, *law["interval"][name]) for name in names)
+    found = ((name, law["interval"][name]) for name in names)
+    return ", ".join("{} {:.4g} to {:.4g}".format(name, *ends) if ends else law["E_note"] for name, ends in found)
 
 
 def print_axis(axis: str, law: dict) -> None:
@@ -248,8 +249,15 @@ def print_isoflop(law: dict) -> None:
     for best in law["budgets"]:
         model = "the best model has {best_params:,.0f} parameters, loss {best_loss:.4f}".format(**best)
         print(f"IsoFLOP {best['flops']:.3g}: {model}")
-    trend = "none, {refused}" if "refused" in law else "best N = {factor:.3g} C^{exponent_of_N:.3g}"
-    print("IsoFLOP: " + trend.format(**law))
+    if "refused" in law:
+        print(f"IsoFLOP: none, {law['refused']}")
+        return
+    interval = "95 % {:.3g} to {:.3g}".format(*law["interval"])
+    print(
+        f"IsoFLOP: best N = {law['factor']:.3g} C^{law['exponent_of_N']:.3g}, {interval}, {len(law['budgets'])} budgets"
+    )
+    for reason in law["left_out"]:
+        print(f"IsoFLOP: left out: {reason}")
 
 
 def main() -> None:
@@ -262,7 +270,7 @@ def main() -> None:
     rng = np.random.default_rng(seed)
     varied = [axis for axis in AXIS_LABELS if len({p[axis] for p in points if axis in p}) > 1]
     axes = {axis: fit_axis(points, axis, rng) for axis in varied}
-    surface, isoflop = fit_params_and_tokens(points, rng), laws.fit_isoflop(points)
+    surface, isoflop = fit_params_and_tokens(points, rng), laws.fit_isoflop(points, budgets)
     print(f"{'loss against':<28} {'fit':<36} {'R²':>6}   95 % intervals")
     for axis, law in axes.items():
         print_axis(axis, law)

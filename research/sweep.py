@@ -24,10 +24,10 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from runs import ROOT, catch_signals, check_scipy, print_table, split_args, wait_for, write_csv
+from runs import ROOT, catch_signals, check_scipy, print_table, same_conditions, split_args, wait_for, write_csv
 from verdicts import compare_arms
 
-from common.files import atomic_write, read_json
+from common.files import atomic_write, code_hash, read_json
 from configurator import UserError, check_bounds, configure, error_in, read_keys, short_errors
 
 from tqdm import tqdm
@@ -45,6 +45,8 @@ power = 0.01  # a verdict says how many seeds would show a difference of this si
 output_dir = ""  # folder for runs and tables; empty: out/<name>
 dry_run = False  # print the commands and what they would cost
 retry = False  # run failed runs again
+force = False  # repeat finished runs that were made by other code than today's
+mixed = False  # compare runs of different code, torch, device or dtype too
 list_runs = False  # print the runs as JSON and stop
 runs: list = []  # run only these, by their numbers in that list; [-1]: write only the tables
 max_parallel = 1  # number of runs at the same time
@@ -68,13 +70,19 @@ class Run:
         self.arguments = [*split_args(base, "--base"), *options, f"--seed={seed}", f"--out_dir={self.folder}"]
 
     def state(self) -> str:
-        """new, started, done or failed. A run is new again when its arguments have changed."""
+        """new, started, done or failed. A run is new again when its arguments, or the code of an unfinished run, have changed."""
         record = read_json(self.folder / "run.json")
-        if record.get("command") != self.arguments:
+        # Without the folder, so that a study may be moved, or named by another path.
+        theirs, ours = (
+            [a for a in c if not a.startswith("--out_dir=")] for c in (record.get("command", []), self.arguments)
+        )
+        if theirs != ours:
             return "new"
         results = self.folder / "results.json"
         if results.exists() and results.stat().st_mtime >= record["started"]:
-            return "done"
+            return "new" if force and read_json(results).get("code") != code_hash() else "done"
+        if record.get("code", code_hash()) != code_hash():
+            return "new"  # a checkpoint of other code is not continued
         return "failed" if record.get("exit") else "started"
 
     def train(self, device: str, signals: list[int]) -> None:
@@ -91,9 +99,10 @@ class Run:
             state = self.state()
             if signals or state == "done":
                 return
-            if state == "new":
+            if state == "new":  # nothing of another command or of other code is resumed
+                move_to_previous(self.folder)
                 log.truncate(0)
-            record = {"command": self.arguments, "started": time.time()}
+            record = {"command": self.arguments, "started": time.time(), "code": code_hash()}
             atomic_write(self.folder / "run.json", json.dumps(record))
             command = [sys.executable, str(ROOT / "train.py"), *self.arguments]
             command += ["--resume"] * (state != "new") + [f"--device={device}"] * bool(device)
@@ -120,9 +129,23 @@ class Run:
         """The row of a finished run in the tables: its arm, its keys, and the numbers of results.json."""
         results, config = (read_json(self.folder / file) for file in ("results.json", "config.json"))
         row = {"arm": self.arm, "seed": self.seed, "path": str(self.folder)}
-        row |= {"step": results["total_steps"], "params": results["model_parameters"]}
+        row |= {
+            "torch": results.get("versions", {}).get("torch"),
+            "step": results["total_steps"],
+            "params": results["model_parameters"],
+        }
         row |= {key: config[key] for key in ("n_embd", "n_layer", "n_head")} | self.keys
         return row | {k: v for k, v in results.items() if k not in row and not isinstance(v, dict | list)}
+
+
+def move_to_previous(folder: Path) -> None:
+    """Move what another command left in a run's folder to previous-1/, previous-2/, ..."""
+    found = [p for p in folder.iterdir() if p.name not in ("lock", ".lock", "train.log") and "previous-" not in p.name]
+    if found:
+        archive = next(a for n in itertools.count(1) if not (a := folder / f"previous-{n}").exists())
+        archive.mkdir()
+        for path in sorted(found, key=lambda p: p.name != "ckpt.pt"):  # the checkpoint first
+            path.rename(archive / path.name)
 
 
 def try_lock(file) -> bool:
@@ -283,6 +306,7 @@ def report(planned: list[Run], folder: Path) -> None:
     write_csv(folder / "results.csv", rows)
     atomic_write(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     arm_keys = {run.arm: run.keys for run in planned}
+    rows = rows if mixed else same_conditions(rows)
     table = compare_arms(rows, metric, list(arm_keys), power)  # refuses a wrong metric, after the results are safe
     differences = unintended_differences(rows, arm_keys)
     failed = [run.title for run in planned if run.state() == "failed"]

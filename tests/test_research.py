@@ -1,6 +1,7 @@
 """research/: studies change only the keys they name, fits recover known laws, pipelines run only outdated steps."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -110,6 +111,54 @@ def test_a_killed_sweep_keeps_its_finished_runs_and_resumes(chars):
     assert first.stat().st_mtime_ns == before
     assert len(read_jsonl(chars / "out" / "study")) == 3
     assert "3 already ended" in run_research("sweep.py", path, cwd=chars)
+
+
+def test_a_run_never_continues_another_commands_checkpoint(chars, monkeypatch):
+    path = write_study(chars, arms={"only": {}}, seeds=[1])
+    run_research("sweep.py", path, cwd=chars)
+    folder = chars / "out" / "study" / "runs" / "only-seed1"
+    before = json.loads((folder / "results.json").read_text())
+    changed = write_study(chars, arms={"only": {}}, seeds=[1], base=TINY + " --learning_rate=0.1")
+    monkeypatch.chdir(chars)
+    for key, value in run_file(str(changed), {}).items():
+        monkeypatch.setattr(sweep, key, value)
+    (run,) = sweep.plan_runs(Path("out/study"))
+    with monkeypatch.context() as patch:  # stopped while it starts, before it has written anything
+        patch.setattr(sweep, "wait_for", lambda process, signals: (process.kill(), -15)[1])
+        run.train("", [])
+    assert run.state() == "started" and not list(folder.glob("*.pt"))
+    run_research("sweep.py", changed, cwd=chars)
+    after, config = (json.loads((folder / name).read_text()) for name in ("results.json", "config.json"))
+    assert config["learning_rate"] == 0.1 and after["final_val_loss"] != before["final_val_loss"]
+    fresh = write_study(chars, name="fresh", arms={"only": {}}, seeds=[1], base=TINY + " --learning_rate=0.1")
+    run_research("sweep.py", fresh, cwd=chars)
+    assert read_jsonl(chars / "out" / "fresh")[0]["final_val_loss"] == after["final_val_loss"]
+    assert json.loads((folder / "previous-1" / "results.json").read_text()) == before  # nothing is lost
+
+
+def test_a_study_may_be_moved_and_named_by_another_path(chars):
+    path = write_study(chars, axes={"dropout": [0.0, 0.1]}, seeds=[1])
+    run_research("sweep.py", path, cwd=chars)
+    (chars / "out" / "study").rename(chars / "moved")
+    for folder in ("moved", chars / "moved"):
+        assert "2 already ended" in run_research("sweep.py", path, f"--output_dir={folder}", cwd=chars)
+    assert len(read_jsonl(chars / "moved")) == 2
+
+
+def test_runs_of_other_code_are_named_and_left_out_unless_asked_and_repeated_by_force(chars):
+    path = write_study(chars, arms={"a": {}, "b": {"dropout": 0.1}}, seeds=[1, 2])
+    run_research("sweep.py", path, cwd=chars)
+    runs_folder = chars / "out" / "study" / "runs"
+    results = json.loads((runs_folder / "b-seed2" / "results.json").read_text())
+    assert re.fullmatch("[0-9a-f]{12}", results["code"])
+    (runs_folder / "b-seed2" / "results.json").write_text(json.dumps(results | {"code": "0123456789ab"}))
+    output = run_research("sweep.py", path, cwd=chars)
+    assert f"left out, with code 0123456789ab and not {results['code']}: b seed 2" in output and " 1  " in output
+    assert "left out" in run_research("scaling.py", "--results=out/study", "--pictures=False", cwd=chars)
+    assert "left out" not in run_research("sweep.py", path, "--mixed=True", cwd=chars)
+    output = run_research("sweep.py", path, "--force=True", cwd=chars)
+    assert "3 already ended" in output and "left out" not in output
+    assert json.loads((runs_folder / "b-seed2" / "results.json").read_text())["code"] == results["code"]
 
 
 def test_a_terminal_shows_the_running_runs(chars):
@@ -311,11 +360,57 @@ def test_isoflop_parabolas_agree_with_the_law_behind_the_points():
         return [dict(params=N, tokens=C / 6 / N, flops=C, loss=law(N, C / 6 / N)) for C, N in pairs]
 
     around = np.geomspace(0.25, 4, 7)
-    assert laws.fit_isoflop(points(around))["exponent_of_N"] == pytest.approx(0.28 / 0.62, abs=0.02)
-    assert "a trend needs 2" in laws.fit_isoflop(points(around, [1e18]))["refused"]
+    law_found = laws.fit_isoflop(points(around, (1e18, 1e19, 1e20, 1e21)))
+    assert law_found["exponent_of_N"] == pytest.approx(0.28 / 0.62, abs=0.02)
+    low, high = law_found["interval"]
+    assert low <= law_found["exponent_of_N"] <= high < low + 0.1
+    assert (
+        "2 budgets with four sizes and a minimum, a trend needs 3"
+        in laws.fit_isoflop(points(around, [1e18, 1e19]))["refused"]
+    )
+    noisy = [p | {"flops": p["flops"] * f} for p, f in zip(points(around), itertools.cycle((0.93, 1, 1.08)))]
+    assert [len(group) for group in laws.split_budgets(noisy, [])] == [7, 7, 7]
+    assert [len(group) for group in laws.split_budgets(points(around), [1e18, 2e20])] == [14, 7]
     assert "add larger ones" in laws.fit_isoflop(points(around / 16))["refused"]
     assert "add smaller ones" in laws.fit_isoflop(points(around * 16))["refused"]
     assert "3 sizes, a parabola needs 4" in laws.fit_isoflop(points([0.5, 1, 2]))["refused"]
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 8])
+def test_intervals_along_an_axis_cover_the_truth(n):
+    rng, inside = np.random.default_rng(n), 0
+    for _ in range(400):
+        x = np.geomspace(16, 256, n)
+        low, high = laws.power_intervals(x, 3 * x**-0.3 * np.exp(0.02 * rng.standard_normal(n)))["b"]
+        inside += low <= 0.3 <= high
+    assert 0.90 <= inside / 400 <= 0.98
+
+
+@pytest.mark.parametrize(("n", "noise", "c"), [(5, 0.01, 1.0), (8, 0.01, 1.5)])
+def test_intervals_with_an_offset_cover_the_truth(n, noise, c):
+    rng, inside = np.random.default_rng(n), np.zeros(2)
+    for _ in range(60):
+        x = np.geomspace(1, 200, n)
+        found = laws.offset_intervals(x, (c + 3 * x**-0.5) * np.exp(noise * rng.standard_normal(n)))
+        inside += [low <= true <= high for true, (low, high) in ((0.5, found["b"]), (c, found["c"]))]
+    assert (inside / 60 >= 0.88).all(), inside / 60
+
+
+def test_noise_alone_gives_no_law_of_flops():
+    rng, found = np.random.default_rng(0), {"noise": 0, "law": 0}
+    for _ in range(200):
+        flops = np.geomspace(1e15, 1e17, 12)
+        for name, truth in (("noise", np.full(12, 2.0)), ("law", 40 * flops**-0.09)):
+            y = truth * np.exp(0.03 * rng.standard_normal(12))
+            found[name] += not laws.why_not_frontier([dict(flops=f, loss=v) for f, v in zip(flops, y)])
+    assert found["noise"] <= 0.06 * 200 and found["law"] >= 0.95 * 200
+
+
+def test_a_constant_term_at_zero_is_said_so_and_has_no_interval(tmp_path):
+    rows = [f"{n},{d},{law(n, d, E=0.0)}" for n in (1e6, 4e6, 16e6, 64e6) for d in (1e8, 4e8, 16e8)]
+    (tmp_path / "p.csv").write_text("params,tokens,loss\n" + "\n".join(rows) + "\n")
+    output = run_research("scaling.py", "--results=p.csv", "--bootstrap=25", "--pictures=False", cwd=tmp_path)
+    assert "L = 0 + " in output and "E not distinguishable from 0" in output
 
 
 def test_power_laws_along_an_axis_are_recovered():
@@ -468,6 +563,20 @@ def test_a_pipeline_runs_in_order_and_later_only_outdated_steps(tmp_path):
     assert report_of(tmp_path) == dict(middle="done")
     run_research("pipeline.py", path, "--from_step=middle", "--force", cwd=tmp_path)
     assert report_of(tmp_path) == dict(middle="done", last="done")
+    run_research("pipeline.py", path, "--step=last", "--step=first", cwd=tmp_path)
+    assert report_of(tmp_path) == dict(first="done", last="done")
+    # A step whose command has changed runs again, and so does one whose command names a file that has changed.
+    run_research("pipeline.py", path, cwd=tmp_path)
+    (tmp_path / "study.py").write_text("x = 1\n")
+    os.utime(tmp_path / "study.py", (1, 1))
+    pipeline_file(tmp_path, steps | {"first": steps["first"] | {"run": f"{STEP} a study.py"}})
+    run_research("pipeline.py", path, cwd=tmp_path)
+    assert report_of(tmp_path)["first"] == "done"
+    run_research("pipeline.py", path, cwd=tmp_path)
+    assert report_of(tmp_path)["first"] == "up to date"
+    os.utime(tmp_path / "study.py", (later, later))
+    run_research("pipeline.py", path, cwd=tmp_path)
+    assert report_of(tmp_path)["first"] == "done"
 
 
 def test_a_failed_step_stops_the_steps_that_depend_on_it(tmp_path):
