@@ -179,7 +179,8 @@ class Overrides:
         except TypeError:
             expected = _type_names(default, annotation)
             raise UserError(f"command line: --{key} takes {expected}, not {text!r}") from None
-        self.flags.setdefault(key, self.namespace[key])
+        if self.levels.get(key, 0.0) % 1 != 0.5:  # not set by a flag before
+            self.flags[key] = self.namespace[key]
         self.set(key, value, "command line", level)
 
     def turn_dial(self, dial: str, derive) -> dict:
@@ -239,7 +240,11 @@ def configure(
     config = {k: namespace[k] for k in keys.defaults}
     if int(os.environ.get("RANK", 0)) == 0:
         files = [argument for argument in argv if not argument.startswith("-")]
-        changed = [f"{k}={config[k]!r} (was {was!r})" for k, was in keys.flags.items() if files and config[k] != was]
+        changed = [
+            f"{k}={config[k]!r} (was {was!r})"
+            for k, was in keys.flags.items()
+            if files and config[k] != was and keys.levels.get(k, 0.0) % 1 == 0.5
+        ]
         follows = [f"{k}={v!r}" for k, v in derived.items()]
         for title, parts in (
             (f"changed in {files[-1]}" if files else "", changed),

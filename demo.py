@@ -298,7 +298,7 @@ def shown(exchanges: list) -> list[dict]:
 def in_context(exchanges: list, is_chat: bool) -> list[tuple[str, str]]:
     """The exchanges that the model may see: all, or of a model that continues texts those since a text ended."""
     ends = [n for n, (*_, ended) in enumerate(exchanges, 1) if ended and not is_chat]
-    return [(question, answer) for question, answer, _ in exchanges[ends[-1] if ends else 0 :]]
+    return [(question, answer) for question, answer, _ in exchanges[ends[-1] if ends else 0 :] if answer]
 
 
 def talk(name, message, exchanges, system, *settings):
@@ -315,9 +315,10 @@ def talk(name, message, exchanges, system, *settings):
     before, room = in_context(exchanges, is_chat), chat.prompt_room(limit, answer_tokens(settings[0]))
     ids, kept = chat.chat_prompt(tokenizer, before, known, room, is_chat, system if is_chat else "")
     if kept < len(before):
-        note += f" The context of {limit} tokens has room for the last {kept} exchanges only."
+        note += f" The context of {limit} tokens has room for {kept} of the {len(before)} earlier exchanges."
     stream = sample_ids(model, tokenizer, ids, settings, on_end=lambda: ended.append(True))
-    yield shown([*exchanges, (message, "", False)]), exchanges, note
+    now = [*exchanges, (message, "", False)]
+    yield shown(now), now, note
     for piece in until(text_pieces(tokenizer, stream), chat.END_OF_TURN if is_chat else ""):
         answer += piece if answer or not is_chat else piece.lstrip()
         now = [*exchanges, (message, answer, False)]
@@ -368,6 +369,8 @@ def build_page(gr):
                     yield *new, gr.update(value="") if clear and not number else gr.skip()
             except errors as e:
                 yield *nothing, str(e), gr.skip()
+            except Exception as e:  # whatever it was, the button comes back
+                yield *nothing, f"{type(e).__name__}: {e}", gr.skip()
             yield *nothing, gr.skip(), idle(name)
 
         return trigger(stream, inputs, [*outputs, notice, box], **shared)
@@ -375,6 +378,10 @@ def build_page(gr):
     def can_be_stopped(events, trigger, box, name=""):
         # An event that cancels ignores the outputs of its own function.
         trigger(None, cancels=events).then(lambda: idle(name), None, box, show_progress="hidden")
+
+    def one_at_a_time(triggers, events):
+        for trigger, own in zip(triggers, events):
+            trigger(None, cancels=[event for event in events if event is not own])
 
     def retry(data: gr.RetryData, *values):
         yield from again(data.index, None, *values)
@@ -386,7 +393,7 @@ def build_page(gr):
         """Without the last exchange, whose message returns to the input."""
         if not exchanges:
             return gr.skip(), gr.skip(), gr.skip()
-        return shown(exchanges[:-1]), exchanges[:-1], exchanges[-1][0]
+        return shown(exchanges[:-1]), exchanges[:-1], idle("Send") | {"value": exchanges[-1][0]}
 
     def choose(name, before):
         """The selected run and a new conversation, or the run before if it cannot be loaded."""
@@ -395,7 +402,7 @@ def build_page(gr):
         except errors as e:
             stays = f" {label(before)} stays." if before else ""
             return {run: gr.update(value=before), run_notice: f"{e}{stays}"}
-        return {current: name, talked: [], conversation: [], run_notice: "", chat_notice: ""}
+        return {message: idle("Send"), current: name, talked: [], conversation: [], run_notice: "", chat_notice: ""}
 
     def refresh(name, curves_of):
         known = choices()
@@ -441,14 +448,14 @@ def build_page(gr):
             run = gr.Dropdown(found, value=first, label="Model", elem_id="run", scale=5, container=False)
             renew = gr.Button("↻", elem_id="refresh", scale=0, min_width=44)
         run_notice = gr.Markdown(elem_id="run_notice", elem_classes="notice")
-        with gr.Tab("Write"):
+        with gr.Tab("Write") as write_tab:
             prompt = gr.Textbox(
                 prompt_of_run, max_lines=8, label="Prompt (Enter writes)", elem_id="prompt", submit_btn="Generate"
             )
             write_notice = gr.Markdown(elem_id="write_notice", elem_classes="notice")
             text = gr.Textbox(lines=14, max_lines=24, label="Text", elem_id="text", buttons=["copy"])
             speed = gr.Markdown(elem_id="speed")
-        with gr.Tab("Chat"):
+        with gr.Tab("Chat") as chat_tab:
             with gr.Row():
                 kind = gr.Markdown(elem_id="kind", elem_classes="quiet")
                 new_chat = gr.Button("New chat", size="sm", elem_id="new_chat", scale=0, min_width=90)
@@ -460,7 +467,7 @@ def build_page(gr):
             message = gr.Textbox(
                 max_lines=8, show_label=False, placeholder="Message (Enter sends)", elem_id="message", submit_btn="Send"
             )
-        with gr.Tab("Next token"):
+        with gr.Tab("Next token") as next_tab:
             grown = gr.Textbox(prompt_of_run, lines=3, max_lines=12, label="Text", elem_id="grown")
             with gr.Row():
                 one = gr.Button("One token", variant="primary", elem_id="one")
@@ -506,21 +513,28 @@ def build_page(gr):
             streamed(talk, message.submit, says, *parts, "Send", clear=True),
             *(streamed(f, on, rest, *parts, "Send") for f, on in ((retry, talked.retry), (edit, talked.edit))),
         ]
+        one_at_a_time((message.submit, talked.retry, talked.edit), answers)
         can_be_stopped(answers, message.stop, message, "Send")
-        talked.undo(undo, conversation, [talked, conversation, message], show_progress="hidden")
+        undone = talked.undo(None, cancels=answers)
+        undone.then(undo, conversation, [talked, conversation, message], show_progress="hidden")
         emptied = [talked, conversation, chat_notice, message]
         cleared = new_chat.click(None, cancels=answers)
         cleared.then(lambda: ([], [], "", idle("Send")), None, emptied, show_progress="hidden")
         grows, parts = [current, grown, *settings], ([grown, could], next_notice, still)
         steps = [streamed(f, button.click, grows, *parts) for f, button in ((one_token, one), (next_tokens, many))]
+        one_at_a_time((one.click, many.click), steps)
         can_be_stopped(steps, still.click, still)
         draw = curves, [compared, which], [curve, table]
-        picked = run.input(choose, [run, current], [run, current, talked, conversation, run_notice, chat_notice])
+        picked = run.input(None, cancels=answers).then(
+            choose, [run, current], [run, current, talked, conversation, run_notice, chat_notice, message]
+        )
         looked = refresh, [current, compared], [run, current, compared]
         looks = [
             event(about, current, [kind, system]).then
             for event in (picked.then, renew.click(*looked).then, page.load(*looked).then)
         ]
+        for tab in (write_tab, chat_tab, next_tab):
+            tab.select(lambda: gr.Timer(active=False), None, clock)
         opened = loss_tab.select(lambda: gr.Timer(active=True), None, clock)
         for event in (*looks, opened.then, compared.change, which.change, clock.tick):
             event(*draw, show_progress="hidden").then(colours, compared, curve, show_progress="hidden")

@@ -93,7 +93,7 @@ def offset_intervals(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
 
     a, b, c = fit_offset(x, y)
     best = np.array([math.log(a), b, c])
-    lowest, highest = np.array([-50.0, 0.0, 0.0]), np.array([50.0, 10.0, 0.9999 * y.min()])
+    lowest, highest = np.array([-600.0, 0.0, 0.0]), np.array([600.0, 10.0, 0.9999 * y.min()])
 
     def fit(fixed: int | None = None, value: float = 0.0, start=best) -> tuple[float, np.ndarray]:
         free = [n for n in range(3) if n != fixed]
@@ -228,13 +228,17 @@ def optimum(theta, flops: float) -> tuple[float, float]:
 
 
 def split_budgets(points: list[dict], budgets: list[float]) -> list[list[dict]]:
-    """The points by their FLOPs: around the given budgets, or in groups with a gap of 20 % or more between them."""
+    """The points by their FLOPs: within 25 % of the given budgets, or in groups with a gap of 20 % or more between them.
+
+    Without gaps, a group ends at 1.5 times its smallest.
+    """
     groups: list[list[dict]] = [[] for _ in budgets]
     for point in sorted(points, key=lambda p: p["flops"]):
         if budgets:
             distances = [abs(math.log(point["flops"] / budget)) for budget in budgets]
-            groups[int(np.argmin(distances))].append(point)
-        elif groups and point["flops"] <= 1.2 * groups[-1][-1]["flops"]:
+            if min(distances) <= math.log(1.25):
+                groups[int(np.argmin(distances))].append(point)
+        elif groups and point["flops"] <= min(1.2 * groups[-1][-1]["flops"], 1.5 * groups[-1][0]["flops"]):
             groups[-1].append(point)
         else:
             groups.append([point])

@@ -84,7 +84,7 @@ def has_new_outputs(s: dict) -> bool:
 
     if not s["outputs"] or not all(Path(p).exists() for p in s["inputs"] + s["outputs"]):
         return False
-    named = [word for word in shlex.split(s["run"])[1:] if Path(word).is_file()]
+    named = [word for word in shlex.split(s["run"])[1:] if os.path.isfile(word)]
     return max(map(last_write, s["inputs"] + named), default=0.0) <= min(map(last_write, s["outputs"]))
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from figures import COLOURS, LOSS_LABEL, label_ends, plt, set_log_scale
-from runs import check_scipy, make_folder, print_table, read_rows, save_figure, write_csv
+from runs import check_scipy, make_folder, print_table, read_rows, same_conditions, save_figure, write_csv
 from verdicts import compare_arms
 
 from common.files import read_metrics
@@ -24,6 +24,7 @@ output_dir = ""  # folder for the figures; empty: the first of --results
 x = "tokens"  # horizontal axis of the curves: steps | tokens | flops | seconds
 metric = "final_val_loss"  # what is compared: a column of results.jsonl
 curve = "val_loss"  # what the curves show: val_loss | train_loss
+mixed = False  # draw a study's runs of different code, torch, device or dtype too
 title = ""  # title of the figures; empty: the name of the study
 
 X_LABELS = {"steps": "step", "tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time (s)"}
@@ -107,6 +108,8 @@ def main() -> None:
     check_choice("x", x, X_LABELS)
     check_scipy("figures")
     rows = read_rows(results)
+    if not mixed and all(Path(source, "results.jsonl").is_file() for source in filter(None, results.split(","))):
+        rows = same_conditions(rows, "--mixed=True draws them too")
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     table = compare_arms(rows, metric, arms)
     if not any(

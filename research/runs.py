@@ -42,17 +42,21 @@ def read_rows(sources: str) -> list[dict]:
     return rows
 
 
-def same_conditions(rows: list[dict]) -> list[dict]:
-    """The rows of one code, torch, device and dtype: those of the most runs. What is left out is printed."""
-    keys = ("code", "torch", "device", "dtype")
+def same_conditions(rows: list[dict], hint: str, intended: set[str] = frozenset()) -> list[dict]:
+    """The rows of one code, torch, device and dtype: those of the most runs. What is left out is printed, with a hint.
+
+    intended: keys that the study varies itself.
+    """
+    keys = [key for key in ("code", "torch", "device", "dtype") if key not in intended]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
+        row = {"torch": (row.get("versions") or {}).get("torch")} | row
         groups.setdefault(tuple(str(row.get(key)).partition(":")[0] for key in keys), []).append(row)
     kept = max(groups, key=lambda group: len(groups[group]), default=())
     for group in groups.keys() - {kept}:
         names = ", ".join(f"{row['arm']} seed {row.get('seed')}" for row in groups[group])
         unlike = ", ".join(f"{key} {a} and not {b}" for key, a, b in zip(keys, group, kept) if a != b)
-        print(f"left out, with {unlike}: {names} (--mixed=True compares them too, --force=True repeats them)")
+        print(f"left out, with {unlike}: {names} ({hint})")
     return groups[kept] if groups else []
 
 
@@ -106,6 +110,9 @@ def print_table(table: list[dict], metric: str) -> None:
         line = "{arm:<40} {n:>2} {mean:>9.4f} {0:>8} {min:>9.4f} {max:>9.4f}".format(std, **entry)
         difference = f"  {entry['difference']:+.4f}  {entry.get('verdict', '')}" if "difference" in entry else ""
         print((line + difference).rstrip())
+    spreads = [entry["std"] for entry in table if entry["std"]]
+    if compared and spreads and max(spreads) > 4 * min(spreads):
+        print("the spreads of the arms differ widely: the intervals take them as equal, and are rough")
     if compared and not any("verdict" in entry for entry in table):
         print("no verdicts: every arm has one run; several seeds tell an effect from luck")
 

@@ -53,13 +53,14 @@ CHANGES_WITH = {
 
 def read_points(sources: str) -> list[dict]:
     """Points with params, tokens, flops and loss, and for runs their kind and sizes. sources: as --results."""
-    points = []
+    points, rows = [], []
     for source in filter(None, sources.split(",")):
         if source.endswith(".csv"):
             points += read_csv(Path(source))
         else:
-            rows = [row for row in read_rows(source) if row.get("final_val_loss") is not None]
-            points += [run_to_point(row) for row in (rows if mixed else same_conditions(rows))]
+            rows += [row for row in read_rows(source) if row.get("final_val_loss") is not None]
+    rows = rows if mixed else same_conditions(rows, "--mixed=True fits them too")
+    points += [run_to_point(row) for row in rows]
     points = [p for p in points if math.isfinite(p["loss"])]
     if not points:
         raise UserError(f"--results={sources}: no points there: no finished run, or a CSV with only a header")
@@ -265,6 +266,8 @@ def main() -> None:
     check_bounds(globals(), at_least_0="budget seed")
     if bootstrap < 20 or delta <= 0:
         raise UserError(f"--bootstrap={bootstrap} must be at least 20 and --delta={delta} above 0")
+    if not all(isinstance(b, int | float) and b > 0 for b in budgets):
+        raise UserError(f"--budgets={budgets}: a list of FLOPs above 0")
     points = select_kind(read_points(results))
     folder = make_folder(output_dir, results)
     rng = np.random.default_rng(seed)

@@ -18,6 +18,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from pathlib import Path
 from runs import ROOT, catch_signals, check_scipy, print_table, same_conditions, split_args, wait_for, write_csv
 from verdicts import compare_arms
 
-from common.files import atomic_write, code_hash, read_json
+from common.files import atomic_write, code_hash, file_sha256, read_json
 from configurator import UserError, check_bounds, configure, error_in, read_keys, short_errors
 
 from tqdm import tqdm
@@ -46,7 +47,7 @@ output_dir = ""  # folder for runs and tables; empty: out/<name>
 dry_run = False  # print the commands and what they would cost
 retry = False  # run failed runs again
 force = False  # repeat finished runs that were made by other code than today's
-mixed = False  # compare runs of different code, torch, device or dtype too
+mixed = False  # continue and compare runs of different code, torch, device or dtype too
 list_runs = False  # print the runs as JSON and stop
 runs: list = []  # run only these, by their numbers in that list; [-1]: write only the tables
 max_parallel = 1  # number of runs at the same time
@@ -69,6 +70,10 @@ class Run:
         options = [f"--{key}={value}" for key, value in keys.items()]
         self.arguments = [*split_args(base, "--base"), *options, f"--seed={seed}", f"--out_dir={self.folder}"]
 
+    def configs(self) -> dict[str, str]:
+        """Config file -> sha256 of what it says."""
+        return {a: file_sha256(Path(a)) for a in self.arguments if not a.startswith("-") and Path(a).is_file()}
+
     def state(self) -> str:
         """new, started, done or failed. A run is new again when its arguments, or the code of an unfinished run, have changed."""
         record = read_json(self.folder / "run.json")
@@ -76,12 +81,12 @@ class Run:
         theirs, ours = (
             [a for a in c if not a.startswith("--out_dir=")] for c in (record.get("command", []), self.arguments)
         )
-        if theirs != ours:
+        if theirs != ours or record.get("configs", self.configs()) != self.configs():
             return "new"
         results = self.folder / "results.json"
         if results.exists() and results.stat().st_mtime >= record["started"]:
             return "new" if force and read_json(results).get("code") != code_hash() else "done"
-        if record.get("code", code_hash()) != code_hash():
+        if record.get("code", code_hash()) != code_hash() and not mixed:
             return "new"  # a checkpoint of other code is not continued
         return "failed" if record.get("exit") else "started"
 
@@ -100,9 +105,12 @@ class Run:
             if signals or state == "done":
                 return
             if state == "new":  # nothing of another command or of other code is resumed
-                move_to_previous(self.folder)
+                if archive := move_to_previous(self.folder):
+                    print(
+                        f"{self.title}: its command, a config file or the code has changed; what it had is in {archive}"
+                    )
                 log.truncate(0)
-            record = {"command": self.arguments, "started": time.time(), "code": code_hash()}
+            record = {"command": self.arguments, "started": time.time(), "code": code_hash(), "configs": self.configs()}
             atomic_write(self.folder / "run.json", json.dumps(record))
             command = [sys.executable, str(ROOT / "train.py"), *self.arguments]
             command += ["--resume"] * (state != "new") + [f"--device={device}"] * bool(device)
@@ -138,14 +146,17 @@ class Run:
         return row | {k: v for k, v in results.items() if k not in row and not isinstance(v, dict | list)}
 
 
-def move_to_previous(folder: Path) -> None:
-    """Move what another command left in a run's folder to previous-1/, previous-2/, ..."""
+def move_to_previous(folder: Path) -> Path | None:
+    """Move what another command left in a run's folder to previous-1/, previous-2/, ... Returns that folder."""
     found = [p for p in folder.iterdir() if p.name not in ("lock", ".lock", "train.log") and "previous-" not in p.name]
-    if found:
-        archive = next(a for n in itertools.count(1) if not (a := folder / f"previous-{n}").exists())
-        archive.mkdir()
-        for path in sorted(found, key=lambda p: p.name != "ckpt.pt"):  # the checkpoint first
-            path.rename(archive / path.name)
+    if not found:
+        return None
+    archive = next(a for n in itertools.count(1) if not (a := folder / f"previous-{n}").exists())
+    archive.mkdir()
+    shutil.copy(folder / "train.log", archive)  # which is open
+    for path in sorted(found, key=lambda p: p.name != "ckpt.pt"):  # the checkpoint first
+        path.rename(archive / path.name)
+    return archive
 
 
 def try_lock(file) -> bool:
@@ -214,25 +225,32 @@ def read_costs(run: Run) -> tuple[float, float, float]:
 
 
 def print_costs(planned: list[Run], folder: Path) -> None:
-    """Print the commands, their costs, and how long they will take by a few steps of the first run in bench.py."""
+    """Print the commands, their costs, and how long they will take by a few steps of each arm in bench.py."""
     for run in planned:
         print(f"{run.state():>7}  python train.py {shlex.join(run.arguments)}")
     print(f"\n{'arm':<40} {'parameters':>14} {'tokens':>14} {'FLOPs':>10}")
     costs = {run.arm: read_costs(run) for run in planned if run.seed == seeds[0]}
     for arm, (parameters, tokens, flops) in costs.items():
         print(f"{arm:<40} {parameters:>14,.0f} {tokens:>14,.0f} {flops:>10.3g}")
-    remaining = [costs[run.arm] for run in planned if run.state() != "done"]
-    _, tokens, flops = map(sum, zip(*remaining)) if remaining else (0, 0, 0)
-    first, (_, first_tokens, first_flops) = planned[0], costs[planned[0].arm]
+    remaining = [run for run in planned if run.state() != "done"]
+    tokens, flops = (sum(costs[run.arm][n] for run in remaining) for n in (1, 2))
     folder.mkdir(parents=True, exist_ok=True)
-    output = folder / "bench.json"
-    try:  # without the last two arguments, --seed and --out_dir, which bench.py does not have
-        run_script("bench.py", *first.arguments[:-2], "--steps=5", "--real_data=True", f"--output={output}")
-        rate = read_json(output)["tokens_per_second"] * first_flops / first_tokens
-        duration = f"about {format_time(flops / rate / max_parallel)} at {rate / 1e9:,.0f} GFLOP/s per run"
+    if not remaining:
+        return print(f"all {len(planned)} runs are done")
+    try:
+        rates = {run.arm: run for run in remaining}  # arms of one size may differ in speed too
+        rates = {arm: measure_rate(run, folder / "bench.json") for arm, run in rates.items()}
+        seconds = sum(costs[run.arm][1] / rates[run.arm] for run in remaining)
+        duration = f"about {format_time(seconds / max_parallel)} of training steps, by a few steps of each arm"
     except (UserError, ValueError):  # bench.py fails, or a cost is nan
         duration = "duration unknown"
     print(f"{len(remaining)} of {len(planned)} runs to do: {tokens:,.0f} tokens, {flops:.3g} FLOPs, {duration}")
+
+
+def measure_rate(run: Run, output: Path) -> float:
+    """Tokens per second of a few steps of a run, by bench.py, which has no --seed and --out_dir, a run's last arguments."""
+    run_script("bench.py", *run.arguments[:-2], "--steps=5", "--real_data=True", f"--output={output}")
+    return read_json(output)["tokens_per_second"]
 
 
 def format_time(seconds: float) -> str:
@@ -306,7 +324,8 @@ def report(planned: list[Run], folder: Path) -> None:
     write_csv(folder / "results.csv", rows)
     atomic_write(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     arm_keys = {run.arm: run.keys for run in planned}
-    rows = rows if mixed else same_conditions(rows)
+    hint = "--mixed=True compares them too, --force=True repeats those of other code"
+    rows = rows if mixed else same_conditions(rows, hint, {key for keys in arm_keys.values() for key in keys})
     table = compare_arms(rows, metric, list(arm_keys), power)  # refuses a wrong metric, after the results are safe
     differences = unintended_differences(rows, arm_keys)
     failed = [run.title for run in planned if run.state() == "failed"]

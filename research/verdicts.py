@@ -1,6 +1,6 @@
 """Is an arm better than the first one, or was it luck? Differences with intervals, and a verdict in words.
 
-The error is pooled over all arms, so that three seeds of twenty arms give 38 degrees of freedom and not 2. Where the seeds
+The error is pooled over all arms, so that three seeds of twenty arms give 38 degrees of freedom and not 2; all arms are taken to have the same spread. Where the seeds
 shift all arms alike (F test, 5 %), the arms are compared seed by seed. The intervals hold for all comparisons with the first
 arm together (Dunnett 1955): in 95 % of studies without any effect, no arm is told apart.
 """
@@ -75,11 +75,18 @@ def fit_arms(values: dict[tuple, float]) -> dict | None:
     return {"differences": differences, "errors": errors, "sigma": sigma, "df": int(df), "paired": bool(paired)}
 
 
-def seeds_needed(sigma: float, df: int, arms: int, effect: float) -> int:
-    """Seeds per arm with which a true difference of this size is told apart in 80 % of studies."""
+def seeds_needed(sigma: float, arms: int, effect: float) -> int:
+    """Seeds per arm with which a true difference of this size is told apart in about 80 % of studies."""
     from scipy.stats import norm
 
-    return max(2, math.ceil(2 * (sigma * (dunnett_quantile(arms, df) + norm.ppf(0.8)) / effect) ** 2))
+    n = 2
+    for _ in range(8):  # with more seeds, the quantile is smaller
+        quantile = dunnett_quantile(arms, (arms + 1) * (n - 1))
+        wanted = max(2, math.ceil(2 * (sigma * (quantile + norm.ppf(0.8)) / effect) ** 2))
+        if wanted == n:
+            break
+        n = wanted if wanted > n else (n + wanted) // 2
+    return n
 
 
 def compare_arms(rows: list[dict], metric: str, order: list[str], effect: float = 0.01) -> list[dict]:
@@ -90,8 +97,16 @@ def compare_arms(rows: list[dict], metric: str, order: list[str], effect: float 
     """
     rows = sorted((row for row in rows if row["arm"] in order), key=lambda row: order.index(row["arm"]))
     table = arm_statistics(rows, metric)
-    values = {(row["arm"], row["seed"]): row[metric] for row in rows if row.get(metric) is not None}
+    values: dict[tuple, float] = {}
+    for row in rows:
+        if row.get(metric) is not None:
+            key = (row["arm"], row.get("seed"))
+            while key in values:  # a second run with this seed, of another study
+                key = (row["arm"], (key[1], "again"))
+            values[key] = row[metric]
     if not table or table[0]["arm"] != order[0]:
+        if table:
+            print(f"no comparison: the first arm, {order[0]}, has no result")
         return table
     fit, compared = fit_arms(values), len(table) - 1
     for entry in table[1:]:
@@ -101,7 +116,7 @@ def compare_arms(rows: list[dict], metric: str, order: list[str], effect: float 
             continue
         difference, half = fit["differences"][arm], dunnett_quantile(compared, fit["df"]) * fit["errors"][arm]
         entry |= {"difference": difference, "interval": [difference - half, difference + half]}
-        needed = seeds_needed(fit["sigma"], fit["df"], compared, effect) if fit["sigma"] else 2
+        needed = seeds_needed(fit["sigma"], compared, effect)
         entry["verdict"] = verdict(difference, half, "acc" in metric, f"about {needed} seeds show {effect:g}")
     return table
 
