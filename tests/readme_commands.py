@@ -4,6 +4,7 @@ Appended arguments make each command short. Commands that prepare data run first
 replaces the network, two CPU ranks replace the GPUs, and Weights & Biases is offline.
 """
 
+import itertools
 import json
 import os
 import re
@@ -57,10 +58,13 @@ def lay_out() -> None:
         (copy / "corpus" / f"{n}.parquet").write_bytes(parquet(ROWS[100 * n : 100 * n + 100]))
     question = {"ind": 1, "ctx_a": "A man", "ctx_b": "he", "ctx": "A man he", "activity_label": "Work", "label": 0}
     lines = (json.dumps({**question, "endings": [f"does {n}.", "sleeps.", "runs.", "eats."]}) for n in range(10042))
-    talk = (
-        '{"messages": [{"role": "user", "content": "Is %d even?"}, {"role": "assistant", "content": "Yes, %d is."}]}\n'
-    )
-    (copy / "chats.jsonl").write_text("".join(talk % (n, n) for n in range(0, 400, 2)))
+    words = ["".join(pair) for pair in itertools.product(("ba", "do", "ki", "lu", "me"), repeat=4)]
+    talks = []
+    for n in range(0, 400, 2):
+        question, answer = f"Is {n} even, {words[n]}?", f"Yes, {n} is, {words[-n]}."
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        talks.append(json.dumps({"messages": messages}) + "\n")
+    (copy / "chats.jsonl").write_text("".join(talks))
     (copy / "tasks").mkdir()
     rows = "".join(
         json.dumps({"question": f"{n} men", "choices": ["went", "sat"], "label": 0}) + "\n" for n in range(9)
