@@ -18,6 +18,7 @@ import ast
 import contextlib
 import difflib
 import errno
+import importlib.util
 import os
 import shutil
 import sys
@@ -30,6 +31,10 @@ from dataclasses import fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+SCRIPT = Path(sys.argv[0])  # one of this folder, or a program that may have no torch, such as Airflow
+if SCRIPT.suffix == ".py" and SCRIPT.resolve().parent == HERE and importlib.util.find_spec("torch") is None:
+    print(f"error: {sys.executable} has no torch: activate your environment, or pip install -e .", file=sys.stderr)
+    raise SystemExit(2)  # a forgotten `activate` is one line: the scripts import this file before torch
 TEXTS = {"start", "stop", "system", "sample_prompt"}  # keys whose value is no path
 
 

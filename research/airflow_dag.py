@@ -21,11 +21,12 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from pipeline import ROOT, command_of, sort_steps  # noqa: E402
+
 from configurator import run_file  # noqa: E402
 
 from airflow.providers.standard.operators.bash import BashOperator  # noqa: E402
 from airflow.sdk import DAG, task  # noqa: E402
-from pipeline import ROOT, command_of, sort_steps  # noqa: E402
 
 PIPELINE = os.environ.get("GPT_PIPELINE", str(ROOT / "config" / "pipeline" / "reproduce_small.py"))
 WORK_DIR = os.environ.get("GPT_WORK_DIR", str(ROOT))

@@ -178,7 +178,9 @@ def test_a_model_whose_template_refuses_a_system_text_is_exported_without_a_mode
 
 def test_a_message_longer_than_the_context_is_refused():
     tokenizer = turn_bpe()
-    with pytest.raises(UserError, match="the message takes .* tokens, and the context has room for 32: shorten it"):
+    with pytest.raises(
+        UserError, match="the message takes .* tokens, and the context has room for 32 beside the answer"
+    ):
         chat.chat_prompt(tokenizer, [], "word " * 100, 32, True)
     ids, kept = chat.chat_prompt(tokenizer, [("a", "b")], "Hi", 24, True, "system " * 9)
     assert tokenizer.decode(ids) == f"{EOT}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n" and kept == 0

@@ -358,6 +358,34 @@ def test_typing_during_an_answer_is_kept_and_a_new_chat_ends_the_answer(browser,
     page.close()
 
 
+def test_another_model_or_one_token_ends_what_is_running(browser, trained, slow):
+    shutil.copytree(trained / "out" / "abc", trained / "out" / "other")
+    page = open_page(browser, slow)
+    page.get_by_role("tab", name="Next token").click()
+    set_value(page, "max_new_tokens", 500)
+    greedy(page)
+    page.locator("#grown textarea").fill("abc")
+    page.locator("#many").click()
+    eventually(lambda: len(text_of(page, "grown")) > 6)
+    page.locator("#one").click()
+    page.locator("#still").wait_for(state="hidden")
+    ended = text_of(page, "grown")
+    page.wait_for_timeout(1000)
+    assert text_of(page, "grown") == ended
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#refresh").click()
+    say(page, "abc")
+    page.locator("#talked").get_by_text("def").first.wait_for()
+    page.locator("#run input").click()
+    page.get_by_role("option", name="other").click()
+    eventually(lambda: page.locator("#run input").input_value().startswith("other"))
+    page.locator("#message").get_by_role("button", name="Send").wait_for()
+    page.wait_for_timeout(1000)
+    assert "def" not in page.locator("#talked").inner_text()
+    page.close()
+    shutil.rmtree(trained / "out" / "other")
+
+
 @pytest.mark.parametrize("size", [(1280, 800), (390, 844)])
 def test_tabs_and_input_are_above_the_fold(browser, demo, size):
     page = browser.new_page(viewport={"width": size[0], "height": size[1]})

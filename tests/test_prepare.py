@@ -169,7 +169,7 @@ def test_few_documents_are_split_by_their_size(run, tmp_path, sizes):
 def test_a_dataset_that_is_too_small_is_said_at_once(run, tmp_path):
     (tmp_path / "small.txt").write_text(TEXT[:1500])
     printed = run("prepare_text.py", "--inputs=small.txt", "--tokenizer=char")
-    assert "note: 1,350 training tokens are little" in printed and "train with --block_size=37" in printed
+    assert "note: 1,350 training tokens are few" in printed and "train with --block_size=37" in printed
     (tmp_path / "large.txt").write_text(TEXT * 12)
     assert "note:" not in run("prepare_text.py", "--inputs=large.txt", "--tokenizer=char")
 
