@@ -9,7 +9,7 @@ import logging
 from common.chat import render
 from common.inference import stream_ids
 from common.scoring import Question, ending_losses
-from common.tokenizer import Tokenizer
+from common.tokenizer import PretrainedTokenizer, Tokenizer
 from configurator import UserError, first_line
 from model import GPT
 
@@ -112,7 +112,10 @@ class HarnessModel(TemplateLM):
                     if all(any(stop in text for stop in until) for text in texts):
                         break
         own = (ids[len(row) - shortest :][:longest] for row, ids in zip(rows, new))
-        return [tokenizer.decode(itertools.takewhile(lambda i: i not in tokenizer.stops, ids)) for ids in own]
+        ended = [[*itertools.takewhile(lambda i: i not in tokenizer.stops, ids)] for ids in own]
+        if isinstance(tokenizer, PretrainedTokenizer):  # as the harness does it: the space of a first word may go
+            return [tokenizer.library.decode(ids, skip_special_tokens=True) for ids in ended]
+        return [tokenizer.decode(ids) for ids in ended]
 
 
 def run_tasks(
