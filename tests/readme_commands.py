@@ -61,8 +61,8 @@ def lay_out() -> None:
     words = ["".join(pair) for pair in itertools.product(("ba", "do", "ki", "lu", "me"), repeat=4)]
     talks = []
     for n in range(0, 400, 2):
-        question, answer = f"Is {n} even, {words[n]}?", f"Yes, {n} is, {words[-n]}."
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        asked, answer = f"Is {n} even, {words[n]}?", f"Yes, {n} is, {words[-n]}."
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         talks.append(json.dumps({"messages": messages}) + "\n")
     (copy / "chats.jsonl").write_text("".join(talks))
     (copy / "tasks").mkdir()
