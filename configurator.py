@@ -245,16 +245,10 @@ def configure(
     config = {k: namespace[k] for k in keys.defaults}
     if int(os.environ.get("RANK", 0)) == 0:
         files = [argument for argument in argv if not argument.startswith("-")]
-        changed = [
-            f"{k}={config[k]!r} (was {was!r})"
-            for k, was in keys.flags.items()
-            if files and config[k] != was and keys.levels.get(k, 0.0) % 1 == 0.5
-        ]
+        by_flag = {k: was for k, was in keys.flags.items() if files and keys.levels.get(k, 0.0) % 1 == 0.5}
+        changed = [f"{k}={config[k]!r} (was {was!r})" for k, was in by_flag.items() if config[k] != was]
         follows = [f"{k}={v!r}" for k, v in derived.items()]
-        for title, parts in (
-            (f"changed in {files[-1]}" if files else "", changed),
-            (f"from --{dial[0]}" if dial else "", follows),
-        ):
+        for title, parts in ((f"changed in {''.join(files[-1:])}", changed), (f"from --{dial and dial[0]}", follows)):
             if parts:
                 text = f"{title}: " + "  ".join(parts)
                 print(textwrap.fill(text, 110, subsequent_indent="  "), file=sys.stderr)

@@ -46,14 +46,8 @@ TIPS = """\
 - The same seed, prompt and settings give the same text. Without a seed every text is different.
 - A loss that is lower by 0.1 shows in the text: compare two runs with one prompt and one seed."""
 NO_RUN = "There is no trained model under out/ yet. Train one: `python train.py config/quickstart.py`"
-COLOURS = (
-    "#56B4E9",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#D55E00",
-    "#999933",
-)  # of Okabe and Ito, seen on white and on black
+# Of Okabe and Ito, those that are seen on white and on black.
+COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#999933")
 # The chat fills the window above its input; the table of the next tokens follows the colours of the theme.
 CSS = """
 main.fillable { padding: 8px 16px !important }
@@ -367,19 +361,19 @@ def build_page(gr):
             try:
                 for number, new in enumerate(function(*values)):
                     yield *new, gr.update(value="") if clear and not number else gr.skip()
-            except errors as e:
-                yield *nothing, str(e), gr.skip()
             except Exception as e:  # whatever it was, the button comes back
-                yield *nothing, f"{type(e).__name__}: {e}", gr.skip()
+                yield *nothing, str(e) if isinstance(e, errors) else f"{type(e).__name__}: {e}", gr.skip()
             yield *nothing, gr.skip(), idle(name)
 
         return trigger(stream, inputs, [*outputs, notice, box], **shared)
 
     def can_be_stopped(events, trigger, box, name=""):
+        """The trigger, such as a Stop button, ends the events and gives the box its button back."""
         # An event that cancels ignores the outputs of its own function.
         trigger(None, cancels=events).then(lambda: idle(name), None, box, show_progress="hidden")
 
     def one_at_a_time(triggers, events):
+        """Each trigger ends the others' events before its own begins."""
         for trigger, own in zip(triggers, events):
             trigger(None, cancels=[event for event in events if event is not own])
 
@@ -504,10 +498,8 @@ def build_page(gr):
         writes = [current, prompt, *settings]
         written = streamed(write, prompt.submit, writes, [text, speed], write_notice, prompt, "Generate")
         can_be_stopped([written], prompt.stop, prompt, "Generate")
-        says, parts = (
-            [current, message, conversation, system, *settings],
-            ([talked, conversation], chat_notice, message),
-        )
+        says = [current, message, conversation, system, *settings]
+        parts = [talked, conversation], chat_notice, message
         rest = [conversation, current, system, *settings]
         answers = [
             streamed(talk, message.submit, says, *parts, "Send", clear=True),

@@ -409,11 +409,8 @@ RUNTIME_FIELDS = {"dropout", "attn", "activation_checkpointing"}  # of GPTConfig
 
 def stretch_context(args: dict, keys: dict) -> None:
     """Give the arguments of a model to train on the --rope_scaling of the keys, and the longer context. Raises UserError."""
-    names, scaling, wanted = (
-        ("rope_factor", "rope_original", "rope_low", "rope_high"),
-        args.get("rope_scaling", "none"),
-        keys["rope_scaling"],
-    )
+    names = ("rope_factor", "rope_original", "rope_low", "rope_high")
+    scaling, wanted = args.get("rope_scaling", "none"), keys["rope_scaling"]
     if wanted == "none":
         if any(keys[name] != GPTConfig.__dataclass_fields__[name].default for name in names):
             others = ", ".join(names[1:])

@@ -190,8 +190,8 @@ class Logger:
         step, loss = state.step, result["loss"]
         if (step, "val_loss") not in self.recorded:  # a resumed run may repeat what its log has
             by_source = {"val_loss_by_source": result["by_source"]} if len(result["by_source"]) > 1 else {}
-            elapsed = dict(elapsed=state.train_seconds)
-            self.record(step, state.tokens, val_loss=loss, val_accuracy=result["accuracy"], **elapsed, **by_source)
+            values = dict(val_loss=loss, val_accuracy=result["accuracy"], elapsed=state.train_seconds)
+            self.record(step, state.tokens, **values, **by_source)
             self.text.write(f"{step} val {loss:.6f}\n")
         self.last_val_loss = loss
         note = "(best)" if loss <= state.best_val_loss else f"(best {state.best_val_loss:.4f})"
@@ -251,6 +251,7 @@ class Logger:
         self.text.sync()
 
     def final_evaluation(self, datasets: list) -> None:
+        """Say that the last evaluation begins, which may take minutes. datasets: [(Dataset, weight)]."""
         limit = self.config["final_eval_tokens"] or math.inf
         tokens = sum(min(limit, sum(shard.tokens for shard in dataset.val)) for dataset, _ in datasets)
         text = f"final evaluation on {tokens:,} validation tokens"

@@ -57,16 +57,8 @@ def label_ends(axes, ends: list[tuple]) -> None:
     places = np.clip(isotonic_regression(wanted - gap).x, 0, max(0, 1 - gap[-1])) + gap
     for (text, x, y, colour), place in zip(ends, places):
         line = dict(arrowstyle="-", color=colour, linewidth=0.6, shrinkA=0, shrinkB=2, relpos=(0, 0.5))
-        axes.annotate(
-            text,
-            (x, y),
-            (1.03, place),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8,
-            color=colour,
-            arrowprops=line,
-        )
+        style = dict(va="center", fontsize=8, color=colour, arrowprops=line)
+        axes.annotate(text, (x, y), (1.03, place), textcoords="axes fraction", **style)
 
 
 def draw_all(points: list[dict], fits: dict, folder: Path) -> list[str]:

@@ -112,9 +112,7 @@ def main() -> None:
         rows = same_conditions(rows, "--mixed=True draws them too")
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     table = compare_arms(rows, metric, arms)
-    if not any(
-        "=" in arm for arm in arms
-    ):  # named arms are an ablation: the first one, then from the lowest to the highest
+    if not any("=" in arm for arm in arms):  # an ablation: the first arm, then from the lowest to the highest
         table = table[:1] + sorted(table[1:], key=lambda entry: entry["mean"])
     folder = make_folder(output_dir, results)
     written = []

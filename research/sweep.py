@@ -106,9 +106,7 @@ class Run:
                 return
             if state == "new":  # nothing of another command or of other code is resumed
                 if archive := move_to_previous(self.folder):
-                    print(
-                        f"{self.title}: its command, a config file or the code has changed; what it had is in {archive}"
-                    )
+                    print(f"{self.title}: its command, config or code has changed; what it had is in {archive}")
                 log.truncate(0)
             record = {"command": self.arguments, "started": time.time(), "code": code_hash(), "configs": self.configs()}
             atomic_write(self.folder / "run.json", json.dumps(record))
@@ -137,11 +135,8 @@ class Run:
         """The row of a finished run in the tables: its arm, its keys, and the numbers of results.json."""
         results, config = (read_json(self.folder / file) for file in ("results.json", "config.json"))
         row = {"arm": self.arm, "seed": self.seed, "path": str(self.folder)}
-        row |= {
-            "torch": results.get("versions", {}).get("torch"),
-            "step": results["total_steps"],
-            "params": results["model_parameters"],
-        }
+        row |= {"step": results["total_steps"], "params": results["model_parameters"]}
+        row["torch"] = results.get("versions", {}).get("torch")
         row |= {key: config[key] for key in ("n_embd", "n_layer", "n_head")} | self.keys
         return row | {k: v for k, v in results.items() if k not in row and not isinstance(v, dict | list)}
 

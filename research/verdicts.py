@@ -1,8 +1,8 @@
 """Is an arm better than the first one, or was it luck? Differences with intervals, and a verdict in words.
 
-The error is pooled over all arms, so that three seeds of twenty arms give 38 degrees of freedom and not 2; all arms are taken to have the same spread. Where the seeds
-shift all arms alike (F test, 5 %), the arms are compared seed by seed. The intervals hold for all comparisons with the first
-arm together (Dunnett 1955): in 95 % of studies without any effect, no arm is told apart.
+The error is pooled over all arms, which are taken to have the same spread: three seeds of twenty arms give 38 degrees of
+freedom and not 2. Where the seeds shift all arms alike (F test, 5 %), the arms are compared seed by seed. The intervals hold
+for all comparisons with the first arm together (Dunnett 1955): in 95 % of studies without any effect, no arm is told apart.
 """
 
 import functools
