@@ -17,7 +17,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         shutil.copy(ROOT / name, tmp_path / name)
     notebook = nbformat.read(tmp_path / "docs" / "colab.ipynb", as_version=4)
     for cell in notebook.cells:
-        cell.source = re.sub(r"(?m)^STEPS = \d+$", "STEPS = 10", cell.source)
+        cell.source = re.sub(r"(?m)^STEPS = \d+$", "STEPS = 50", cell.source)
         cell.source = re.sub(r"(?m)^!.* pip install .*$", "", cell.source)  # this environment has the packages
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path / "docs")}}).execute()
     outputs = ["".join(part.get("text", "") for part in cell.get("outputs", [])) for cell in notebook.cells]
