@@ -205,16 +205,29 @@ def lock_run(folder: Path) -> None:
     """Keep other runs out of a folder, if it exists, from now on. Raises UserError if one is writing there."""
     if not folder.is_dir() or folder.resolve() in held_locks:
         return
+    try:
+        lock = try_lock(folder / ".lock")
+    except OSError as e:
+        raise UserError(f"--out_dir={folder} cannot be written: {e.strerror}") from None
+    if lock is None:
+        advice = "wait for its end, or choose another --out_dir"
+        raise UserError(f"--out_dir={folder}: another run is writing there: {advice}")
+    held_locks[folder.resolve()] = lock
+
+
+def try_lock(path: Path):
+    """A lock with release(), which also ends with this process; None if another process or thread has it.
+
+    On a file system without locks everybody gets it.
+    """
     from filelock import FileLock, Timeout  # Airflow reads this file in an environment without it
 
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        advice = "wait for its end, or choose another --out_dir"
-        raise UserError(f"--out_dir={folder}: another run is writing there: {advice}") from None
+        return None
     except OSError as e:
-        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-            raise UserError(f"--out_dir={folder} cannot be written: {e.strerror}") from None
-    else:
-        held_locks[folder.resolve()] = lock
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            raise
+    return lock

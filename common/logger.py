@@ -262,13 +262,14 @@ class Logger:
 
     def finish(self, state, result: dict, total_seconds: float) -> None:
         """results.json, the last sample, and what to do next. result: of the final evaluation."""
-        run, config, val_loss = self.run, self.config, result["loss"]
+        run, config, c, val_loss = self.run, self.config, self.run.model.config, result["loss"]
         speeds = sorted(h["tokens_per_sec"] for h in read_metrics(self.folder) if "tokens_per_sec" in h)
         speed = speeds[len(speeds) // 2] if speeds else None
         results = {
             "final_val_loss": val_loss, "final_val_perplexity": perplexity(val_loss),
             "final_val_accuracy": result["accuracy"], "best_val_loss": state.best_val_loss, "total_steps": state.step,
-            "model_parameters": run.model.num_params(), "tokens": state.tokens, "tokens_per_sec": speed,
+            "model_parameters": run.model.num_params(), "embedding_parameters": c.n_embd * (c.vocab_size + c.block_size * (c.pos == "learned")),
+            "tokens": state.tokens, "tokens_per_sec": speed,
             "mfu": speed * self.flops_per_token / run.world_size / self.peak if self.peak and speed else None,
             "train_flops": state.tokens * self.flops_per_token,
             "max_minutes": config["max_minutes"] or None, "train_seconds": state.train_seconds,

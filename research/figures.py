@@ -6,6 +6,8 @@ from pathlib import Path
 from laws import columns, formula, frontier, power_law, surface
 from runs import save_figure
 
+from configurator import check_choice
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
@@ -61,21 +63,37 @@ def label_ends(axes, ends: list[tuple]) -> None:
         axes.annotate(text, (x, y), (1.03, place), textcoords="axes fraction", **style)
 
 
-def draw_all(points: list[dict], fits: dict, folder: Path) -> list[str]:
+def ordered_colours(n: int) -> list:
+    """n different colours for n sizes, from small to large."""
+    return [plt.cm.viridis(part) for part in np.linspace(0, 0.9, n)]
+
+
+def check_format(formats: str) -> None:
+    for name in formats.split(","):
+        check_choice("figure_format", name, ("png", "pdf", "svg"))
+
+
+def draw_all(points: list[dict], fits: dict, folder: Path, formats: list[str]) -> list[str]:
     """Draw every law that was fitted. Returns the names of the files."""
     fitted = {axis: law for axis, law in fits["axes"].items() if "refused" not in law}
-    drawings = {f"scaling_{axis}.png": (draw_axis, axis, law) for axis, law in fitted.items()}
+    labels = dict(AXIS_LABELS)
+    labels["params"] += ", without the tables of tokens and positions" * (fits["count"] == "non_embedding")
+    labels["flops"] += " (6 per parameter and token)" * (fits["flops"] == "6ND")
+    drawings: dict[str, tuple] = {f"scaling_{axis}": (draw_axis, law, labels[axis]) for axis, law in fitted.items()}
     if "refused" not in fits["params_and_tokens"]:
-        drawings["params_and_tokens.png"] = (draw_surface, points, fits["params_and_tokens"]["theta"])
-        drawings["residuals.png"] = (draw_residuals, points, fits["params_and_tokens"]["theta"])
+        theta = fits["params_and_tokens"]["theta"]
+        drawings["params_and_tokens"] = (draw_surface, points, theta, labels["params"])
+        drawings["residuals"] = (draw_residuals, points, theta)
     if budgets := fits["isoflop"]["budgets"]:
-        drawings["isoflop.png"] = (draw_isoflop, budgets)
-    drawings["efficiency.png"] = (draw_efficiency, points)
+        drawings["isoflop"] = (draw_isoflop, budgets, labels["params"])
+        drawings["tokens_per_parameter"] = (draw_tokens_per_parameter, budgets, labels["flops"])
+    drawings["efficiency"] = (draw_efficiency, points, labels["flops"])
+    names = []
     for name, (draw, *arguments) in drawings.items():
-        fig, axes = plt.subplots()
-        draw(axes, *arguments)
-        save_figure(fig, folder / name)
-    return list(drawings)
+        fig = draw(*arguments)
+        names += save_figure(fig, folder / name, formats)
+        plt.close(fig)
+    return names
 
 
 def finish(axes, x_label: str) -> None:
@@ -86,68 +104,101 @@ def finish(axes, x_label: str) -> None:
         axes.legend()
 
 
-def draw_axis(axes, axis: str, law: dict) -> None:
-    """The runs, both power laws, and the interval of the exponent, turned around the middle of the runs."""
-    x, power = np.array(law["x"]), law["power"]
-    axes.plot(x, law["loss"], "o", color="C1", label="runs", zorder=3)
+def draw_axis(law: dict, label: str):
+    """Above the runs, both power laws, and the interval of the exponent, turned around the middle of the runs; below, the residuals."""
+    fig, (axes, below) = plt.subplots(2, sharex=True, figsize=(7, 6), height_ratios=(3, 1))
+    x, y, power = np.array(law["x"]), np.array(law["loss"]), law["power"]
+    axes.plot(x, y, "o", color="C1", label="runs", zorder=3)
     line = np.geomspace(x.min(), x.max() * (x.max() / x.min()) ** 0.15, 100)
-    for fit, style in ((power, "C0-"), (law["offset"], "C2--")):
+    for fit, colour, style, marker in ((power, "C0", "-", "o"), (law["offset"], "C2", "--", "s")):
         if "refused" not in fit:
-            label = f"{formula(fit)}, R² {fit['r2']:.3f}"
-            axes.plot(line, power_law(line, fit["a"], fit["b"], fit.get("c", 0.0)), style, label=label)
+            curve = dict(a=fit["a"], b=fit["b"], c=fit.get("c", 0.0))
+            name = f"{formula(fit)}, R² {fit['r2']:.3f}"
+            axes.plot(line, power_law(line, **curve), style, color=colour, label=name)
+            below.plot(x, 100 * (y / power_law(x, **curve) - 1), marker, color=colour, markersize=4)
     middle = math.exp(np.log(x).mean())
     band = [power_law(line / middle, power_law(middle, power["a"], power["b"]), b) for b in power["interval"]["b"]]
-    label = "95 % interval of the exponent"
-    axes.fill_between(line, *band, label=label, color="C0", alpha=0.15, linewidth=0)
-    finish(axes, AXIS_LABELS[axis])
+    axes.fill_between(line, *band, label="95 % interval of the exponent", color="C0", alpha=0.15, linewidth=0)
+    finish(axes, "")
+    below.axhline(0, color="#333333", linewidth=0.8)
+    below.set(xlabel=label, ylabel="residual (%)")
+    return fig
 
 
-def draw_surface(axes, points: list[dict], theta) -> None:
-    """Loss against parameters: the fit at each number of tokens, or at six of them, and the runs nearest to it."""
+def draw_surface(points: list[dict], theta, label: str):
+    """Loss against parameters: the fit at numbers of tokens that the runs have, at most six, and the runs nearest to them."""
+    fig, axes = plt.subplots()
     N, D, loss = columns(points, "params", "tokens", "loss")
-    levels = np.unique(D) if len(np.unique(D)) <= 6 else np.geomspace(D.min(), D.max(), 6)
-    nearest = abs(np.log(levels)[:, None] - np.log(D)).argmin(0)  # (n_points,)
-    sizes = np.geomspace(N.min(), N.max(), 100)
-    ends = []
-    for n, tokens in enumerate(levels):
-        axes.plot(N[nearest == n], loss[nearest == n], "o", color=f"C{n}", markersize=4)
+    levels = np.unique(D.round(-int(np.log10(D.min())) + 2))  # runs of one length differ by less than a step
+    if len(levels) > 6:
+        levels = np.unique([D[abs(np.log(D / d)).argmin()] for d in np.geomspace(D.min(), D.max(), 6)])
+    distance = abs(np.log(levels)[:, None] - np.log(D))  # (n_levels, n_points)
+    sizes, ends = np.geomspace(N.min(), N.max(), 100), []
+    between = distance.min(0) > math.log(1.25)
+    axes.plot(N[between], loss[between], ".", color="#bbbbbb", markersize=4)
+    for n, (tokens, colour) in enumerate(zip(levels, ordered_colours(len(levels)))):
+        near = (distance.argmin(0) == n) & ~between
+        axes.plot(N[near], loss[near], "o", color=colour, markersize=4)
         line = np.exp(surface(theta, sizes, tokens))
-        axes.plot(sizes, line, color=f"C{n}")
-        ends.append((f"{short_number(tokens)} tokens", sizes[-1], line[-1], f"C{n}"))
-    finish(axes, AXIS_LABELS["params"])
+        axes.plot(sizes, line, color=colour)
+        ends.append((f"{short_number(tokens)} tokens", sizes[-1], line[-1], colour))
+    finish(axes, label)
     label_ends(axes, ends)
+    return fig
 
 
-def draw_residuals(axes, points: list[dict], theta) -> None:
+def draw_residuals(points: list[dict], theta):
+    fig, axes = plt.subplots()
     N, D, loss = columns(points, "params", "tokens", "loss")
     predicted = np.exp(surface(theta, N, D))
     axes.axhline(0, color="#333333", linewidth=0.8)
-    axes.plot(predicted, 100 * (loss / predicted - 1), "o", color="C1")
+    shown = axes.scatter(predicted, 100 * (loss / predicted - 1), c=np.log10(N), cmap="viridis", s=18)
     axes.set(xlabel=f"predicted {LOSS_LABEL}", ylabel="measured relative to predicted (%)")
+    bar = fig.colorbar(shown, label=AXIS_LABELS["params"])
+    bar.ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short_number(10**value)))
+    return fig
 
 
-def draw_isoflop(axes, budgets: list[dict]) -> None:
+def draw_isoflop(budgets: list[dict], label: str):
+    """Loss against parameters at each budget: the parabola over the sizes it was fitted to; the other sizes are hollow."""
+    fig, axes = plt.subplots()
     ends = []
-    for n, budget in enumerate(budgets):
-        N, loss = np.array(budget["params"]), np.array(budget["loss"])
-        sizes = np.geomspace(N.min(), N.max(), 100)
-        axes.plot(N, loss, "o", color=f"C{n}", markersize=4)
+    for budget, colour in zip(budgets, ordered_colours(len(budgets))):
+        N, loss, used = (np.array(budget[key]) for key in ("params", "loss", "used"))
+        sizes = np.geomspace(N[used].min(), N[used].max(), 100)
+        axes.plot(N[used], loss[used], "o", color=colour, markersize=4)
+        axes.plot(N[~used], loss[~used], "o", color=colour, markersize=4, fillstyle="none", alpha=0.6)
         line = np.polyval(budget["coefficients"], np.log(sizes))
-        axes.plot(sizes, line, color=f"C{n}")
-        ends.append((f"{short_number(budget['flops'])} FLOPs", sizes[-1], line[-1], f"C{n}"))
-        axes.plot(budget["best_params"], budget["best_loss"], "*", color=f"C{n}", markersize=12)
-    finish(axes, AXIS_LABELS["params"])
+        axes.plot(sizes, line, color=colour)
+        ends.append((f"{short_number(budget['flops'])} FLOPs", sizes[-1], line[-1], colour))
+        axes.plot(budget["best_params"], budget["best_loss"], "*", color=colour, markersize=12)
+    finish(axes, label)
     label_ends(axes, ends)
+    return fig
 
 
-def draw_efficiency(axes, points: list[dict]) -> None:
-    """Loss against training FLOPs: a line for each model size, and the frontier."""
+def draw_tokens_per_parameter(budgets: list[dict], label: str):
+    """Tokens per parameter of the best model of each budget."""
+    fig, axes = plt.subplots()
+    flops, params = columns(budgets, "flops", "best_params")
+    axes.plot(flops, flops / (6 * params**2), "o-", linewidth=0.8)
+    finish(axes, label)
+    axes.set(ylabel="tokens per parameter of the best model")
+    return fig
+
+
+def draw_efficiency(points: list[dict], label: str):
+    """Loss against training FLOPs: a line for each model size, and the Pareto front."""
+    fig, axes = plt.subplots()
     sizes, ends = np.unique([point["params"] for point in points]), []
-    for n, size in enumerate(sizes):
+    for size, colour in zip(sizes, ordered_colours(len(sizes))):
         runs = sorted((point["flops"], point["loss"]) for point in points if point["params"] == size)
-        axes.plot(*zip(*runs), "o-", color=f"C{n}", linewidth=0.8, markersize=4)
-        ends.append((f"{short_number(size)} parameters", *runs[-1], f"C{n}"))
-    axes.plot(*columns(frontier(points), "flops", "loss"), "k:", label="frontier")
-    finish(axes, AXIS_LABELS["flops"])
-    if len(ends) <= 30:  # more labels do not fit
+        axes.plot(*zip(*runs), "o-", color=colour, linewidth=0.8, markersize=4)
+        ends.append((f"{short_number(size)} parameters", *runs[-1], colour))
+    axes.plot(
+        *columns(frontier(points), "flops", "loss"), "k:", label="Pareto front: no run with fewer FLOPs is better"
+    )
+    finish(axes, label)
+    if len(ends) <= 16:  # more labels do not fit
         label_ends(axes, ends)
+    return fig

@@ -1,23 +1,25 @@
-"""Figures of runs and studies: loss curves, and the arms compared.
+"""Figures of runs and studies: loss curves, the arms compared, a grid as a heat map, and scores against loss.
 
     python research/plot.py --results=out/width                    a study: its arms compared, their curves, summary.csv
     python research/plot.py --results=out/quickstart,out/mine      loss curves of single runs
     python research/plot.py --results=out/width --x=flops          loss against steps, tokens, flops or seconds
+    python research/plot.py --results=out/width/evaluation/evaluation_results.json --score=hellaswag_acc_norm
 
-Several sources are separated by commas.
+Several sources are separated by commas. Tables are written beside the figures, as CSV, Markdown and LaTeX.
 """
 
 import re
 from pathlib import Path
 
-from figures import COLOURS, LOSS_LABEL, label_ends, plt, set_log_scale
+from figures import COLOURS, LOSS_LABEL, check_format, label_ends, ordered_colours, plt, set_log_scale
 from runs import check_scipy, make_folder, print_table, read_rows, same_conditions, save_figure, write_csv
 from verdicts import compare_arms
 
-from common.files import read_metrics
+from common.files import parse_json, read_json, read_metrics
 from configurator import UserError, check_choice, configure, short_errors
 
 import numpy as np
+from tables import write_comparison
 
 results = ""  # folders of runs or studies, or results.jsonl files, separated by commas
 output_dir = ""  # folder for the figures; empty: the first of --results
@@ -25,6 +27,8 @@ x = "tokens"  # horizontal axis of the curves: steps | tokens | flops | seconds
 metric = "final_val_loss"  # what is compared: a column of results.jsonl
 curve = "val_loss"  # what the curves show: val_loss | train_loss
 mixed = False  # draw a study's runs of different code, torch, device or dtype too
+score = ""  # draw only this score of evaluate.py or train.py against the loss: hellaswag_acc_norm
+figure_format = "png"  # png | pdf | svg, or several separated by commas
 title = ""  # title of the figures; empty: the name of the study
 
 X_LABELS = {"steps": "step", "tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time (s)"}
@@ -52,12 +56,15 @@ def read_curve(row: dict, loss_key: str, x_key: str) -> list[tuple[float, float]
     return points
 
 
-def draw_curves(rows: list[dict], path: Path) -> bool:
-    """A line for each arm: the mean over its seeds, the range shaded. Returns False if there is nothing to draw."""
+def draw_curves(rows: list[dict], path: Path) -> list[str]:
+    """A line for each arm: the mean over its seeds, the range shaded. Returns the files: none if there is nothing to draw."""
     fig, axes = plt.subplots()
     axes.set_prop_cycle(plt.cycler(linestyle=("-", "--", "-.", ":")) * plt.cycler(color=COLOURS))
     ends = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    if len(names) > len(COLOURS):
+        axes.set_prop_cycle(plt.cycler(color=ordered_colours(len(names))))
+    for arm in names:
         curves = [read_curve(row, curve, x) for row in rows if row["arm"] == arm]
         if curves := [points for points in curves if points]:
             common = min(map(len, curves))
@@ -67,16 +74,15 @@ def draw_curves(rows: list[dict], path: Path) -> bool:
             axes.fill_between(xs, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
             ends.append((arm, xs[-1], means[-1], line.get_color()))
     if not axes.lines:
-        return False
+        return []
     axes.set(xlabel=X_LABELS[x], ylabel=LOSS_LABELS.get(curve, curve), title=title or path.parent.name)
     if x != "steps":
         set_log_scale(axes.xaxis)
     label_ends(axes, ends)
-    save_figure(fig, path)
-    return True
+    return save_figure(fig, path, figure_format.split(","))
 
 
-def draw_comparison(rows: list[dict], table: list[dict], path: Path) -> None:
+def draw_comparison(rows: list[dict], table: list[dict], path: Path) -> list[str]:
     """Left every run and the mean of its arm; right, with several arms, the differences to the first one with intervals."""
     several, first = any("verdict" in entry for entry in table), table[0]["arm"]
     fig, panels = plt.subplots(
@@ -101,12 +107,65 @@ def draw_comparison(rows: list[dict], table: list[dict], path: Path) -> None:
         right.axvline(0, color="#333333", linewidth=0.8)
         right.set_xlabel(f"difference to: {first}\nintervals that all hold together in 95 % of studies")
     fig.suptitle(title or path.parent.name)
-    save_figure(fig, path)
+    return save_figure(fig, path, figure_format.split(","))
+
+
+def draw_grid(table: list[dict], arm_keys: dict[str, dict], axes_of_grid: dict, path: Path) -> list[str]:
+    """A heat map of a grid of two keys: the mean of each arm, and a line through the best value of the second key for each of the first."""
+    (first, columns), (second, lines) = axes_of_grid.items()
+    means = {entry["arm"]: entry["mean"] for entry in table}
+    values = np.full((len(lines), len(columns)), np.nan)
+    for arm, keys in arm_keys.items():
+        values[lines.index(keys[second]), columns.index(keys[first])] = means.get(arm, np.nan)
+    fig, axes = plt.subplots(figsize=(2.5 + 0.9 * len(columns), 1.5 + 0.55 * len(lines)))
+    colours = np.log(values) if np.nanmin(values) > 0 else values  # a run that diverged does not hide the others
+    axes.imshow(colours, cmap="viridis_r" if "acc" not in metric else "viridis", aspect="auto", origin="lower")
+    middle = (np.nanmin(colours) + np.nanmax(colours)) / 2
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            light = (colours[y, x] > middle) == ("acc" not in metric)
+            axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=8, color="white" if light else "black")
+    best = np.nanargmax if "acc" in metric else np.nanargmin
+    track = [best(column) if np.isfinite(column).any() else np.nan for column in values.T]
+    axes.plot(range(len(columns)), track, "o-", color="#D55E00", markersize=16, fillstyle="none")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(lines)), lines)
+    axes.grid(False)
+    axes.set(xlabel=first, ylabel=second, title=f"{LOSS_LABELS.get(metric, metric)}\nthe best {second} is circled")
+    return save_figure(fig, path, figure_format.split(","))
+
+
+def draw_score(path: Path) -> list[str]:
+    """A score against the loss, a point for each model, and their rank correlation."""
+    from scipy.stats import spearmanr
+
+    points = []
+    for source in filter(None, results.split(",")):
+        if source.endswith(".json"):
+            found = [row for row in parse_json(Path(source).read_text(encoding="utf-8")) if isinstance(row, dict)]
+            points += [(row.get("loss"), row.get(score), row["path"]) for row in found]
+        else:
+            points += [(row.get("final_val_loss"), row.get(score), row["path"]) for row in read_rows(source)]
+    points = [point for point in points if point[0] is not None and point[1] is not None]
+    if len(points) < 3:
+        raise UserError(f"--score={score}: {len(points)} models with a loss and this score; a figure needs 3")
+    losses, scores, _ = zip(*points)
+    fig, axes = plt.subplots()
+    axes.plot(losses, scores, "o")
+    found = spearmanr(losses, scores)
+    text = f"rank correlation {found.statistic:.2f} (p = {found.pvalue:.2g}), {len(points)} models"
+    axes.set(xlabel=LOSS_LABEL, ylabel=score, title=title or text)
+    print(text)
+    return save_figure(fig, path, figure_format.split(","))
 
 
 def main() -> None:
     check_choice("x", x, X_LABELS)
     check_scipy("figures")
+    check_format(figure_format)
+    if score:
+        folder = make_folder(output_dir, results)
+        return print(f"{folder}/ has {', '.join(draw_score(folder / f'{score}_against_loss'))}")
     rows = read_rows(results)
     if not mixed and all(Path(source, "results.jsonl").is_file() for source in filter(None, results.split(","))):
         rows = same_conditions(rows, "--mixed=True draws them too")
@@ -117,18 +176,21 @@ def main() -> None:
     folder = make_folder(output_dir, results)
     written = []
     if table:
-        draw_comparison(rows, table, folder / "comparison.png")
+        written += draw_comparison(rows, table, folder / "comparison")
+        grid = read_json(Path(results) / "sweep_summary.json").get("axes") or {}
+        if len(grid) == 2 and min(map(len, grid.values())) > 1:
+            arm_keys = {row["arm"]: {key: row[key] for key in grid} for row in rows}
+            written += draw_grid(table, arm_keys, grid, folder / "grid")
         write_csv(folder / "summary.csv", table)
-        written += ["comparison.png", "summary.csv"]
+        written += ["summary.csv", *write_comparison(folder, table, metric)]
         print_table(table, metric)
-    if draw_curves(rows, folder / f"curves_{x}.png"):
-        written.append(f"curves_{x}.png")
-    else:
+    curves = draw_curves(rows, folder / f"curves_{x}")
+    if not curves:
         print(f"no curves: no run has logged {curve}")
-    print(f"{folder}/ has {', '.join(written)}")
+    print(f"{folder}/ has {', '.join(written + curves)}")
 
 
 if __name__ == "__main__":
     with short_errors():
-        configure(globals())
+        configure(globals(), aliases={"format": "figure_format"})
         main()

@@ -76,9 +76,12 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     atomic_write(path, text.getvalue())
 
 
-def save_figure(fig, path: Path) -> None:
-    with atomic_file(path) as f:
-        fig.savefig(f, format="png")
+def save_figure(fig, path: Path, formats: list[str]) -> list[str]:
+    """Write a figure as path.png, path.pdf or path.svg. Returns the names of the files."""
+    for name in formats:
+        with atomic_file(path.with_name(f"{path.name}.{name}")) as f:
+            fig.savefig(f, format=name)
+    return [f"{path.name}.{name}" for name in formats]
 
 
 def arm_statistics(rows: list[dict], metric: str) -> list[dict]:

@@ -1,126 +1,54 @@
 """Scaling laws: how the loss falls with width, depth, context, data, parameters and compute, and how to spend a budget.
 
     python research/scaling.py --results=out/scaling                    a study, or several separated by commas
-    python research/scaling.py --results=points.csv --budget=1e19       a CSV: params, tokens (or flops), loss
+    python research/scaling.py --results=points.csv --budget=1e19       a table: params, tokens (or flops), loss
 
-Fits three laws, or says why the data cannot support them. The first two have bootstrap intervals:
+Fits three laws with 95 % intervals, or says why the data cannot support them:
   by axis     L = a x^-b, and L = c + a x^-b
   N and D     L = E + A / N^alpha + B / D^beta, by the method of https://arxiv.org/abs/2203.15556, section 3.3
   IsoFLOP     the best N for each of several budgets, by parabolas in log N (section 3.2)
-Writes scaling_laws.json, scaling_data.csv (with residuals) and PNGs. Needs scipy (pip install -e '.[research]').
+Writes scaling_laws.json, tables (.csv with residuals, .md, .tex) and figures. Needs scipy (pip install -e '.[research]').
 """
 
-import collections
-import csv
-import functools
 import json
 import math
 from pathlib import Path
 
 import laws
-from figures import AXIS_LABELS, draw_all
-from laws import columns
-from runs import ROOT, check_scipy, make_folder, read_rows, same_conditions, write_csv
+from figures import AXIS_LABELS, check_format, draw_all
+from runs import check_scipy, make_folder, write_csv
 
-from common.files import atomic_write, parse_json
-from configurator import UserError, check_bounds, configure, read_keys, short_errors
+from common.files import atomic_write, read_json
+from configurator import UserError, check_bounds, configure, short_errors
 
 import numpy as np
+from points import read_points
+from tables import write_laws
 
-results = ""  # folders of studies or runs, or CSV files, separated by commas
-output_dir = ""  # folder for the fits and figures; empty: the first of --results
-budget = 0.0  # FLOPs to spend (6 per parameter and token) in the best way; 0: ten times the largest run's
+# Data
+results = ""  # folders of studies or runs, or tables (.csv, .tsv, .json, .jsonl), separated by commas
+columns = ""  # columns of a table whose names are not known: loss:val,params:N
+count = "all"  # what N counts in runs: all | non_embedding (without the tables of tokens and positions)
+flops = "measured"  # measured (by train.py, or a table's column) | 6ND (6 per parameter and token)
+nuisance: list = []  # keys that were tuned for each size: the best value of each size counts; a study may say so itself
 mixed = False  # fit runs of different code, torch, device or dtype too
-budgets: list = []  # FLOPs of the IsoFLOP budgets: [6e18,1e19]; empty: groups with a gap of 20 % between them
-bootstrap = 200  # bootstrap samples for the intervals
+# Fits
+budget = 0.0  # FLOPs to spend (6 per parameter and token) in the best way; 0: ten times the largest run's
+budgets: list = []  # FLOPs of the IsoFLOP budgets: [6e18,1e19]; empty: where the runs lie densely
+bootstrap = 200  # bootstrap samples for the intervals of L(N, D) and of the law of FLOPs
 delta = 1e-3  # of the Huber loss: residuals of log loss above it count linearly
 seed = 0  # seed of the bootstrap
+check = ""  # later runs or studies: compare their losses with what was predicted before (by scaling_laws.json), without a new fit
+# Output
+output_dir = ""  # folder for the fits and figures; empty: the first of --results
 pictures = True  # draw the figures
+figure_format = "png"  # png | pdf | svg, or several separated by commas
 
-CSV_NAMES = {"parameters": "params", "model size": "params", "training tokens": "tokens", "training flop": "flops"}
-# Keys that follow from the size of a model or the length of its training. Runs may differ in them within one fit.
-SIZE_KEYS = set(
-    "depth n_layer n_head n_kv_head n_embd mlp_hidden head_lr weight_decay block_size data_fraction batch_size "
-    "gradient_accumulation_steps total_batch_tokens warmup_iters lr_decay_iters "
-    "max_iters max_epochs max_flops max_minutes".split()
-)
 # What may change along an axis besides itself: a wider model has more parameters. Everything else must be equal.
 CHANGES_WITH = {
     "n_embd": {"params", "flops"}, "n_layer": {"params", "flops"}, "params": {"flops", "n_embd", "n_layer"},
     "block_size": {"params", "flops"}, "data_fraction": {"tokens", "flops"}, "tokens": {"flops", "data_fraction"},
 }  # fmt: skip
-
-
-def read_points(sources: str) -> list[dict]:
-    """Points with params, tokens, flops and loss, and for runs their kind and sizes. sources: as --results."""
-    points, rows = [], []
-    for source in filter(None, sources.split(",")):
-        if source.endswith(".csv"):
-            points += read_csv(Path(source))
-        else:
-            rows += [row for row in read_rows(source) if row.get("final_val_loss") is not None]
-    rows = rows if mixed else same_conditions(rows, "--mixed=True fits them too")
-    points += [run_to_point(row) for row in rows]
-    points = [p for p in points if math.isfinite(p["loss"])]
-    if not points:
-        raise UserError(f"--results={sources}: no points there: no finished run, or a CSV with only a header")
-    return points
-
-
-def run_to_point(row: dict) -> dict:
-    config = parse_json((Path(row["path"]) / "config.json").read_text(encoding="utf-8"))
-    point = {key: config[key] for key in ("n_embd", "n_layer", "block_size", "data_fraction", "seed")}
-    point["kind"] = ", ".join(f"{key}={config[key]}" for key in kind_keys() if key in config)
-    params = row.get("params") or row["model_parameters"]
-    numbers = dict(params=params, tokens=row["tokens"], flops=row["train_flops"], loss=row["final_val_loss"])
-    return point | {key: float(value) for key, value in numbers.items()}
-
-
-@functools.cache
-def kind_keys() -> list[str]:
-    """The keys of train.py that say what is trained and how, but not how large or how long."""
-    group, found = "", []
-    for key in read_keys(ROOT / "train.py"):
-        if key.startswith("# "):
-            group = key.removeprefix("# ")
-        elif group in ("Data", "Model", "Optimization") and key not in SIZE_KEYS:
-            found.append(key)
-    return found
-
-
-def select_kind(points: list[dict]) -> list[dict]:
-    """The points that differ only in sizes and lengths: of several kinds the most frequent one, which is printed."""
-    kinds = collections.Counter(point.get("kind", "") for point in points)
-    kind, count = kinds.most_common(1)[0]
-    if len(kinds) > 1:
-        common = set.intersection(*(set(other.split(", ")) for other in kinds))
-        distinctive = ", ".join(pair for pair in kind.split(", ") if pair not in common)
-        print(f"{len(kinds)} kinds of runs: the fits use the {count} with {distinctive}")
-    return [point for point in points if point.get("kind", "") == kind]
-
-
-def read_csv(path: Path) -> list[dict]:
-    """Points of a CSV: loss, and two of params, tokens and flops = 6 params tokens, or other names (CSV_NAMES)."""
-    points = []
-    with open(path, newline="", encoding="utf-8") as f:
-        for number, row in enumerate(csv.DictReader(f), 2):
-            row = {str(column).strip().lower(): text for column, text in row.items() if text}
-            row = {CSV_NAMES.get(column, column): text for column, text in row.items()}
-            try:
-                point = {key: float(row[key]) for key in ("loss", *AXIS_LABELS) if key in row}
-            except ValueError as e:
-                raise UserError(f"{path}, line {number}: {e}") from None
-            if "loss" not in point or len(point.keys() & {"params", "tokens", "flops"}) < 2:
-                raise UserError(f"{path}, line {number}: a point needs loss and two of params, tokens, flops")
-            if min(point.values()) <= 0:
-                raise UserError(f"{path}, line {number}: all numbers must be above 0")
-            if "tokens" not in point:
-                point["tokens"] = point["flops"] / (6 * point["params"])
-            if "params" not in point:
-                point["params"] = point["flops"] / (6 * point["tokens"])
-            point.setdefault("flops", 6 * point["params"] * point["tokens"])
-            points.append(point)
-    return points
 
 
 def points_along(points: list[dict], axis: str) -> list[dict]:
@@ -139,7 +67,7 @@ def points_along(points: list[dict], axis: str) -> list[dict]:
 def fit_axis(points: list[dict], axis: str, rng: np.random.Generator) -> dict:
     """The fits along an axis, or {"refused": why}."""
     all_points, points = points, points_along(points, axis)
-    x, y = columns(points, axis, "loss")
+    x, y = laws.columns(points, axis, "loss")
     reason = laws.why_not_axis(x, y) or (laws.why_not_frontier(all_points) if axis == "flops" else "")
     if reason:
         return {"refused": reason}
@@ -169,8 +97,8 @@ def intervals(samples, names) -> dict[str, list[float]]:
 
 def fit_params_and_tokens(points: list[dict], rng: np.random.Generator) -> dict:
     """L(N, D), its intervals, how well it predicts runs it has not seen, and the best use of the budget; or why not."""
-    N, D, y = columns(points, "params", "tokens", "loss")
-    if reason := laws.why_not_surface(N, D):
+    N, D, y = laws.columns(points, "params", "tokens", "loss")
+    if reason := laws.why_not_surface(N, D, y):
         return {"refused": reason}
     theta = laws.fit_surface(N, D, y, delta)
     alpha, beta = theta[3:].tolist()
@@ -179,12 +107,14 @@ def fit_params_and_tokens(points: list[dict], rng: np.random.Generator) -> dict:
     law = laws.coefficients(theta) | {"points": len(y), "interval": None, "theta": theta.tolist()}
 
     def refit(chosen: np.ndarray) -> np.ndarray | None:
-        if laws.why_not_surface(N[chosen], D[chosen]):
+        if laws.why_not_surface(N[chosen], D[chosen], y[chosen]):
             return None
         return laws.fit_surface(N[chosen], D[chosen], y[chosen], delta, theta)
 
     refits = [refit(rng.integers(len(y), size=len(y))) for _ in range(bootstrap)]
-    samples = [laws.coefficients(sample) for sample in refits if sample is not None]
+    law["samples"] = [sample.tolist() for sample in refits if sample is not None]
+    law["residuals"] = (np.log(y) - laws.surface(theta, N, D)).tolist()
+    samples = [laws.coefficients(sample) for sample in law["samples"]]
     if len(samples) > 20:
         law["interval"] = intervals([list(sample.values()) for sample in samples], samples[0])
         exponents = {name: law["interval"][name] for name in ("alpha", "beta")}
@@ -195,17 +125,23 @@ def fit_params_and_tokens(points: list[dict], rng: np.random.Generator) -> dict:
         if law["interval"]:
             law["interval"]["E"] = None
     law["r2"] = laws.r_squared(y, np.exp(laws.surface(theta, N, D)))
-    errors = []
-    for i in range(len(y)) if len(y) <= 60 else ():  # a refit for each point takes too long with more
-        other = refit(np.arange(len(y)) != i)
-        if other is not None:
-            errors.append(abs(math.exp(laws.surface(other, N[i], D[i])) / y[i] - 1))
-    law["leave_one_out"] = float(np.mean(errors)) if errors else None
+    law["leave_one_out"] = leave_one_out(N, D, y, refit)
     law["exponent_of_N"] = beta / (alpha + beta)
-    flops = budget or 10 * 6 * float((N * D).max())
-    params, tokens = laws.optimum(theta, flops)
+    spend = budget or 10 * 6 * float((N * D).max())
+    params, tokens = laws.optimum(theta, spend)
     loss = math.exp(laws.surface(theta, params, tokens))
-    return law | dict(budget=flops, best_params=params, best_tokens=tokens, best_loss=loss)
+    return law | dict(budget=spend, best_params=params, best_tokens=tokens, best_loss=loss)
+
+
+def leave_one_out(N, D, y, refit) -> float | None:
+    """Mean relative error of the loss at each (N, D), all its seeds together, predicted from the others by refit(chosen)."""
+    errors, cells = [], np.unique(np.stack((N, D), axis=1), axis=0)
+    for n, d in cells if len(cells) <= 60 else ():  # a refit for each takes too long with more
+        out = (N == n) & (D == d)
+        theta = refit(~out)
+        if theta is not None:
+            errors += list(abs(np.exp(laws.surface(theta, N[out], D[out])) / y[out] - 1))
+    return float(np.mean(errors)) if errors else None
 
 
 def format_intervals(law: dict, names) -> str:
@@ -240,7 +176,9 @@ def print_params_and_tokens(law: dict) -> None:
         print(f"  {format_intervals(law, law['interval'])}")
     if law["leave_one_out"] is not None:
         print(f"  mean leave-one-out error {law['leave_one_out']:.2%}")
-    best = "{best_params:,.0f} parameters, {best_tokens:,.0f} tokens, loss {best_loss:.4f}".format(**law)
+    ratio = law["best_tokens"] / law["best_params"]
+    best = "{best_params:,.0f} parameters, {best_tokens:,.0f} tokens".format(**law)
+    best += f" ({ratio:.3g} per parameter), loss {law['best_loss']:.4f}"
     print(f"  the best N grows as C^{law['exponent_of_N']:.3g}; the best use of {law['budget']:.3g} FLOPs: {best}")
     if "warning" in law:
         print(f"  {law['warning']}")
@@ -248,7 +186,9 @@ def print_params_and_tokens(law: dict) -> None:
 
 def print_isoflop(law: dict) -> None:
     for best in law["budgets"]:
-        model = "the best model has {best_params:,.0f} parameters, loss {best_loss:.4f}".format(**best)
+        model = "the best model has {best_params:,.0f} parameters".format(**best)
+        ratio = best["flops"] / (6 * best["best_params"] ** 2)
+        model += f", {ratio:.3g} tokens per parameter, loss {best['best_loss']:.4f}"
         print(f"IsoFLOP {best['flops']:.3g}: {model}")
     if "refused" in law:
         print(f"IsoFLOP: none, {law['refused']}")
@@ -268,30 +208,67 @@ def main() -> None:
         raise UserError(f"--bootstrap={bootstrap} must be at least 20 and --delta={delta} above 0")
     if not all(isinstance(b, int | float) and b > 0 for b in budgets):
         raise UserError(f"--budgets={budgets}: a list of FLOPs above 0")
-    points = select_kind(read_points(results))
+    check_format(figure_format)
     folder = make_folder(output_dir, results)
+    if check:
+        return check_prediction(folder)
+    points = read_points(results, columns, count, flops, nuisance, mixed)
     rng = np.random.default_rng(seed)
     varied = [axis for axis in AXIS_LABELS if len({p[axis] for p in points if axis in p}) > 1]
     axes = {axis: fit_axis(points, axis, rng) for axis in varied}
     surface, isoflop = fit_params_and_tokens(points, rng), laws.fit_isoflop(points, budgets)
+    counted = {"all": "all parameters", "non_embedding": "parameters without the tables of tokens and positions"}
+    measured = {"measured": "as measured", "6ND": "6 per parameter and token"}
+    print(f"{len(points)} runs; N: {counted[count]}; FLOPs: {measured[flops]}")
     print(f"{'loss against':<28} {'fit':<36} {'R²':>6}   95 % intervals")
     for axis, law in axes.items():
         print_axis(axis, law)
     print_params_and_tokens(surface)
     print_isoflop(isoflop)
-    fits = {"points": len(points), "axes": axes, "params_and_tokens": surface, "isoflop": isoflop}
+    fits = {"points": len(points), "count": count, "flops": flops}
+    fits |= {"axes": axes, "params_and_tokens": surface, "isoflop": isoflop}
     atomic_write(folder / "scaling_laws.json", json.dumps(fits, indent=1))
-    table = [{key: value for key, value in p.items() if key != "kind"} for p in points]  # all have the same kind
-    if "theta" in surface:
-        for row in table:
-            row["predicted"] = math.exp(laws.surface(surface["theta"], row["params"], row["tokens"]))
-            row["residual"] = row["loss"] - row["predicted"]
-    write_csv(folder / "scaling_data.csv", table)
-    files = ["scaling_laws.json", "scaling_data.csv"] + (draw_all(points, fits, folder) if pictures else [])
+    write_csv(folder / "scaling_data.csv", with_residuals(points, fits))
+    files = ["scaling_laws.json", "scaling_data.csv", *write_laws(folder, fits)]
+    files += draw_all(points, fits, folder, figure_format.split(",")) if pictures else []
     print(f"{folder}/ has {', '.join(files)}")
+
+
+def check_prediction(folder: Path) -> None:
+    """Print for each later run its loss, and what the law that was fitted before predicts, with a 95 % interval."""
+    fits = read_json(folder / "scaling_laws.json")
+    law = fits.get("params_and_tokens", {})
+    if "theta" not in law:
+        raise UserError(f"--check={check}: {folder}/scaling_laws.json has no law of N and D; run without --check first")
+    rng = np.random.default_rng(seed)
+    for point in read_points(check, columns, fits["count"], fits["flops"], nuisance, mixed):
+        N, D, loss = point["params"], point["tokens"], point["loss"]
+        predicted = math.exp(laws.surface(law["theta"], N, D))
+        logs = [laws.surface(theta, N, D) for theta in law["samples"]]
+        low, high = np.exp(np.quantile(logs + rng.choice(law["residuals"], len(logs)), (0.025, 0.975)))
+        where = "inside" if low <= loss <= high else "outside"
+        size = f"{N:,.0f} parameters, {D:,.0f} tokens"
+        print(f"{size}: predicted {predicted:.4f} (95 % {low:.4f} to {high:.4f}), measured {loss:.4f}: {where}")
+
+
+def with_residuals(points: list[dict], fits: dict) -> list[dict]:
+    """The points as rows of a table, with what L(N, D) and the law of each axis predict for them, and the residuals."""
+    rows = {id(p): {key: value for key, value in p.items() if key not in ("kind", "nuisance")} for p in points}
+    for point in points:
+        rows[id(point)] |= point.get("nuisance", {})
+        if theta := fits["params_and_tokens"].get("theta"):
+            predicted = math.exp(laws.surface(theta, point["params"], point["tokens"]))
+            rows[id(point)] |= {"predicted": predicted, "residual": point["loss"] - predicted}
+    for axis, law in fits["axes"].items():
+        best = law.get("offset", {})
+        if best := best if "c" in best else law.get("power"):
+            for point in points_along(points, axis):
+                predicted = float(laws.power_law(point[axis], best["a"], best["b"], best.get("c", 0.0)))
+                rows[id(point)] |= {f"predicted_by_{axis}": predicted, f"residual_by_{axis}": point["loss"] - predicted}
+    return list(rows.values())
 
 
 if __name__ == "__main__":
     with short_errors():
-        configure(globals())
+        configure(globals(), aliases={"format": "figure_format"})
         main()

@@ -4,6 +4,8 @@
     python research/sweep.py config/sweep/width.py                run them; resumes after an interruption
     python research/sweep.py config/sweep/width.py --retry        run the failed runs again too
 
+Called several times at once, also on machines that share the folder, each call trains runs that no other one has.
+
 A study is a config file with three parts:
   base     the arguments of train.py that all runs share
   arms     what differs: `axes` (a grid of values), `zipped` (values changed together), or `arms` (named sets of keys)
@@ -12,25 +14,27 @@ Each run has its own folder under output_dir/runs. The study writes results.csv 
 sweep_summary.json (arms, comparisons, unintended differences).
 """
 
+import contextlib
 import difflib
 import itertools
 import json
-import math
+import queue
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from runs import ROOT, catch_signals, check_scipy, print_table, same_conditions, split_args, wait_for, write_csv
-from verdicts import compare_arms
+from verdicts import compare_arms, grid_effects
 
-from common.files import atomic_write, code_hash, file_sha256, read_json
-from configurator import UserError, check_bounds, configure, error_in, read_keys, short_errors
+from common.files import atomic_write, code_hash, file_sha256, read_json, try_lock
+from configurator import UserError, check_bounds, configure, read_keys, short_errors
 
+from costs import format_time, print_costs
 from tqdm import tqdm
 
 # Study
@@ -40,6 +44,7 @@ axes: dict = {}  # key -> list of values; several keys make a grid
 zipped: dict = {}  # key -> list of values; all first values together, then all second values, and so on
 arms: dict = {}  # name of the arm -> its keys; instead of axes and zipped
 seeds: list = [1, 2, 3]  # each arm is run once with each seed
+nuisance: list = []  # keys that are tuned for each size; scaling.py takes the best value of each size
 metric = "final_val_loss"  # number of results.json to compare
 power = 0.01  # a verdict says how many seeds would show a difference of this size
 # Run
@@ -84,26 +89,32 @@ class Run:
         if theirs != ours or record.get("configs", self.configs()) != self.configs():
             return "new"
         results = self.folder / "results.json"
-        if results.exists() and results.stat().st_mtime >= record["started"]:
+        if record and results.exists():
             return "new" if force and read_json(results).get("code") != code_hash() else "done"
         if record.get("code", code_hash()) != code_hash() and not mixed:
             return "new"  # a checkpoint of other code is not continued
         return "failed" if record.get("exit") else "started"
 
-    def train(self, device: str, signals: list[int]) -> None:
-        """Run train.py once the folder is free, unless a signal arrives first or the run is done by then.
-
-        train.py inherits the folder's lock, which lasts as long as the training, even if this process is killed.
-        """
+    def lock(self):
+        """The run's lock; None while another worker has the run, or a training that outlived its worker still goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as lock, open(self.folder / "train.log", "a", encoding="utf-8") as log:
-            if not try_lock(lock):
-                print(f"{self.title}: still running from an earlier call; waiting for it to end")
-            while not signals and not try_lock(lock):
-                time.sleep(0.2)
-            state = self.state()
-            if signals or state == "done":
-                return
+        lock = try_lock(self.folder / "lock")
+        if lock and self.is_training():
+            lock.release()
+            return None
+        return lock
+
+    def is_training(self) -> bool:
+        """Whether a train.py is writing in the folder: it holds .lock there (common/files.py)."""
+        lock = try_lock(self.folder / ".lock")
+        if lock:
+            lock.release()
+        return lock is None
+
+    def train(self, device: str, signals: list[int]) -> None:
+        """Run train.py. The caller has the lock."""
+        state = self.state()
+        with open(self.folder / "train.log", "a", encoding="utf-8") as log:
             if state == "new":  # nothing of another command or of other code is resumed
                 if archive := move_to_previous(self.folder):
                     print(f"{self.title}: its command, config or code has changed; what it had is in {archive}")
@@ -113,8 +124,9 @@ class Run:
             command = [sys.executable, str(ROOT / "train.py"), *self.arguments]
             command += ["--resume"] * (state != "new") + [f"--device={device}"] * bool(device)
             streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-            exit_code = wait_for(subprocess.Popen(command, pass_fds=[lock.fileno()], **streams), signals)
-            if exit_code not in (0, *STOPPED):
+            exit_code = wait_for(subprocess.Popen(command, **streams), signals)
+            # train.py also fails where another one holds the folder, which outlived a worker that was killed.
+            if exit_code not in (0, *STOPPED) and not self.is_training():
                 atomic_write(self.folder / "run.json", json.dumps(record | {"exit": exit_code}))
 
     def last_line(self, pattern: str) -> str:
@@ -154,18 +166,6 @@ def move_to_previous(folder: Path) -> Path | None:
     return archive
 
 
-def try_lock(file) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def expand_arms() -> dict[str, dict]:
     """Name of each arm -> its keys. Raises UserError if the study does not make sense."""
     if arms and (axes or zipped):
@@ -178,7 +178,7 @@ def expand_arms() -> dict[str, dict]:
     grid = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
     zipped_sets = [dict(zip(zipped, values)) for values in zip(*zipped.values())] or [{}]
     combinations = [keys | more for keys in grid for more in zipped_sets]
-    expanded = arms or {" ".join(f"{k}={v}" for k, v in keys.items()) or "all": keys for keys in combinations}
+    expanded = arms or {" ".join(f"{k}={short(v)}" for k, v in keys.items()) or "all": keys for keys in combinations}
     known = read_keys(ROOT / "train.py")
     for arm, keys in expanded.items():
         if not isinstance(keys, dict):
@@ -189,6 +189,11 @@ def expand_arms() -> dict[str, dict]:
         if reserved := STUDY_KEYS & keys.keys():
             raise UserError(f"arm {arm}: the study sets {', '.join(sorted(reserved))}; an arm cannot")
     return expanded
+
+
+def short(value) -> str:
+    """1.2e+11 and not 120000000000.0"""
+    return f"{value:g}" if isinstance(value, float) and value >= 1e6 else f"{value}"
 
 
 def plan_runs(folder: Path) -> list[Run]:
@@ -202,91 +207,67 @@ def plan_runs(folder: Path) -> list[Run]:
     return planned
 
 
-def run_script(script: str, *arguments: str) -> str:
-    """What a script of this repository prints. Raises UserError with its error message if it fails."""
-    command = [sys.executable, str(ROOT / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    if done.returncode:
-        raise UserError(f"{script}: {error_in(done.stderr).removeprefix('error: ') or f'exit code {done.returncode}'}")
-    return done.stdout
-
-
-def read_costs(run: Run) -> tuple[float, float, float]:
-    """Parameters, tokens and FLOPs of a run as train.py --dry_run prints them; nan if it does not print them all."""
-    output = run_script("train.py", *run.arguments, "--dry_run")
-    found = re.search(r"model: ([\d,]+) parameters.*steps, ([\d,]+) tokens.*FLOPs: ([\d.e+]+)", output, re.DOTALL)
-    numbers = [float(number.replace(",", "")) for number in found.groups()] if found else [math.nan] * 3
-    return numbers[0], numbers[1], numbers[1] * numbers[2]
-
-
-def print_costs(planned: list[Run], folder: Path) -> None:
-    """Print the commands, their costs, and how long they will take by a few steps of each arm in bench.py."""
-    for run in planned:
-        print(f"{run.state():>7}  python train.py {shlex.join(run.arguments)}")
-    print(f"\n{'arm':<40} {'parameters':>14} {'tokens':>14} {'FLOPs':>10}")
-    costs = {run.arm: read_costs(run) for run in planned if run.seed == seeds[0]}
-    for arm, (parameters, tokens, flops) in costs.items():
-        print(f"{arm:<40} {parameters:>14,.0f} {tokens:>14,.0f} {flops:>10.3g}")
-    remaining = [run for run in planned if run.state() != "done"]
-    tokens, flops = (sum(costs[run.arm][n] for run in remaining) for n in (1, 2))
-    folder.mkdir(parents=True, exist_ok=True)
-    if not remaining:
-        return print(f"all {len(planned)} runs are done")
-    try:
-        rates = {run.arm: run for run in remaining}  # arms of one size may differ in speed too
-        rates = {arm: measure_rate(run, folder / "bench.json") for arm, run in rates.items()}
-        seconds = sum(costs[run.arm][1] / rates[run.arm] for run in remaining)
-        duration = f"about {format_time(seconds / max_parallel)} of training steps, by a few steps of each arm"
-    except (UserError, ValueError):  # bench.py fails, or a cost is nan
-        duration = "duration unknown"
-    print(f"{len(remaining)} of {len(planned)} runs to do: {tokens:,.0f} tokens, {flops:.3g} FLOPs, {duration}")
-
-
-def measure_rate(run: Run, output: Path) -> float:
-    """Tokens per second of a few steps of a run, by bench.py, which has no --seed and --out_dir, a run's last arguments."""
-    run_script("bench.py", *run.arguments[:-2], "--steps=5", "--real_data=True", f"--output={output}")
-    return read_json(output)["tokens_per_second"]
-
-
-def format_time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
-
-
 def run_all(planned: list[Run]) -> None:
-    """Run everything that is not done, max_parallel at a time.
+    """Run everything that is not done, max_parallel at a time, without what other workers are running.
 
     SIGINT and SIGTERM are passed on to the runs, which save a checkpoint: the same command resumes them.
     """
-    states = ("new", "started", "failed") if retry else ("new", "started")
-    remaining = [run for run in planned if run.state() in states]
     total, signals, start_time = len(planned), catch_signals(), time.time()
+    remaining = [run for run in planned if run.state() not in ("done", "failed") or (retry and run.state() == "failed")]
     ended = ended_before = total - len(remaining)
     print(f"{name}: {total} runs, {ended} already ended")
-    free_devices = list(itertools.islice(itertools.cycle(devices.split(",")), max_parallel))
-
-    def train(run: Run) -> None:
-        device = free_devices.pop()
-        try:
-            run.train(device, signals)
-        finally:
-            free_devices.append(device)
-
+    running: list[Run] = []
+    tried: set[Run] = set()
+    events: queue.SimpleQueue = queue.SimpleQueue()  # each run that has ended, and None for a worker that has
     bar = tqdm(total=total, initial=ended, disable=None, leave=False, bar_format="{n_fmt}/{total_fmt}  {desc}")
+
+    def next_run():
+        """A run that nobody has, with its lock. None once all have ended; until then it waits for those of others."""
+        while not signals:
+            busy = []
+            for run in [run for run in remaining if run not in tried and run not in running]:
+                if run.state() == "done" or (run.state() == "failed" and not retry):
+                    continue  # another worker has done it
+                elif lock := run.lock():
+                    return run, lock
+                busy.append(run)
+            if not busy:
+                return None
+            bar.set_description_str(f"waiting for {len(busy)} runs of other workers")
+            time.sleep(0.2)
+
+    def work(device: str) -> None:
+        try:
+            while found := next_run():
+                run, lock = found
+                running.append(run)
+                if run.state() != "done":
+                    run.train(device, signals)
+                lock.release()
+                running.remove(run)
+                if not run.is_training():
+                    tried.add(run)
+                    events.put(run)
+        finally:
+            events.put(None)
+
     with bar, ThreadPoolExecutor(max_parallel) as pool:
-        pending = {pool.submit(train, run): run for run in remaining}
-        while pending:
-            for future in wait(pending, interval, FIRST_COMPLETED).done:
-                run = pending.pop(future)
-                future.result()  # raises the error of its thread, if any
-                if not signals:
-                    ended += 1
-                    left = (time.time() - start_time) / (ended - ended_before) * (total - ended)
+        workers = [pool.submit(work, d) for d in itertools.islice(itertools.cycle(devices.split(",")), max_parallel)]
+        working = len(workers)
+        while working:
+            with contextlib.suppress(queue.Empty):
+                run = events.get(timeout=interval)
+                working -= run is None
+                if run and not signals:
+                    ended = sum(r.state() in ("done", "failed") for r in planned)
+                    left = (time.time() - start_time) / max(1, ended - ended_before) * (total - ended)
                     bar.write(f"{ended:>4}/{total}  {run.title:<44} {run.outcome()}  {format_time(left)} remaining")
-            running = [run for future, run in pending.items() if future.running()]
             bar.n = ended
-            lines = [f"{r.title}: {' '.join(r.last_line(STEP_LINE).split()[:3])}" for r in running]
-            bar.set_description_str("; ".join(lines))
+            if running:
+                lines = [f"{r.title}: {' '.join(r.last_line(STEP_LINE).split()[:3])}" for r in [*running]]
+                bar.set_description_str("; ".join(lines))
+        for worker in workers:
+            worker.result()  # raises the error of its thread, if any
     if signals:
         done = sum(run.state() == "done" for run in planned)
         print(f"stopped with {done} of {total} runs done; the same command resumes")
@@ -324,7 +305,9 @@ def report(planned: list[Run], folder: Path) -> None:
     table = compare_arms(rows, metric, list(arm_keys), power)  # refuses a wrong metric, after the results are safe
     differences = unintended_differences(rows, arm_keys)
     failed = [run.title for run in planned if run.state() == "failed"]
-    summary = dict(name=name, base=base, metric=metric, seeds=seeds, arms=table, differences=differences, failed=failed)
+    effects = grid_effects(rows, metric, arm_keys) if axes and not zipped else []
+    summary = dict(name=name, base=base, metric=metric, seeds=seeds, axes=axes, nuisance=nuisance, arms=table)
+    summary |= dict(effects=effects, differences=differences, failed=failed)
     atomic_write(folder / "sweep_summary.json", json.dumps(summary | {"runs": rows}, indent=1))
     if arms:  # named arms are an ablation: the first arm, then the largest effects first
         table = table[:1] + sorted(table[1:], key=lambda entry: -abs(entry.get("difference", 0)))
@@ -332,6 +315,8 @@ def report(planned: list[Run], folder: Path) -> None:
         print_table(table, metric)
     else:
         print("no run has finished")
+    for effect in effects:
+        print(effect["verdict"])
     for line in differences:
         print(f"also different: {line}")
     if not differences and len(table) > 1:
@@ -354,7 +339,7 @@ def main() -> None:
         print(json.dumps([dict(run=n, arm=run.arm, seed=run.seed) for n, run in enumerate(planned)]))
         return
     if dry_run:
-        print_costs(planned, folder)
+        print_costs(planned, folder, max_parallel)
         return
     if not all(-1 <= n < len(planned) for n in runs):
         raise UserError(f"--runs={runs}: the study has runs 0 to {len(planned) - 1}")

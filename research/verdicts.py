@@ -6,6 +6,7 @@ for all comparisons with the first arm together (Dunnett 1955): in 95 % of studi
 """
 
 import functools
+import itertools
 import math
 
 from runs import arm_statistics
@@ -43,8 +44,8 @@ def dunnett_quantile(arms: int, df: int, level: float = 0.95) -> float:
 def fit_arms(values: dict[tuple, float]) -> dict | None:
     """Least squares of (arm, seed) -> loss, as an effect of the arm plus, if it pays, an effect of the seed.
 
-    differences and errors: of each arm to the first one, and their standard errors, by arm; sigma: the standard deviation
-    of a run; df: its degrees of freedom. None if no arm has a second run.
+    arms: their names; means: of each arm, up to a constant; covariance: of the means, in units of sigma^2; sigma: the
+    standard deviation of a run; df: its degrees of freedom. None if no arm has a second run.
     """
     arms, seeds = (list(dict.fromkeys(key[n] for key in values)) for n in (0, 1))
     y = np.array([*values.values()])
@@ -67,12 +68,20 @@ def fit_arms(values: dict[tuple, float]) -> dict | None:
         explained = (rss - rss_paired) / (df - df_paired)
         paired = explained > f.ppf(0.95, df - df_paired, df_paired) * mean_square
     effects, covariance, rss, df = fits[paired]
-    sigma, first = math.sqrt(rss / df), 0
-    differences, errors = {}, {}
-    for n, arm in enumerate(arms[1:], 1):
-        variance = covariance[n, n] + covariance[first, first] - 2 * covariance[n, first]
-        differences[arm], errors[arm] = float(effects[n] - effects[first]), sigma * math.sqrt(variance)
-    return {"differences": differences, "errors": errors, "sigma": sigma, "df": int(df), "paired": bool(paired)}
+    count = len(arms)
+    return dict(
+        arms=arms,
+        means=effects[:count],
+        covariance=covariance[:count, :count],
+        sigma=math.sqrt(rss / df),
+        df=int(df),
+        paired=bool(paired),
+    )
+
+
+def contrast(fit: dict, weights: np.ndarray) -> tuple[float, float]:
+    """The weighted sum of the arms' means, and its standard error."""
+    return float(weights @ fit["means"]), fit["sigma"] * math.sqrt(weights @ fit["covariance"] @ weights)
 
 
 def seeds_needed(sigma: float, arms: int, effect: float) -> int:
@@ -89,14 +98,8 @@ def seeds_needed(sigma: float, arms: int, effect: float) -> int:
     return n
 
 
-def compare_arms(rows: list[dict], metric: str, order: list[str], effect: float = 0.01) -> list[dict]:
-    """arm_statistics(), and for each arm but the first of `order`: difference, interval (95 %), verdict.
-
-    The interval is None, and there is no verdict, where no arm has a second run. effect: the difference for which a verdict says the seeds needed.
-    Lower is better, except for accuracies.
-    """
-    rows = sorted((row for row in rows if row["arm"] in order), key=lambda row: order.index(row["arm"]))
-    table = arm_statistics(rows, metric)
+def values_of(rows: list[dict], metric: str) -> dict[tuple, float]:
+    """(arm, seed) -> the metric of a run."""
     values: dict[tuple, float] = {}
     for row in rows:
         if row.get(metric) is not None:
@@ -104,25 +107,85 @@ def compare_arms(rows: list[dict], metric: str, order: list[str], effect: float 
             while key in values:  # a second run with this seed, of another study
                 key = (row["arm"], (key[1], "again"))
             values[key] = row[metric]
+    return values
+
+
+def compare_arms(rows: list[dict], metric: str, order: list[str], effect: float = 0.01) -> list[dict]:
+    """arm_statistics(), and for each arm but the first of `order`: difference, interval (95 %), verdict.
+
+    The interval is None, and there is no verdict, where no arm has a second run. effect: the difference for which a verdict
+    says the seeds needed. Lower is better, except for accuracies.
+    """
+    rows = sorted((row for row in rows if row["arm"] in order), key=lambda row: order.index(row["arm"]))
+    table = arm_statistics(rows, metric)
+    values = values_of(rows, metric)
     if not table or table[0]["arm"] != order[0]:
         if table:
             print(f"no comparison: the first arm, {order[0]}, has no result")
         return table
     fit, compared = fit_arms(values), len(table) - 1
-    for entry in table[1:]:
-        arm = entry["arm"]
+    for n, entry in enumerate(table[1:], 1):
         if fit is None:
             entry |= {"difference": entry["mean"] - table[0]["mean"], "interval": None}
             continue
-        difference, half = fit["differences"][arm], dunnett_quantile(compared, fit["df"]) * fit["errors"][arm]
+        weights = np.eye(len(table))[n] - np.eye(len(table))[0]
+        difference, error = contrast(fit, weights)
+        half = dunnett_quantile(compared, fit["df"]) * error
         entry |= {"difference": difference, "interval": [difference - half, difference + half]}
         needed = seeds_needed(fit["sigma"], compared, effect)
         entry["verdict"] = verdict(difference, half, "acc" in metric, f"about {needed} seeds show {effect:g}")
     return table
 
 
-def verdict(difference: float, half: float, higher_is_better: bool, needed: str) -> str:
+def verdict(difference: float, half: float, higher_is_better: bool, needed: str = "") -> str:
     if abs(difference) <= half:
-        return f"not told apart ({needed})"
+        return "not told apart" + (f" ({needed})" if needed else "")
     word = "better" if (difference > 0) == higher_is_better else "worse"
     return f"{word} by {abs(difference):.4f}, 95 % {abs(difference) - half:.4f} to {abs(difference) + half:.4f}"
+
+
+def grid_effects(rows: list[dict], metric: str, arm_keys: dict[str, dict]) -> list[dict]:
+    """Of a grid: what each value of a key changes on average over the other keys, and whether two keys interact (F test).
+
+    arm_keys: the keys of each arm. [] without a grid of at least two keys, all of whose arms have results, and a second run.
+    """
+    from scipy.stats import f
+
+    arms = list(arm_keys)
+    levels: dict[str, list] = {key: [] for key in arm_keys[arms[0]]}
+    for key, found in levels.items():
+        for keys in arm_keys.values():
+            found += [keys[key]] * (keys[key] not in found)
+    levels = {key: found for key, found in levels.items() if len(found) > 1}
+    values = values_of(rows, metric)
+    fit = fit_arms(values)
+    if len(levels) < 2 or fit is None or set(fit["arms"]) != set(arms):
+        return []
+    order = [arm_keys[arm] for arm in fit["arms"]]
+
+    def share(key: str, value) -> np.ndarray:
+        """Weights of the mean over all arms with this value."""
+        chosen = np.array([keys[key] == value for keys in order], float)
+        return chosen / chosen.sum()
+
+    effects = []
+    for key, (first, *others) in levels.items():
+        quantile = dunnett_quantile(len(others), fit["df"])
+        for value in others:
+            difference, error = contrast(fit, share(key, value) - share(key, first))
+            half = quantile * error
+            text = f"{key}={value} against {first}, mean over the other keys: {difference:+.4f}  "
+            text += verdict(difference, half, "acc" in metric)
+            interval = [difference - half, difference + half]
+            effects.append(dict(key=key, value=value, difference=difference, interval=interval, verdict=text))
+    for one, other in itertools.combinations(levels, 2):
+        cells = np.array([share(one, a) * share(other, b) * len(arms) for a in levels[one] for b in levels[other]])
+        sizes = len(levels[one]), len(levels[other])
+        centred = [np.eye(size)[1:] - np.eye(size)[0] for size in sizes]  # the other values against the first
+        weights = np.kron(*centred) @ (cells / cells.sum(1, keepdims=True))
+        means = weights @ fit["means"]
+        square = means @ np.linalg.solve(weights @ fit["covariance"] @ weights.T, means) / len(weights)
+        p = float(f.sf(square / fit["sigma"] ** 2, len(weights), fit["df"]))
+        says = "the effect of one depends on the other" if p < 0.05 else "no interaction seen"
+        effects.append(dict(keys=[one, other], p=p, verdict=f"{one} and {other}: {says} (F test, p = {p:.2g})"))
+    return effects

@@ -24,8 +24,10 @@ import verdicts  # noqa: E402
 from configurator import UserError, read_keys, run_file  # noqa: E402
 
 import plot  # noqa: E402
+import points as points_module  # noqa: E402
 import scaling  # noqa: E402
 import sweep  # noqa: E402
+import tables  # noqa: E402
 
 TINY = (
     "--dataset=chars --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=1 "
@@ -161,6 +163,38 @@ def test_runs_of_other_code_are_named_and_left_out_unless_asked_and_repeated_by_
     assert json.loads((runs_folder / "b-seed2" / "results.json").read_text())["code"] == results["code"]
 
 
+def test_two_workers_share_a_study_and_take_over_from_one_that_is_killed(chars):
+    path = write_study(
+        chars, axes={"dropout": [0.0, 0.1, 0.2]}, seeds=[1, 2], base=TINY.replace("max_iters=3", "max_iters=60")
+    )
+    command = [sys.executable, str(ROOT / "research" / "sweep.py"), str(path), "--interval=0.1"]
+    start = dict(cwd=chars, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    workers = [subprocess.Popen(command, **start) for _ in range(2)]
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    ended = [re.findall(r"\d+/6  (dropout=\S+, seed \d)", output) for output in outputs]
+    assert len(ended[0]) + len(ended[1]) == 6 == len({*ended[0], *ended[1]}) and ended[0] and ended[1]  # each run once
+    logs = [log.read_text() for log in (chars / "out" / "study" / "runs").glob("*/train.log")]
+    assert len(logs) == 6 and all(log.count("final evaluation") <= 1 and "resumed" not in log for log in logs)
+    assert all("dropout=0.2" in output for output in outputs)  # both print the whole table
+    assert len(read_jsonl(chars / "out" / "study")) == 6
+    # A worker that is killed leaves its run to the others.
+    longer = write_study(
+        chars, axes={"dropout": [0.0, 0.1]}, seeds=[3], base=TINY.replace("max_iters=3", "max_iters=1500")
+    )
+    killed = subprocess.Popen(command, **start)
+    running = chars / "out" / "study" / "runs" / "dropout=0.0-seed3"
+    deadline = time.monotonic() + 100
+    while not (running / "log.txt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    other = subprocess.Popen(command, **start)
+    killed.kill()
+    killed.communicate()
+    output = other.communicate(timeout=300)[0]
+    assert other.returncode == 0 and "FAILED" not in output and longer.exists()
+    assert len(read_jsonl(chars / "out" / "study")) == 2
+
+
 def test_a_terminal_shows_the_running_runs(chars):
     base = TINY.replace("max_iters=3", "max_iters=400")
     path = write_study(chars, axes={"dropout": [0.0, 0.1]}, seeds=[1], base=base)
@@ -278,8 +312,35 @@ def test_in_studies_without_an_effect_about_one_in_twenty_tells_an_arm_apart(arm
         losses = rng.normal(size=(runs_per_arm, arms)) + seed_effect * rng.normal(size=(runs_per_arm, 1))
         fit = verdicts.fit_arms({(row["arm"], row["seed"]): row["loss"] for row in study(losses)})
         quantile = verdicts.dunnett_quantile(arms - 1, fit["df"])
-        found += any(abs(d) > quantile * fit["errors"][arm] for arm, d in fit["differences"].items())
+        contrasts = [verdicts.contrast(fit, row - np.eye(arms)[0]) for row in np.eye(arms)[1:]]
+        found += any(abs(difference) > quantile * error for difference, error in contrasts)
     assert 0.02 <= found / 400 <= 0.10
+
+
+def test_effects_of_a_grid_are_those_of_an_analysis_of_variance():
+    rng = np.random.default_rng(3)
+    arm_keys = {f"{a}{b}": {"a": a, "b": b} for a in ("x", "y") for b in (1, 2, 3)}
+    means = {"x1": 1.0, "x2": 1.1, "x3": 1.3, "y1": 1.2, "y2": 1.05, "y3": 1.35}
+    rows = [
+        dict(arm=arm, seed=seed, loss=means[arm] + 0.05 * rng.standard_normal())
+        for arm in arm_keys
+        for seed in range(4)
+    ]
+    *effects, interaction = verdicts.grid_effects(rows, "loss", arm_keys)
+    y = np.array([row["loss"] for row in rows]).reshape(2, 3, 4)
+    cell, total = y.mean(2), y.mean()
+    within = ((y - cell[:, :, None]) ** 2).sum() / 18
+    parts = cell - y.mean((1, 2))[:, None] - y.mean((0, 2))[None] + total
+    from scipy.stats import f, t
+
+    assert interaction["keys"] == ["a", "b"]
+    assert interaction["p"] == pytest.approx(f.sf(4 * (parts**2).sum() / 2 / within, 2, 18))
+    assert [(e["key"], e["value"]) for e in effects] == [("a", "y"), ("b", 2), ("b", 3)]
+    difference, half = y[1].mean() - y[0].mean(), t.ppf(0.975, 18) * np.sqrt(within * 2 / 12)
+    assert effects[0]["interval"] == pytest.approx([difference - half, difference + half])
+    assert effects[2]["difference"] == pytest.approx(y[:, 2].mean() - y[:, 0].mean())
+    assert verdicts.grid_effects(rows[:-4], "loss", arm_keys) == []  # an arm without a result
+    assert verdicts.grid_effects(rows[::4], "loss", arm_keys) == []  # one run of each arm
 
 
 def test_verdicts_are_words():
@@ -339,7 +400,7 @@ def test_known_coefficients_lie_in_their_intervals(tmp_path, seed):
 
 def test_without_noise_the_coefficients_are_exact(tmp_path):
     write_points(tmp_path / "points.csv", noise=0.0)
-    points = scaling.read_points(str(tmp_path / "points.csv"))
+    points = points_module.read_table(tmp_path / "points.csv", "", "measured")
     N, D, y = (np.array([p[k] for p in points]) for k in ("params", "tokens", "loss"))
     theta = laws.fit_surface(N, D, y)
     assert laws.coefficients(theta) == pytest.approx(dict(E=1.7, A=400, B=410, alpha=0.34, beta=0.28), rel=2e-3)
@@ -369,7 +430,7 @@ def test_isoflop_parabolas_agree_with_the_law_behind_the_points():
         in laws.fit_isoflop(points(around, [1e18, 1e19]))["refused"]
     )
     noisy = [p | {"flops": p["flops"] * f} for p, f in zip(points(around), itertools.cycle((0.93, 1, 1.08)))]
-    assert [len(group) for group in laws.split_budgets(noisy, [])] == [7, 7, 7]
+    assert [len(budget["params"]) for budget in laws.fit_isoflop(noisy)["budgets"]] == [7, 7, 7]
     assert [len(group) for group in laws.split_budgets(points(around), [1e18, 1e20])] == [7, 7]
     assert "add larger ones" in laws.fit_isoflop(points(around / 16))["refused"]
     assert "add smaller ones" in laws.fit_isoflop(points(around * 16))["refused"]
@@ -439,15 +500,19 @@ def test_intervals_of_few_points_have_a_width():
 
 def test_a_fit_leaves_out_runs_of_another_kind(capsys):
     points = [dict(loss=1.0, kind="pos=rope, optimizer=muon")] * 3 + [dict(loss=2.0, kind="pos=rope, optimizer=sgd")]
-    assert scaling.select_kind(points) == points[:3]
-    assert "2 kinds of runs: the fits use the 3 with optimizer=muon\n" in capsys.readouterr().out
+    assert points_module.select_kind(points) == points[:3]
+    printed = capsys.readouterr().out
+    assert (
+        "2 kinds of runs: the fits use the 3 with optimizer=muon\n" in printed and '--nuisance=["optimizer"]' in printed
+    )
 
 
 def test_the_kind_of_a_run_is_every_key_of_data_model_and_optimization_but_the_sizes():
-    keys = set(scaling.kind_keys())
+    keys = set(points_module.kind_keys())
     assert keys > set("dataset optimizer schedule norm mlp pos qk_norm init tie_weights dropout learning_rate".split())
     assert not keys & set("seed out_dir init_from eval_interval device dtype".split())
-    assert not keys & scaling.SIZE_KEYS and scaling.SIZE_KEYS <= set(read_keys(ROOT / "train.py"))
+    sizes = points_module.SIZE_KEYS
+    assert not keys & sizes and sizes <= set(read_keys(ROOT / "train.py"))
 
 
 def test_fits_that_the_data_cannot_support_are_refused():
@@ -472,10 +537,11 @@ def test_fits_that_the_data_cannot_support_are_refused():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("params,tokens\n1,2\n", "a point needs loss"),
-        ("params,loss\n1,2\n", "two of params, tokens, flops"),
-        ("params,tokens,loss\n1,many,2\n", "could not convert string to float: 'many'"),
+        ("params,tokens\n1,2\n", "a point needs loss and two of params, tokens, flops; name them with --columns"),
+        ("width,depth,final\n1,2,3\n", '["width", "depth", "final"]'),
+        ("params,tokens,loss\n1,many,2\n", "line 2: tokens is 'many', not a number"),
         ("params,tokens,loss\n1,-2,2\n", "must be above 0"),
+        ("params,tokens,loss\n1,inf,2\n", "must be above 0, and finite"),
         ("params,tokens,loss\n", "no points"),
     ],
 )
@@ -484,12 +550,141 @@ def test_a_wrong_csv_is_refused(tmp_path, text, words):
     assert words in run_research("scaling.py", "--results=points.csv", cwd=tmp_path, code=2)
 
 
-def test_a_csv_may_have_flops_instead_of_tokens(tmp_path):
-    (tmp_path / "p.csv").write_text("Params,FLOPs,Loss\n10,1200,3.0\n")
-    assert scaling.read_csv(tmp_path / "p.csv") == [dict(params=10, flops=1200, loss=3, tokens=20)]
-    other_names = "x,Model Size,Training FLOP,hex_color,loss\n7,10,1200,#faebdd,3.0\n"  # as in published data
-    (tmp_path / "p.csv").write_text(other_names)
-    assert scaling.read_csv(tmp_path / "p.csv") == [dict(params=10, flops=1200, loss=3, tokens=20)]
+def test_a_csv_may_have_flops_instead_of_tokens(tmp_path, capsys):
+    def read(text: str, name="p.csv", columns="", flops="measured", encoding="utf-8"):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        return points_module.read_table(tmp_path / name, columns, flops)
+
+    expected = [dict(params=10, flops=1200, loss=3, tokens=20)]
+    assert read("Params,FLOPs,Loss\n10,1200,3.0\n") == expected
+    assert (
+        read("x,Model Size,Training FLOP,hex_color,loss\n7,10,1200,#faebdd,3.0\n") == expected
+    )  # as in published data
+    assert read("N;D;val_loss\r\n10;20;3.0\r\n", encoding="utf-8-sig") == expected  # as Excel writes it
+    assert read("N\tD\tval_loss\n10\t20\t3.0\n", "p.tsv") == expected
+    assert read('[{"N": 10, "D": 20, "val_loss": 3.0}]', "p.json") == expected
+    assert read('{"N": [10], "D": [20], "val_loss": [3.0]}', "p.json") == expected
+    assert read('{"config": {"size": 10}, "D": 20, "val_loss": 3.0}\n', "p.jsonl", "params:config.size") == expected
+    nanochat = "flops_budget,depth,num_params,num_scaling_params,tokens_trained,val_bpb\n1300,2,12,10,20,3.0\n"
+    assert read(nanochat, columns="params:num_scaling_params", flops="6ND") == expected
+    assert read(nanochat)[0]["params"] == 12 and read(nanochat)[0]["flops"] == 1300
+    capsys.readouterr()
+    # As wandb exports it: a run that has not finished has no loss, and one that diverged has nan.
+    wandb = (
+        '"Name","State","parameters","tokens","val/loss"\n"a","finished","10","20","3.0"\n"b","crashed","10","20",""\n'
+    )
+    assert read(wandb) == expected
+    printed = capsys.readouterr().out
+    assert "left out: 1 rows without loss" in printed and "1 points, loss = val/loss, params = parameters" in printed
+    assert "flops = 6 params tokens" in printed
+    with pytest.raises(UserError, match="params:size is not one of .*a colon, one of: N, D, val_loss"):
+        read("N,D,val_loss\n10,20,3.0\n", columns="params:size")
+    (tmp_path / "p.csv").write_text("N,D,loss\n10,20,nan\n10,20,3\n")
+    assert points_module.read_points(str(tmp_path / "p.csv"), "", "all", "measured", [], False) == expected
+    assert "left out: 1 runs whose loss is not finite" in capsys.readouterr().out
+
+
+def published_sets() -> dict[str, list[dict]]:
+    """Points of tests/data/porian2024.csv."""
+    sets: dict[str, list[dict]] = {}
+    with open(ROOT / "tests" / "data" / "porian2024.csv", newline="") as f:
+        for row in csv.DictReader(f):
+            numbers = dict(params=row["N"], tokens=row["D"], flops=row["flops"], loss=row["val_loss"])
+            sets.setdefault(row["set"], []).append({key: float(value) for key, value in numbers.items()})
+    return sets
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("refinedweb_tuned", 0.497), ("refinedweb_long_warmup", 0.701), ("openwebtext2_tuned", 0.518)],
+)
+def test_isoflop_gives_the_published_exponents(name, published):
+    found = laws.fit_isoflop(published_sets()[name])
+    low, high = found["interval"]
+    assert low <= published <= high and found["exponent_of_N"] == pytest.approx(published, abs=0.015)
+    assert len(found["budgets"]) >= 10
+
+
+def test_budgets_are_found_where_runs_lie_densely_and_the_others_are_named():
+    rng = np.random.default_rng(0)
+    budgets = np.array([6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21])
+    theta = np.array([np.log(400), np.log(410), np.log(1.7), 0.34, 0.28])
+    flops = np.concatenate(
+        [np.repeat(budgets, 16) * np.exp(0.03 * rng.standard_normal(144)), np.geomspace(5e18, 3e21, 60)]
+    )
+    sizes = np.array([laws.optimum(theta, C)[0] for C in flops]) * np.exp(rng.uniform(-1.2, 1.2, len(flops)))
+    runs_found = [dict(params=N, tokens=C / 6 / N, flops=C, loss=law(N, C / 6 / N)) for N, C in zip(sizes, flops)]
+    found = laws.fit_isoflop(runs_found)
+    assert [b["flops"] for b in found["budgets"]] == pytest.approx(budgets, rel=0.1)
+    assert any("runs between the budgets" in reason for reason in found["left_out"])
+    given = laws.fit_isoflop(runs_found, [1e19, 1e20, 1e21])
+    assert [b["flops"] for b in given["budgets"]] == [1e19, 1e20, 1e21]
+
+
+def run_points(values: dict[tuple, float], nuisance=("learning_rate",)) -> list[dict]:
+    """Points of runs (width, learning rate, seed) -> loss."""
+    return [
+        dict(
+            params=float(w * w), tokens=1e6, flops=6e6 * w * w, loss=loss, n_embd=w, n_layer=2, block_size=64, data_fraction=1.0,
+            kind="same", seed=seed, nuisance={"learning_rate": rate} if nuisance else {},
+        )
+        for (w, rate, seed), loss in values.items()
+    ]  # fmt: skip
+
+
+def test_of_a_nuisance_key_the_best_value_of_each_size_counts(capsys):
+    losses = {
+        (w, rate, seed): 2 + 30 / w + (np.log(rate) - np.log(0.64 / w)) ** 2 + 0.001 * seed
+        for w in (16, 32, 64) for rate in (0.01, 0.02, 0.04) for seed in (1, 2)
+    }  # fmt: skip
+    kept = points_module.best_of_nuisance(run_points(losses))
+    found = {(p["n_embd"], p["nuisance"]["learning_rate"]) for p in kept}
+    assert found == {(16, 0.04), (32, 0.02), (64, 0.01)} and len(kept) == 6
+    printed = capsys.readouterr().out
+    assert "width 32, depth 2, context 64, 1e+06 tokens: learning_rate=0.02, the best of 3\n" in printed
+    assert printed.count("the best learning_rate is at the edge of its values: add more") == 2
+    assert points_module.best_of_nuisance(run_points(losses, nuisance=())) == run_points(losses, nuisance=())
+
+
+def test_a_study_says_what_is_a_nuisance_and_other_keys_divide_the_runs(chars):
+    zipped = {"n_embd": [8, 16, 32], "weight_decay": [0.1, 0.2, 0.3]}
+    run_research("sweep.py", write_study(chars, zipped=zipped, seeds=[1]), cwd=chars)
+    output = run_research("scaling.py", "--results=out/study", "--pictures=False", cwd=chars)
+    assert "3 kinds of runs: the fits use the 1 with weight_decay=0.1" in output
+    run_research("sweep.py", write_study(chars, zipped=zipped, seeds=[1], nuisance=["weight_decay"]), cwd=chars)
+    output = run_research("scaling.py", "--results=out/study", "--pictures=False", "--count=non_embedding", cwd=chars)
+    assert "kinds of runs" not in output and "3 runs; N: parameters without the tables of tokens" in output
+    (row, *_), vocabulary = (
+        read_jsonl(chars / "out" / "study"),
+        json.loads((chars / "data/chars/meta.json").read_text())["vocab_size"],
+    )
+    data = list(csv.DictReader((chars / "out" / "study" / "scaling_data.csv").open()))
+    assert float(data[0]["params"]) == row["params"] - 8 * (
+        vocabulary + 16 * (row["pos"] == "learned" if "pos" in row else True)
+    )
+
+
+def test_equal_losses_and_left_out_cells():
+    N, D = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e9, 4), np.geomspace(1e8, 1e11, 4)))
+    assert laws.why_not_surface(N, D, np.full(16, 2.0)) == "all runs have the same loss"
+    assert laws.why_not_axis(np.array([1.0, 2, 4]), np.full(3, 2.0)) == "all runs have the same loss"
+    # Two seeds of one size are left out together: the other seed would give it away.
+    seen = []
+    scaling.leave_one_out(np.repeat(N, 2), np.repeat(D, 2), np.repeat(law(N, D), 2), lambda chosen: seen.append(chosen))
+    assert len(seen) == 16 and all((~chosen).sum() == 2 for chosen in seen)
+
+
+def test_a_prediction_is_made_before_and_checked_after(tmp_path):
+    write_points(tmp_path / "points.csv", noise=0.01)
+    for name, loss in (("later.csv", law(3e10, 3e11)), ("off.csv", 1.2 * law(3e10, 3e11))):
+        (tmp_path / name).write_text(f"N,D,loss\n3e10,3e11,{loss}\n")
+    check = ["scaling.py", "--results=points.csv", "--output_dir=fits", "--pictures=False", "--bootstrap=40"]
+    assert "run without --check first" in run_research(*check, "--check=later.csv", cwd=tmp_path, code=2)
+    run_research(*check, cwd=tmp_path)
+    before = (tmp_path / "fits" / "scaling_laws.json").read_bytes()
+    assert re.search(r"predicted [\d.]+ \(95 % .*: inside\n", run_research(*check, "--check=later.csv", cwd=tmp_path))
+    assert ": outside\n" in run_research(*check, "--check=off.csv", cwd=tmp_path)
+    assert (tmp_path / "fits" / "scaling_laws.json").read_bytes() == before
 
 
 # -----------------------------------------------------------------------------
@@ -505,12 +700,41 @@ def test_a_study_ends_with_fits_and_figures(chars):
     output = run_research("scaling.py", "--results=out/study", cwd=chars)
     assert "width" in output and "different tokens" in output
     out = chars / "out" / "study"
+    assert {"comparison.md", "comparison.tex", "scaling_laws.md", "scaling_laws.tex"} <= {p.name for p in out.iterdir()}
+    with open(out / "scaling_data.csv", newline="") as f:
+        assert all(float(row["residual_by_n_embd"]) for row in csv.DictReader(f))
     for name in ("comparison.png", "curves_flops.png", "scaling_n_embd.png", "efficiency.png"):
         assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", name
     with open(out / "summary.csv", newline="") as f:
         assert [row["n"] for row in csv.DictReader(f)] == ["1"] * 4
     output = run_research("plot.py", "--results=nothing", cwd=chars, code=2)
     assert "no study (results.jsonl) and no run (metrics.jsonl)" in output
+
+
+def test_a_grid_is_drawn_as_a_heat_map_and_says_its_effects(chars):
+    path = write_study(chars, axes={"n_embd": [8, 16], "dropout": [0.0, 0.1]}, seeds=[1, 2])
+    output = run_research("sweep.py", path, "--max_parallel=2", cwd=chars)
+    assert "n_embd=16 against 8, mean over the other keys: " in output and "n_embd and dropout: " in output
+    output = run_research("plot.py", "--results=out/study", "--format=svg,pdf", cwd=chars)
+    out = chars / "out" / "study"
+    assert "grid.svg, grid.pdf" in output and (out / "grid.pdf").read_bytes()[:5] == b"%PDF-"
+    assert "<svg" in (out / "grid.svg").read_text() and not list(out.glob("*.png"))
+    assert "choose png, pdf, svg" in run_research("plot.py", "--results=out/study", "--format=gif", cwd=chars, code=2)
+    scores = [dict(path=f"run{n}", loss=3.0 - n / 10, hellaswag_acc=0.25 + n / 100) for n in range(4)]
+    (chars / "scores.json").write_text(json.dumps(scores))
+    output = run_research("plot.py", "--results=scores.json", "--score=hellaswag_acc", "--output_dir=s", cwd=chars)
+    assert "rank correlation -1.00" in output and (chars / "s" / "hellaswag_acc_against_loss.png").exists()
+    assert "0 models" in run_research(
+        "plot.py", "--results=scores.json", "--score=arc", "--output_dir=s", cwd=chars, code=2
+    )
+
+
+def test_tables_are_markdown_and_latex(tmp_path):
+    names = tables.write_tables(tmp_path / "t", ["arm", "loss"], [["n_embd=64 & 50 %", "1.5"], ["a|b", "x^-2"]])
+    markdown, latex = ((tmp_path / name).read_text() for name in names)
+    assert markdown == "| arm | loss |\n| --- | --- |\n| n_embd=64 & 50 % | 1.5 |\n| a\\|b | x^-2 |\n"
+    assert r"n\_embd=64 \& 50 \% & 1.5 \\" in latex and r"\textasciicircum{}-2" in latex
+    assert latex.startswith("\\begin{tabular}{lr}\n\\toprule\n") and latex.endswith("\\bottomrule\n\\end{tabular}\n")
 
 
 def test_curves_are_read_by_step_tokens_flops_and_seconds(tmp_path):
