@@ -213,7 +213,8 @@ class Overrides:
 
 
 def configure(
-    namespace: dict, argv: list[str] | None = None, dial: tuple | None = None, one_of: tuple = (), aliases: dict | None = None
+    namespace: dict, argv: list[str] | None = None, dial: tuple | None = None, one_of: tuple = (), aliases: dict | None = None,
+    part_of: dict | None = None,
 ) -> dict:  # fmt: skip
     """Override `namespace` (a script's globals()) by argv and return all keys as a dict.
 
@@ -223,6 +224,7 @@ def configure(
     one_of: groups of numeric keys that set the same quantity. The one set last wins (a config file over the defaults, the
     command line over the file) and the others become 0; keys set together all stay.
     aliases: old spelling -> key.
+    part_of: a key -> the key it belongs to: {"sample_prompt": "dataset"} resets a config file's prompt for another dataset.
     `--help` prints every key with its default and comment, and exits.
     Raises UserError for an unknown key, a wrong type, or a config file that is missing or fails.
     """
@@ -242,13 +244,18 @@ def configure(
     derived = keys.turn_dial(*dial) if dial and namespace[dial[0]] else {}
     for group in one_of:
         keys.clear_alternatives(group)
+    for key, owner in (part_of or {}).items():
+        if 0 < keys.levels.get(key, 0.0) < keys.levels.get(owner, 0.0):
+            namespace[key] = keys.defaults[key]
     config = {k: namespace[k] for k in keys.defaults}
     if int(os.environ.get("RANK", 0)) == 0:
         files = [argument for argument in argv if not argument.startswith("-")]
         by_flag = {k: was for k, was in keys.flags.items() if files and keys.levels.get(k, 0.0) % 1 == 0.5}
         changed = [f"{k}={config[k]!r} (was {was!r})" for k, was in by_flag.items() if config[k] != was]
-        follows = [f"{k}={v!r}" for k, v in derived.items()]
-        for title, parts in ((f"changed in {''.join(files[-1:])}", changed), (f"from --{dial and dial[0]}", follows)):
+        follows = [
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in derived.items() if config[k] == v
+        ]
+        for title, parts in ((f"flags over {''.join(files[-1:])}", changed), (f"from --{dial and dial[0]}", follows)):
             if parts:
                 text = f"{title}: " + "  ".join(parts)
                 print(textwrap.fill(text, 110, subsequent_indent="  "), file=sys.stderr)

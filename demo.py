@@ -13,6 +13,7 @@ import functools
 import html
 import itertools
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -425,6 +426,8 @@ def build_page(gr):
     found = choices()
     first = found[0][1] if found else None
     prompt_of_run = read_json(Path(first or "", "config.json")).get("sample_prompt") or "Once upon a time"
+    is_chat = "<|" in prompt_of_run  # the tokens of its turns
+    prompt_of_run = "" if is_chat else prompt_of_run
     with gr.Blocks(analytics_enabled=False, title="flatgpt", fill_width=True) as page:
         current, conversation = gr.State(first), gr.State([])
         with gr.Sidebar(label="Settings", open=False, position="right", elem_id="settings", width=320):
@@ -561,7 +564,11 @@ def main() -> None:
         reason = "cannot listen there: the port is in use, or the address is not this machine's"
         raise UserError(f"--host={host} --port={port}: {reason}") from None
     print(f"http://{host}:{port} shows the page; Ctrl-C ends it")
-    threading.Event().wait()
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # the threads of a page that is open in a browser would abort an orderly end
 
 
 if __name__ == "__main__":

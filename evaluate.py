@@ -4,7 +4,7 @@
     python evaluate.py --checkpoints=out/a,out/b/step_500.pt,gpt2 --dataset=tinystories
     python evaluate.py --eval_tokens=0 --stride=256             the whole split, each token with at least T - 256 before it
     python evaluate.py --baseline=True                          also the same model untrained
-    python evaluate.py --task=sums                              of a chat model: how many of 100 one-digit sums are right
+    python evaluate.py --tasks=sums                              of a chat model: how many of 100 one-digit sums are right
     python evaluate.py --tasks=arc_easy,hellaswag --limit=200   tasks of lm-evaluation-harness (pip install -e '.[eval]')
 
 Writes evaluation_results.csv and evaluation_results.json, with every sample, into output_dir, and prints a table.

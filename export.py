@@ -77,7 +77,9 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 def model_card(name: str, model: GPT, checkpoint: dict, results: dict, target: str) -> str:
     """README.md: what the model is, how good, trained on what, and with which command."""
     config = checkpoint.get("config", {})
-    val_loss = checkpoint.get("val_loss", results.get("final_val_loss"))
+    val_loss = checkpoint.get("val_loss")  # an estimate; the final evaluation was of the last step
+    if val_loss is None or checkpoint.get("step") == results.get("total_steps"):
+        val_loss = results.get("final_val_loss", val_loss)
     base = {"resume": "scratch"}.get(config.get("init_from"), config.get("init_from"))
     origin = f"trained from {base}" if base else "converted"
     facts = {

@@ -261,6 +261,15 @@ CHAT = {
 }
 
 
+def small_talk_documents() -> tuple[dict[str, Source], str, bool]:
+    """Generated small talk and sums, which need no network."""
+    found = itertools.islice(small_talk.conversations(random.Random(seed)), max_samples_per_source)
+    mix = dict.fromkeys(json.dumps(c, ensure_ascii=False) for c in found)
+    return split_conversations(
+        [*mix], random.Random(seed), f"{len(mix):,} conversations of generated small talk and sums"
+    )
+
+
 def chat_documents() -> tuple[dict[str, Source], str, bool]:
     """The chat mix as JSON, shuffled, without duplicates. Raises UserError if no source is available."""
     rng, descriptions, mix = random.Random(seed), [], {}
@@ -279,16 +288,19 @@ def chat_documents() -> tuple[dict[str, Source], str, bool]:
         print(f"chat: {descriptions[-1]}")
         mix |= dict.fromkeys(json.dumps(c, ensure_ascii=False) for c in found)
     if not mix:
-        advice = "go online, or use --allow_synthetic=True for small talk and sums"
+        advice = "go online, or use --source=small_talk for generated small talk and sums"
         raise UserError(f"no source of the chat mix is available: {advice}")
-    mixed = list(mix)
+    return split_conversations([*mix], rng, ", ".join(descriptions))
+
+
+def split_conversations(mixed: list[str], rng: random.Random, description: str) -> tuple[dict[str, Source], str, bool]:
     rng.shuffle(mixed)
     in_val = {text for text in mixed if document_hash(text, seed) < val_fraction * 2**64} or {mixed[0]}
     sources = {
         split: make_source(lambda is_val=is_val: (text for text in mixed if (text in in_val) == is_val))
         for split, is_val in (("val", True), ("train", False))
     }
-    return sources, ", ".join(descriptions), False
+    return sources, description, False
 
 
 def holds_conversations(files: list[Path]) -> bool:
@@ -471,6 +483,9 @@ def print_sources() -> None:
         size = f"{c.megabytes:,} MB" if c.megabytes < 2000 else f"{c.megabytes / 1000:,.0f} GB"
         print(f"{name:<15} {size:>9}  {c.license:<20} {c.id}{':' + c.config if c.config else ''}")
     print(f"{'chat':<15} {'30 MB':>9}  {'of its sources':<20} {', '.join(CHAT)}")
+    print(
+        f"{'small_talk':<15} {'4 MB':>9}  {'generated':<20} greetings, names, sums, questions about a sentence; no network"
+    )
     print("Any other corpus on the hub: --source=owner/name or owner/name:config, with --text_field")
 
 
@@ -490,7 +505,9 @@ def prepare_files(folder: Path, paths: str) -> None:
 
 def prepare_corpus(folder: Path, name: str) -> None:
     if name not in CORPORA and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
-        raise UserError(f"--source={name}: choose one of {', '.join(CORPORA)}, chat, or a hub id owner/name")
+        raise UserError(
+            f"--source={name}: choose one of {', '.join(CORPORA)}, chat, small_talk, or a hub id owner/name"
+        )
     entry = CORPORA.get(name) or Corpus(*name.split(":"))
     if not max_docs:
         # A token takes two bytes and stands for about four characters.
@@ -521,6 +538,8 @@ def main() -> None:
         path = Path(data_dir) / "downloads" / "tinyshakespeare.txt"
         download(CORPORA[source].id, path)
         prepare_files(folder, str(path))
+    elif source == "small_talk":
+        prepare(folder, small_talk_documents, {"source": source, "max_samples": max_samples_per_source}, is_chat=True)
     elif source == "chat":
         options = {"max_samples_per_source": max_samples_per_source, "allow_synthetic": allow_synthetic}
         prepare(folder, chat_documents, {"source": source} | options, is_chat=True)

@@ -496,4 +496,5 @@ def log_step(run: Run, state: State, log: logger.Logger, monitor: runtime.StepMo
 
 if __name__ == "__main__":
     with short_errors(), runtime.explain_errors(globals()), logger.progress_bar_closed():
-        main(configure(globals(), dial=("depth", setup.from_depth), one_of=ALTERNATIVES))
+        options = dict(one_of=ALTERNATIVES, part_of={"sample_prompt": "dataset"})
+        main(configure(globals(), dial=("depth", setup.from_depth), **options))

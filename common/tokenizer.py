@@ -307,7 +307,7 @@ def gpt2_tokenizer() -> BPETokenizer:
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as e:
-        advice = "connect to the internet once, set TIKTOKEN_CACHE_DIR to its folder, or choose --tokenizer=char"
+        advice = "connect to the internet once, or set TIKTOKEN_CACHE_DIR to a folder that has it"
         raise UserError(f"the GPT-2 vocabulary cannot be downloaded ({type(e).__name__}): {advice}") from None
     return BPETokenizer("gpt2", encoding._pat_str, [encoding.decode_single_token_bytes(i) for i in range(50256)])
 
@@ -497,10 +497,13 @@ TOKENIZER_FILES = [
 def download_tokenizer(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    if Path(name).parent.is_dir():
+        raise UserError(f"--tokenizer={name}: there is no such folder; prepare the dataset first if it is one")
     try:
         return Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
     except Exception as e:
-        raise UserError(f"--tokenizer={name}: not a folder, and the hub does not have it: {first_line(e)}") from None
+        question = "is the name right, and the internet connected?"
+        raise UserError(f"--tokenizer={name} cannot be read from the hub ({first_line(e)}): {question}") from None
 
 
 def learn_tokenizer(kind: str, vocab_size: int, texts, train_texts=None, eot=True, special_tokens=()) -> Tokenizer:

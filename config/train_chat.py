@@ -2,13 +2,13 @@
 # 4 layers, 4 heads, width 192, vocabulary 768: 2,066,112 parameters.
 # Time: five minutes by the clock, on two cores of an AMD EPYC at half its usual speed. Validation loss 0.123 of what is learned;
 # 100 of 100 one-digit sums right, each in words that the training data does not have for these two numbers.
-# The synthetic conversations need no network. Without --allow_synthetic the sources of the chat mix are downloaded: give those
-# --vocab_size=4096 and --max_minutes=60 or a GPU.
+# The conversations of --source=small_talk are generated, without a network. --source=chat downloads people's conversations:
+# give those --vocab_size=4096 and --max_minutes=60 or a GPU.
 #
-#     python prepare_text.py --source=chat --allow_synthetic=True --tokenizer=bpe --vocab_size=768
+#     python prepare_text.py --source=small_talk --dataset=chat --tokenizer=bpe --vocab_size=768
 #     python train.py config/train_chat.py
 #     python sample.py --out_dir=out/chat --chat
-#     python evaluate.py --checkpoints=out/chat --task=sums
+#     python evaluate.py --checkpoints=out/chat --tasks=sums
 out_dir = "out/chat"
 dataset = "chat"
 

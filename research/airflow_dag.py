@@ -5,6 +5,7 @@ Make this folder Airflow's dags_folder, or link this file into it, and set these
     GPT_PIPELINE   the pipeline file (default: config/pipeline/reproduce_small.py)
     GPT_PYTHON     the Python that has torch; Airflow may run in an environment without it
     GPT_WORK_DIR   the folder with data/ and out/, on storage that all workers share (default: this repository)
+    GPT_POOL       the Airflow pool whose slots the steps take, such as one slot for each GPU (default: default_pool)
 
     airflow dags test gpt_research_pipeline
 
@@ -45,7 +46,8 @@ def list_runs(run: str) -> list[str]:
 
 def add_step(title: str, s: dict):
     """Add the tasks of a step. Returns the first and the last one."""
-    options = dict(cwd=WORK_DIR, env=s["env"], append_env=True, retries=s["retries"])
+    pool = os.environ.get("GPT_POOL", "default_pool")
+    options = dict(cwd=WORK_DIR, env=s["env"], append_env=True, retries=s["retries"], pool=pool)
     if not shlex.split(s["run"])[0].endswith("sweep.py"):
         only = BashOperator(task_id=title, bash_command=shlex.join(worker_command(s["run"])), **options)
         return only, only

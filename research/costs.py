@@ -43,6 +43,7 @@ def print_costs(planned: list, folder: Path, max_parallel: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not remaining:
         return print(f"all {len(planned)} runs are done")
+    print("measuring a few steps of each arm ...")
     try:
         rates = {run.arm: run for run in remaining}  # arms of one size may differ in speed too
         rates = {arm: measure_rate(run, folder / "bench.json") for arm, run in rates.items()}

@@ -278,13 +278,16 @@ def fit_isoflop(points: list[dict], budgets: list[float] = ()) -> dict:
     A budget needs four sizes around the best; a trend needs three budgets, and its exponent has a 95 % interval (t).
     """
     fitted, left_out = [], []
+    given = bool(budgets)
     budgets = list(budgets) or find_budgets(columns(points, "flops")[0])
     groups = split_budgets(points, budgets) if budgets else []
+    if not given:
+        budgets = [float(np.exp(np.log(columns(group, "flops")[0]).mean())) for group in groups]
     for flops, group in zip(budgets, groups):
         N, y = columns(group, "params", "loss")
         log_n, sizes = np.log(N), len(np.unique(N))
         if sizes < 4:
-            left_out += [f"{flops:.3g} FLOPs: {sizes} sizes, a parabola needs 4"] * (sizes > 1 or budgets == [flops])
+            left_out += [f"{flops:.3g} FLOPs: {sizes} sizes, a parabola needs 4"] * (sizes > 1 or given)
             continue
         parabola, used = fit_parabola(log_n, y)
         c2, c1, c0 = parabola.tolist()

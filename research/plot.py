@@ -185,6 +185,8 @@ def main() -> None:
         written += ["summary.csv", *write_comparison(folder, table, metric)]
         print_table(table, metric)
     curves = draw_curves(rows, folder / f"curves_{x}")
+    if not written + curves:
+        raise UserError(f"--results={results}: no finished run and no {curve} there yet")
     if not curves:
         print(f"no curves: no run has logged {curve}")
     print(f"{folder}/ has {', '.join(written + curves)}")

@@ -33,7 +33,7 @@ def test_airflow_imports_the_dag_and_runs_a_small_pipeline(airflow, chars):
     env = os.environ | {
         "AIRFLOW_HOME": str(chars / "home"), "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "research"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "GPT_PIPELINE": str(chars / "pipe.py"), "GPT_PYTHON": sys.executable,
-        "GPT_WORK_DIR": str(chars), "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
+        "GPT_WORK_DIR": str(chars), "GPT_POOL": "gpu", "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
     }  # fmt: skip
     env.pop("PYTHONPATH", None)
 
@@ -45,6 +45,7 @@ def test_airflow_imports_the_dag_and_runs_a_small_pipeline(airflow, chars):
         return done.stdout + done.stderr
 
     run_airflow("db", "migrate")
+    run_airflow("pools", "set", "gpu", "1", "one run at a time")
     assert "No data found" in run_airflow("dags", "list-import-errors")
     log = run_airflow("dags", "test", "gpt_research_pipeline")
     ended = re.findall(r"end task task_id=(\w+) map_index=(-?\d+)", log)

@@ -255,11 +255,20 @@ def test_a_flag_before_the_file_that_sets_the_dial_is_explicit_too(namespace, tm
     assert (config["max_iters"], config["max_epochs"], config["batch_size"]) == (0, 2.0, 3)
 
 
+def test_a_key_that_belongs_to_another_is_reset_with_it(namespace, tmp_path):
+    path = config_file(tmp_path, "norm = 'rmsnorm'\nout_dir = 'there'\n")
+    for flags, expected in (
+        ([], "rmsnorm"), (["--out_dir=here"], namespace["norm"]), (["--norm=rmsnorm", "--out_dir=here"], "rmsnorm"),
+    ):  # fmt: skip
+        assert configure(dict(namespace), [path, *flags], part_of={"norm": "out_dir"})["norm"] == expected
+    assert namespace["norm"] != "rmsnorm"
+
+
 def test_only_what_flags_change_in_a_file_or_what_is_derived_is_printed(namespace, tmp_path, capsys):
     path = config_file(tmp_path, "norm = 'rmsnorm'\nbatch_size = 12\n")
     configure(dict(namespace), [path, "--out_dir=here", "--norm=rmsnorm"])  # the latter is what the file says
     captured = capsys.readouterr()
-    assert captured.out == "" and " ".join(captured.err.split()) == f"changed in {path}: out_dir='here' (was 'out')"
+    assert captured.out == "" and " ".join(captured.err.split()) == f"flags over {path}: out_dir='here' (was 'out')"
     configure(dict(namespace), ["--depth=2", "--max_iters=5"], dial=DIAL)
     assert capsys.readouterr().err == "from --depth: batch_size=6  learning_rate=1.0\n"
     for argv in ([], [path], ["--out_dir=here"]):

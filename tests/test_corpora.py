@@ -178,7 +178,7 @@ def test_the_chat_mix_is_written_in_turns_and_reports_skipped_sources(run, refus
     allowed = ["--source=chat", "--dataset=more", "--allow_synthetic=True", "--max_samples_per_source=50"]
     assert "50 synthetic conversations instead of sahil2801/CodeAlpaca-20k" in run("prepare_text.py", *allowed)
     hub.repos.clear()
-    assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", "--dataset=none")
+    assert "--source=small_talk" in refused("prepare_text.py", "--source=chat", "--dataset=none")
     assert not (tmp_path / "data" / "none").exists()
     run("train.py", *SMALL, "--dataset=chat:0.5,more:0.5", "--block_size=64")
 
@@ -197,7 +197,16 @@ def test_a_missing_connection_to_the_hub_is_reported_at_once(refused):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     message = refused("prepare_text.py", "--source=wikitext2", env=nowhere)
     assert "Salesforce/wikitext cannot be read: no connection to the hub (ConnectionError)" in message
-    assert "--allow_synthetic=True" in refused("prepare_text.py", "--source=chat", env=nowhere)
+    assert "--source=small_talk" in refused("prepare_text.py", "--source=chat", env=nowhere)
+
+
+def test_small_talk_needs_no_network(run, tmp_path):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    keys = ["--source=small_talk", "--dataset=chat", "--max_samples_per_source=200", "--tokenizer=char"]
+    printed = run("prepare_text.py", *keys, env=nowhere)
+    assert "skipped" not in printed
+    found = [text for split in ("train", "val") for text in conversations_of(tmp_path, split)]
+    assert 150 < len(found) <= 200 and all("User: " in text and "Assistant: " in text for text in found)
 
 
 def test_list_sources_prints_every_corpus_and_downloads_nothing(run, hub):

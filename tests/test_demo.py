@@ -3,6 +3,7 @@
 import http.client
 import json
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -516,3 +517,11 @@ def test_a_name_and_a_password_can_be_asked_for(trained, refused):
     assert post(f"{served.url}/login", b"username=me&password=secret%3Aword", **form)[0] == 200
     served.end()
     assert "--auth: give a name and a password" in refused("demo.py", "--auth=me")
+
+
+def test_ctrl_c_ends_the_page_while_it_is_open_in_a_browser(trained, browser):
+    served = Demo(trained, "--out_dir=out/abc")
+    page = open_page(browser, served)
+    served.script.kill(signal.SIGINT)
+    assert served.script.wait().returncode == 130
+    page.close()

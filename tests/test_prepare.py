@@ -179,7 +179,9 @@ def test_the_printed_command_works_though_the_presets_prompt_cannot_be_encoded(r
     printed = run("prepare_text.py", "--inputs=music.txt", "--tokenizer=char")
     command = re.search(r"Train on it: python (.*)", printed)[1].split()
     tiny = [o for o in SMALL if not o.startswith("--block_size")]
-    printed = run(*command[:1], ROOT / command[1], *command[2:], *tiny)
+    run_it = [*command[:1], ROOT / command[1], *command[2:], *tiny]
+    assert "Once upon" not in run(*run_it)  # the preset's prompt belongs to its own dataset
+    printed = run(*run_it, "--sample_prompt=Once upon a time")
     assert "--sample_prompt='Once upon a time' cannot be used" in printed and "samples begin with 'c d e'" in printed
     assert re.search(r"sample.py --out_dir=\S+ --start='c d e'", printed)
 
