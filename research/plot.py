@@ -127,11 +127,12 @@ def draw_grid(table: list[dict], arm_keys: dict[str, dict], axes_of_grid: dict, 
             axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=8, color="white" if light else "black")
     best = np.nanargmax if "acc" in metric else np.nanargmin
     track = [best(column) if np.isfinite(column).any() else np.nan for column in values.T]
-    axes.plot(range(len(columns)), track, "o-", color="#D55E00", markersize=16, fillstyle="none")
+    axes.plot(range(len(columns)), track, "-", color="#D55E00", alpha=0.5)
+    axes.plot(range(len(columns)), track, "s", color="#D55E00", markersize=32, fillstyle="none", markeredgewidth=1.6)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(lines)), lines)
     axes.grid(False)
-    axes.set(xlabel=first, ylabel=second, title=f"{LOSS_LABELS.get(metric, metric)}\nthe best {second} is circled")
+    axes.set(xlabel=first, ylabel=second, title=f"{LOSS_LABELS.get(metric, metric)}\nthe best {second} is framed")
     return save_figure(fig, path, figure_format.split(","))
 
 

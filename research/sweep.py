@@ -218,6 +218,7 @@ def run_all(planned: list[Run]) -> None:
     print(f"{name}: {total} runs, {ended} already ended")
     running: list[Run] = []
     tried: set[Run] = set()
+    waiting: list[bool] = []  # not empty once that is said
     events: queue.SimpleQueue = queue.SimpleQueue()  # each run that has ended, and None for a worker that has
     bar = tqdm(total=total, initial=ended, disable=None, leave=False, bar_format="{n_fmt}/{total_fmt}  {desc}")
 
@@ -233,7 +234,9 @@ def run_all(planned: list[Run]) -> None:
                 busy.append(run)
             if not busy:
                 return None
-            bar.set_description_str(f"waiting for {len(busy)} runs of other workers")
+            if not waiting:
+                bar.write(f"waiting for runs of other workers: {', '.join(run.title for run in busy)}")
+                waiting.append(True)
             time.sleep(0.2)
 
     def work(device: str) -> None:
@@ -290,6 +293,12 @@ def unintended_differences(rows: list[dict], arm_keys: dict[str, dict]) -> list[
                 differences.append(f"{arm}: {key} {ours[key]}, {reference} {theirs[key]}: other validation windows")
             elif key not in intended and not (key == "parameters" and abs(ours[key] / theirs[key] - 1) <= 0.02):
                 differences.append(f"{arm}: {key} {ours[key]!r}, {reference} {theirs[key]!r}")
+    for key in ("parameters", "tokens"):  # of a grid of sizes, one line
+        different = [line for line in differences if f": {key} " in line]
+        if len(different) > 3:
+            numbers = [config[key] for config in configs.values()]
+            differences = [line for line in differences if line not in different]
+            differences.append(f"{key}: from {min(numbers):,} to {max(numbers):,}")
     return differences
 
 

@@ -270,7 +270,7 @@ def test_only_what_flags_change_in_a_file_or_what_is_derived_is_printed(namespac
     captured = capsys.readouterr()
     assert captured.out == "" and " ".join(captured.err.split()) == f"flags over {path}: out_dir='here' (was 'out')"
     configure(dict(namespace), ["--depth=2", "--max_iters=5"], dial=DIAL)
-    assert capsys.readouterr().err == "from --depth: batch_size=6  learning_rate=1.0\n"
+    assert capsys.readouterr().err == "from --depth: batch_size=6  learning_rate=1\n"
     for argv in ([], [path], ["--out_dir=here"]):
         configure(dict(namespace), argv)
         assert capsys.readouterr().err == ""

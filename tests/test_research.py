@@ -875,3 +875,26 @@ def test_research_imports_only_the_configurator_and_files_of_ours():
     imported = set(re.findall(r"^\s*(?:import|from) ([\w.]+)", source, re.M))
     assert {name for name in imported if name.startswith("common")} == {"common.files"}
     assert not imported & {path.stem for path in ROOT.glob("*.py")} - {"configurator"}
+
+
+# -----------------------------------------------------------------------------
+# peers.py
+
+
+def test_peers_runs_both_programs_on_the_same_work_in_turn(tmp_path):
+    """The peer is a program with nanoGPT's interface: keys, token files, checkpoint and log lines."""
+    peer = tmp_path / "peer"
+    peer.mkdir()
+    (peer / "configurator.py").write_text("")
+    (peer / "train.py").write_text(
+        "import pathlib, sys\n"
+        "assert pathlib.Path('data/tokens/train.bin').stat().st_size == 2_000_000 and '--n_embd=16' in sys.argv\n"
+        "[print(f'iter {n}: loss 1.0, time {10 + n}.00ms, mfu 1%') for n in range(13)]\n"
+    )
+    keys = [f"--nanogpt={peer}", "--rounds=2", "--steps=12", "--flags=--n_layer=1 --n_embd=16", "--output=peers.json"]
+    output = run_research("peers.py", *keys, cwd=tmp_path)
+    rounds = json.loads((tmp_path / "peers.json").read_text())
+    assert [r["nanogpt"]["ms per step"] for r in rounds] == [18.0, 18.0]  # the median after the first third
+    assert all(r["flatgpt"]["ms per step"] > 0 and r["flatgpt"]["peak MiB"] > 100 for r in rounds)
+    assert "round 2: ms per step" in output and "times as fast" in output and "of the memory" in output
+    assert "give the folder of a clone" in run_research("peers.py", "--nanogpt=nothing", cwd=tmp_path, code=2)
