@@ -1,8 +1,9 @@
 # Teaches a pretrained model to chat: SmolLM2's base, or a run of yours by --init_from=out/mine.
 # 30 layers, 9 heads, width 576, vocabulary 49,152: 134,515,008 parameters.
-# Time and loss: not measured. Two epochs of the chat mix; for a smaller machine --lora_rank=16 --learning_rate=3e-4 trains a
-# hundredth of the weights. The conversations have to be in the model's own vocabulary; for a run of yours it is that of the
-# dataset it was trained on: prepare_text.py --source=chat --tokenizer=data/mine.
+# Time and loss: not measured. Two epochs of the chat mix; for a smaller machine --lora_rank=16 --learning_rate=3e-4 trains 3 %
+# of the weights. The conversations have to be in the model's own vocabulary. For a run of yours that is the one of its dataset:
+#     python prepare_text.py --source=chat --dataset=mine_chat --tokenizer=data/mine
+#     python train.py config/finetune_chat.py --init_from=out/mine --dataset=mine_chat --block_size=256 --out_dir=out/mine_chat
 #
 #     python prepare_text.py --source=chat --dataset=chat_smollm2 --tokenizer=HuggingFaceTB/SmolLM2-135M
 #     python train.py config/finetune_chat.py

@@ -1,4 +1,4 @@
-# GPT-2 124M on OpenWebText: nanoGPT's run, on any number of GPUs, which share the 40 micro-batches of a step.
+# GPT-2 124M on OpenWebText: nanoGPT's run, on a number of GPUs that divides the 40 micro-batches of a step.
 # 12 layers, 12 heads, width 768, vocabulary 50,257: 124,337,664 parameters.
 # Time and loss: not measured here. nanoGPT published a validation loss of about 2.85 after 600,000 steps, four days on
 # eight A100 GPUs.

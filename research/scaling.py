@@ -146,6 +146,7 @@ def leave_one_out(N, D, y, refit) -> float | None:
 
 def format_intervals(law: dict, names) -> str:
     found = ((name, law["interval"][name]) for name in names)
+    found = ((name, ends and [0.0 if abs(end) < 1e-6 else end for end in ends]) for name, ends in found)
     return ", ".join("{} {:.4g} to {:.4g}".format(name, *ends) if ends else law["E_note"] for name, ends in found)
 
 

@@ -457,6 +457,20 @@ def test_intervals_with_an_offset_cover_the_truth(n, noise, c):
     assert (inside / 60 >= 0.88).all(), inside / 60
 
 
+def test_intervals_of_isoflop_cover_the_truth():
+    """Five sizes at four budgets, two seeds, as config/sweep/isoflop.py."""
+    rng, inside = np.random.default_rng(0), 0
+    N, C, _ = (
+        a.ravel() for a in np.meshgrid([11.4e3, 24e3, 41e3, 90e3, 156e3], [6e10, 1.2e11, 2.4e11, 4.8e11], [1, 2])
+    )
+    for _ in range(200):
+        losses = law(N, C / 6 / N, 1.34, 33, 105, 0.443, 0.443) * np.exp(0.006 * rng.standard_normal(len(N)))
+        found = laws.fit_isoflop([dict(params=n, flops=c, loss=y) for n, c, y in zip(N, C, losses)])
+        low, high = found["interval"]
+        inside += low <= 0.5 <= high
+    assert 0.90 <= inside / 200 <= 0.98
+
+
 def test_noise_alone_gives_no_law_of_flops():
     rng, found = np.random.default_rng(0), {"noise": 0, "law": 0}
     for _ in range(200):
