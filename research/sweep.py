@@ -14,8 +14,10 @@ Each run has its own folder under output_dir/runs. The study writes results.csv 
 sweep_summary.json (arms, comparisons, unintended differences).
 """
 
+import ast
 import contextlib
 import difflib
+import hashlib
 import itertools
 import json
 import queue
@@ -31,7 +33,7 @@ from pathlib import Path
 from runs import ROOT, catch_signals, check_scipy, print_table, same_conditions, split_args, wait_for, write_csv
 from verdicts import compare_arms, grid_effects
 
-from common.files import atomic_write, code_hash, file_sha256, read_json, try_lock
+from common.files import atomic_write, code_hash, read_json, try_lock
 from configurator import UserError, check_bounds, configure, read_keys, short_errors
 
 from costs import format_time, print_costs
@@ -76,8 +78,8 @@ class Run:
         self.arguments = [*split_args(base, "--base"), *options, f"--seed={seed}", f"--out_dir={self.folder}"]
 
     def configs(self) -> dict[str, str]:
-        """Config file -> sha256 of what it says."""
-        return {a: file_sha256(Path(a)) for a in self.arguments if not a.startswith("-") and Path(a).is_file()}
+        """Config file -> sha256 of what it says, without its comments."""
+        return {a: config_hash(Path(a)) for a in self.arguments if not a.startswith("-") and Path(a).is_file()}
 
     def state(self) -> str:
         """new, started, done or failed. A run is new again when its arguments, or the code of an unfinished run, have changed."""
@@ -151,6 +153,13 @@ class Run:
         row["torch"] = results.get("versions", {}).get("torch")
         row |= {key: config[key] for key in ("n_embd", "n_layer", "n_head")} | self.keys
         return row | {k: v for k, v in results.items() if k not in row and not isinstance(v, dict | list)}
+
+
+def config_hash(path: Path) -> str:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    with contextlib.suppress(SyntaxError, ValueError):  # train.py reports what is wrong
+        text = ast.unparse(ast.parse(text))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def move_to_previous(folder: Path) -> Path | None:

@@ -47,6 +47,8 @@ def fit_arms(values: dict[tuple, float]) -> dict | None:
     arms: their names; means: of each arm, up to a constant; covariance: of the means, in units of sigma^2; sigma: the
     standard deviation of a run; df: its degrees of freedom. None if no arm has a second run.
     """
+    if not values:
+        return None
     arms, seeds = (list(dict.fromkeys(key[n] for key in values)) for n in (0, 1))
     y = np.array([*values.values()])
     by_arm = np.array([[arm == other for other in arms] for arm, _ in values], float)

@@ -138,6 +138,17 @@ def test_a_run_never_continues_another_commands_checkpoint(chars, monkeypatch):
     assert json.loads((folder / "previous-1" / "results.json").read_text()) == before  # nothing is lost
 
 
+def test_a_changed_config_file_trains_its_runs_anew_but_not_a_changed_comment(chars):
+    config = chars / "base.py"
+    config.write_text("# one comment\nweight_decay = 0.1\n")
+    path = write_study(chars, arms={"only": {}}, seeds=[1], base=f"{config} {TINY}")
+    run_research("sweep.py", path, cwd=chars)
+    config.write_text("# another comment\nweight_decay = 0.1\n")
+    assert "1 already ended" in run_research("sweep.py", path, cwd=chars)
+    config.write_text("weight_decay = 0.2\n")
+    assert "its command, config or code has changed" in run_research("sweep.py", path, cwd=chars)
+
+
 def test_a_study_may_be_moved_and_named_by_another_path(chars):
     path = write_study(chars, axes={"dropout": [0.0, 0.1]}, seeds=[1])
     run_research("sweep.py", path, cwd=chars)
@@ -341,6 +352,7 @@ def test_effects_of_a_grid_are_those_of_an_analysis_of_variance():
     assert effects[2]["difference"] == pytest.approx(y[:, 2].mean() - y[:, 0].mean())
     assert verdicts.grid_effects(rows[:-4], "loss", arm_keys) == []  # an arm without a result
     assert verdicts.grid_effects(rows[::4], "loss", arm_keys) == []  # one run of each arm
+    assert verdicts.grid_effects([], "loss", arm_keys) == []
 
 
 def test_verdicts_are_words():
