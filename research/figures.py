@@ -29,9 +29,10 @@ LOSS_LABEL = "validation loss (nats per token)"
 
 
 def short_number(value: float) -> str:
-    """A label for a tick: 200, 20k, 5M, 2e12."""
-    if 1e3 < value < 1e9:
-        return f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value / 1e3:.3g}k"
+    """A label for a tick: 200, 20k, 5M, 3B, 2e12."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if size <= value < 1e12 and value > 1e3:
+            return f"{value / size:.3g}{letter}"
     return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
@@ -40,8 +41,8 @@ def set_log_scale(axis) -> None:
     low, high = axis.get_data_interval()
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     decades = math.log10(high / low) if high > low > 0 else 0
-    subs = (1, 2, 5) if decades < 2 else (1,)
-    axis.set_major_locator(ticker.MaxNLocator(5) if decades < 0.7 else ticker.LogLocator(subs=subs, numticks=12))
+    subs = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if decades < 0.7 else (1, 2, 5) if decades < 2 else (1,)
+    axis.set_major_locator(ticker.MaxNLocator(5) if decades < 0.2 else ticker.LogLocator(subs=subs, numticks=12))
     axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: short_number(value)))
 
@@ -188,13 +189,18 @@ def draw_tokens_per_parameter(budgets: list[dict], label: str):
 
 
 def draw_efficiency(points: list[dict], label: str):
-    """Loss against training FLOPs: a line for each model size, and the Pareto front."""
+    """Loss against training FLOPs: the runs, a line through the means of each model size, and the Pareto front."""
     fig, axes = plt.subplots()
     sizes, ends = np.unique([point["params"] for point in points]), []
     for size, colour in zip(sizes, ordered_colours(len(sizes))):
         runs = sorted((point["flops"], point["loss"]) for point in points if point["params"] == size)
-        axes.plot(*zip(*runs), "o-", color=colour, linewidth=0.8, markersize=4)
-        ends.append((f"{short_number(size)} parameters", *runs[-1], colour))
+        axes.plot(*zip(*runs), "o", color=colour, markersize=4)
+        seeds: dict[str, list] = {}  # runs that differ in their seed, by their FLOPs
+        for run in runs:
+            seeds.setdefault(f"{run[0]:.2g}", []).append(run)
+        means = [np.mean(group, axis=0) for group in seeds.values()]
+        axes.plot(*zip(*means), color=colour, linewidth=0.8)
+        ends.append((f"{short_number(size)} parameters", *means[-1], colour))
     axes.plot(
         *columns(frontier(points), "flops", "loss"), "k:", label="Pareto front: no run with fewer FLOPs is better"
     )

@@ -12,14 +12,23 @@ import re
 from pathlib import Path
 
 from figures import COLOURS, LOSS_LABEL, check_format, label_ends, ordered_colours, plt, set_log_scale
-from runs import check_scipy, make_folder, print_table, read_rows, same_conditions, save_figure, write_csv
+from runs import (
+    check_scipy,
+    make_folder,
+    print_effects,
+    print_table,
+    read_rows,
+    same_conditions,
+    save_figure,
+    write_csv,
+)
 from verdicts import compare_arms
 
 from common.files import parse_json, read_json, read_metrics
 from configurator import UserError, check_choice, configure, short_errors
 
 import numpy as np
-from tables import write_comparison
+from tables import write_comparison, write_effects
 
 results = ""  # folders of runs or studies, or results.jsonl files, separated by commas
 output_dir = ""  # folder for the figures; empty: the first of --results
@@ -28,7 +37,7 @@ metric = "final_val_loss"  # what is compared: a column of results.jsonl
 curve = "val_loss"  # what the curves show: val_loss | train_loss
 mixed = False  # draw a study's runs of different code, torch, device or dtype too
 score = ""  # draw only this score of evaluate.py or train.py against the loss: hellaswag_acc_norm
-figure_format = "png"  # png | pdf | svg, or several separated by commas
+figure_format = "png"  # png | pdf | svg, or several separated by commas; --format is the same
 title = ""  # title of the figures; empty: the name of the study
 
 X_LABELS = {"steps": "step", "tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time (s)"}
@@ -178,13 +187,21 @@ def main() -> None:
     written = []
     if table:
         written += draw_comparison(rows, table, folder / "comparison")
-        grid = read_json(Path(results) / "sweep_summary.json").get("axes") or {}
+        summary = read_json(Path(results) / "sweep_summary.json")
+        grid, effects = summary.get("axes") or {}, summary.get("effects") or []
         if len(grid) == 2 and min(map(len, grid.values())) > 1:
             arm_keys = {row["arm"]: {key: row[key] for key in grid} for row in rows}
             written += draw_grid(table, arm_keys, grid, folder / "grid")
-        write_csv(folder / "summary.csv", table)
+        if effects:
+            written += write_effects(folder, effects)
+        names = ("interval_low", "interval_high")
+        flat = [
+            {k: v for k, v in e.items() if k != "interval"} | dict(zip(names, e.get("interval") or ())) for e in table
+        ]
+        write_csv(folder / "summary.csv", flat)
         written += ["summary.csv", *write_comparison(folder, table, metric)]
         print_table(table, metric)
+        print_effects(effects)
     curves = draw_curves(rows, folder / f"curves_{x}")
     if not written + curves:
         raise UserError(f"--results={results}: no finished run and no {curve} there yet")

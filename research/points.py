@@ -20,9 +20,9 @@ from configurator import UserError, check_choice, read_keys
 
 AXES = ("n_embd", "n_layer", "block_size", "data_fraction", "tokens", "params", "flops")
 COLUMN_NAMES = {  # in lower case, the first that is there is taken
-    "loss": "loss,val_loss,final_val_loss,validation loss,validation_loss,val/loss,eval/loss,eval_loss,test_loss,final_loss,val_bpb",
-    "params": "params,n,num_params,parameters,model size,model_parameters,n_params,model_size,params_total,non_embedding_params",
-    "tokens": "tokens,d,training tokens,num_tokens,tokens_trained,train_tokens,n_tokens,total_tokens,training_tokens",
+    "loss": "loss,l,val_loss,final_val_loss,validation loss,validation_loss,val/loss,eval/loss,eval_loss,test_loss,final_loss,val_bpb",
+    "params": "params,n,num_params,nparams,n_parameters,parameters,model size,model_parameters,n_params,model_size,params_total,non_embedding_params",
+    "tokens": "tokens,d,tokens seen,tokens_seen,ntokens,d_tokens,training tokens,num_tokens,tokens_trained,train_tokens,n_tokens,total_tokens,training_tokens",
     "flops": "flops,c,training flop,training flops,train_flops,total_flops,compute,training_flops,flops_budget",
 }
 # Keys that follow from the size of a model or the length of its training. Runs may differ in them within one fit.
@@ -177,6 +177,10 @@ def read_table(path: Path, columns: str, flops: str) -> list[dict]:
         if not all(math.isfinite(size) and size > 0 for size in sizes) or point["loss"] <= 0:
             raise UserError(f"{path}, line {number}: params, tokens, flops and loss must be above 0, and finite")
         points.append(complete(point, flops))
+    if points and max(p["params"] for p in points) < 1000:
+        print(
+            f"{path}: note: at most {max(p['params'] for p in points):g} parameters: give them and the tokens in ones, not millions"
+        )
     if without:
         print(f"{path}: left out: {without} rows without loss, or without two of params, tokens and flops")
     derived = [f"{key} by 6 params tokens" for key in ("params", "tokens") if key not in chosen]
@@ -233,8 +237,9 @@ def choose_columns(path: Path, theirs: list[str], columns: str) -> dict[str, str
         if ours not in chosen and found:
             chosen[ours] = found[0]
     if theirs and ("loss" not in chosen or len(chosen.keys() & {"params", "tokens", "flops"}) < 2):
-        advice = f"name them with --columns=loss:...,params:...,tokens:...; its columns are {json.dumps(theirs)}"
-        raise UserError(f"{path}: a point needs loss and two of params, tokens, flops; {advice}")
+        known = ", ".join(f"{ours} = {name}" for ours, name in chosen.items()) or "none of them"
+        advice = f"name the others with --columns=loss:...,params:...,tokens:...; its columns are {json.dumps(theirs)}"
+        raise UserError(f"{path}: a point needs loss and two of params, tokens, flops. Recognised: {known}; {advice}")
     return chosen
 
 

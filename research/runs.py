@@ -120,6 +120,13 @@ def print_table(table: list[dict], metric: str) -> None:
         print("no verdicts: every arm has one run; several seeds tell an effect from luck")
 
 
+def print_effects(effects: list[dict]) -> None:
+    """Print what grid_effects() found."""
+    for effect in effects:
+        difference = f"{effect['difference']:+.4f}  " if "difference" in effect else ""
+        print(f"{effect['title']}: {difference}{effect['verdict']}")
+
+
 def split_args(text: str, key: str) -> list[str]:
     """The words of a command line. Raises UserError, naming its key, if a quotation is not closed."""
     try:

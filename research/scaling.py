@@ -42,7 +42,7 @@ check = ""  # later runs or studies: compare their losses with what was predicte
 # Output
 output_dir = ""  # folder for the fits and figures; empty: the first of --results
 pictures = True  # draw the figures
-figure_format = "png"  # png | pdf | svg, or several separated by commas
+figure_format = "png"  # png | pdf | svg, or several separated by commas; --format is the same
 
 # What may change along an axis besides itself: a wider model has more parameters. Everything else must be equal.
 CHANGES_WITH = {
@@ -220,7 +220,8 @@ def main() -> None:
     surface, isoflop = fit_params_and_tokens(points, rng), laws.fit_isoflop(points, budgets)
     counted = {"all": "all parameters", "non_embedding": "parameters without the tables of tokens and positions"}
     measured = {"measured": "as measured", "6ND": "6 per parameter and token"}
-    print(f"{len(points)} runs; N: {counted[count]}; FLOPs: {measured[flops]}")
+    of_runs = f"; N: {counted[count]}; FLOPs: {measured[flops]}" if any("kind" in p for p in points) else ""
+    print(f"{len(points)} runs{of_runs}")
     print(f"{'loss against':<28} {'fit':<36} {'R²':>6}   95 % intervals")
     for axis, law in axes.items():
         print_axis(axis, law)

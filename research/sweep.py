@@ -30,7 +30,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from runs import ROOT, catch_signals, check_scipy, print_table, same_conditions, split_args, wait_for, write_csv
+from runs import (
+    ROOT,
+    catch_signals,
+    check_scipy,
+    print_effects,
+    print_table,
+    same_conditions,
+    split_args,
+    wait_for,
+    write_csv,
+)
 from verdicts import compare_arms, grid_effects
 
 from common.files import atomic_write, code_hash, read_json, try_lock
@@ -63,6 +73,7 @@ interval = 5.0  # seconds between updates of the progress display
 
 STOPPED = (130, 138, 143, -2, -10, -15)  # exit codes after SIGINT, SIGUSR1 and SIGTERM: the run saved a checkpoint
 STEP_LINE = r"\s*[\d,]+/"  # how a line of train.py about a step starts
+SIZES = set("depth n_layer n_embd mlp_hidden block_size max_iters max_epochs max_flops data_fraction".split())
 STUDY_KEYS = {"seed", "out_dir", "device", "resume"}  # set for each run by the study
 
 
@@ -300,14 +311,10 @@ def unintended_differences(rows: list[dict], arm_keys: dict[str, dict]) -> list[
         for key in [key for key in ours if ours[key] != theirs.get(key, ours[key])]:
             if key in ("dataset", "block_size"):
                 differences.append(f"{arm}: {key} {ours[key]}, {reference} {theirs[key]}: other validation windows")
+            elif axes.keys() & SIZES and key in ("parameters", "tokens"):
+                continue  # they are what the study varies
             elif key not in intended and not (key == "parameters" and abs(ours[key] / theirs[key] - 1) <= 0.02):
                 differences.append(f"{arm}: {key} {ours[key]!r}, {reference} {theirs[key]!r}")
-    for key in ("parameters", "tokens"):  # of a grid of sizes, one line
-        different = [line for line in differences if f": {key} " in line]
-        if len(different) > 3:
-            numbers = [config[key] for config in configs.values()]
-            differences = [line for line in differences if line not in different]
-            differences.append(f"{key}: from {min(numbers):,} to {max(numbers):,}")
     return differences
 
 
@@ -315,6 +322,11 @@ def report(planned: list[Run], folder: Path) -> None:
     """Write the study's tables, and print the comparison of its arms."""
     rows = [run.row() for run in planned if run.state() == "done"]
     folder.mkdir(parents=True, exist_ok=True)
+    others = {p.parent.name for p in (folder / "runs").glob("*/results.json")} - {run.folder.name for run in planned}
+    if others:
+        print(f"not of this study, whose arms have changed: {len(others)} runs in {folder}/runs, such as {min(others)}")
+    if not rows:
+        return print("no run has finished, so no table is written")
     write_csv(folder / "results.csv", rows)
     atomic_write(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     arm_keys = {run.arm: run.keys for run in planned}
@@ -329,12 +341,8 @@ def report(planned: list[Run], folder: Path) -> None:
     atomic_write(folder / "sweep_summary.json", json.dumps(summary | {"runs": rows}, indent=1))
     if arms:  # named arms are an ablation: the first arm, then the largest effects first
         table = table[:1] + sorted(table[1:], key=lambda entry: -abs(entry.get("difference", 0)))
-    if table:
-        print_table(table, metric)
-    else:
-        print("no run has finished")
-    for effect in effects:
-        print(effect["verdict"])
+    print_table(table, metric)
+    print_effects(effects)
     for line in differences:
         print(f"also different: {line}")
     if not differences and len(table) > 1:
@@ -365,7 +373,8 @@ def main() -> None:
     if with_tables and len(seeds) > 1 and len(planned) > len(seeds):
         check_scipy("confidence intervals")  # now, not after hours of training
     chosen = [planned[n] for n in runs if n >= 0] if runs else planned
-    run_all(chosen)
+    if chosen:
+        run_all(chosen)
     if with_tables:
         report(planned, folder)
     if any(run.state() == "failed" or (runs and run.state() != "done") for run in chosen):

@@ -1,5 +1,6 @@
 """Tables for papers and pages: the same rows as Markdown (.md) and as LaTeX (.tex, for \\input, with booktabs)."""
 
+import re
 from pathlib import Path
 
 from figures import AXIS_LABELS
@@ -7,7 +8,7 @@ from laws import formula
 
 from common.files import atomic_write
 
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "²": "$^2$"}
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "²": "$^2$", "±": r"$\pm$"}
 LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 
@@ -17,7 +18,8 @@ def write_tables(path: Path, header: list[str], rows: list[list[str]]) -> list[s
     markdown = "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |\n" for row in lines)
     escaped = [[to_latex(cell) for cell in row] for row in (header, *rows)]
     title, *body = (" & ".join(row) + r" \\" + "\n" for row in escaped)
-    latex = f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n\\toprule\n{title}\\midrule\n"
+    latex = "% \\usepackage{booktabs}\n"
+    latex += f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n\\toprule\n{title}\\midrule\n"
     latex += "".join(body) + "\\bottomrule\n\\end{tabular}\n"
     atomic_write(path.with_name(path.name + ".md"), markdown)
     atomic_write(path.with_name(path.name + ".tex"), latex)
@@ -25,7 +27,22 @@ def write_tables(path: Path, header: list[str], rows: list[list[str]]) -> list[s
 
 
 def to_latex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
+    """With powers and signed numbers in math mode."""
+    parts = re.split(r"(\b[a-zA-Z]\^-?[\d.]+|(?<![\w.])[-+][\d.]+)", text)
+    escaped = ["".join(LATEX.get(character, character) for character in part) for part in parts]
+    powers = [re.sub(r"\^(.*)", r"^{\1}", part) for part in parts[1::2]]
+    escaped[1::2] = [f"${power}$" for power in powers]
+    return "".join(escaped)
+
+
+def write_effects(folder: Path, effects: list[dict]) -> list[str]:
+    """What grid_effects() found of a grid: each difference with its interval, and the interactions."""
+    rows = []
+    for effect in effects:
+        difference = f"{effect['difference']:+.4f}" if "difference" in effect else ""
+        interval = "{:+.4f} to {:+.4f}".format(*effect["interval"]) if "interval" in effect else ""
+        rows.append([effect["title"], difference, interval, effect["verdict"].split(",")[0]])
+    return write_tables(folder / "effects", ["effect", "difference", "95 % interval", "verdict"], rows)
 
 
 def write_comparison(folder: Path, table: list[dict], metric: str) -> list[str]:
@@ -56,7 +73,7 @@ def write_laws(folder: Path, fits: dict) -> list[str]:
     surface, isoflop = fits["params_and_tokens"], fits["isoflop"]
     if "refused" not in surface:
         text = "{E:.4g} + {A:.4g} N^-{alpha:.4g} + {B:.4g} D^-{beta:.4g}".format(**surface)
-        add("N and D", surface | {"formula": text}, "E alpha beta")
+        add("N and D", surface | {"formula": text}, "E A B alpha beta")
     if "refused" not in isoflop:
         low, high = isoflop["interval"]
         best = f"{isoflop['factor']:.4g} C^{isoflop['exponent_of_N']:.4g}"

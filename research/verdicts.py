@@ -149,9 +149,11 @@ def verdict(difference: float, half: float, higher_is_better: bool, needed: str 
 def grid_effects(rows: list[dict], metric: str, arm_keys: dict[str, dict]) -> list[dict]:
     """Of a grid: what each value of a key changes on average over the other keys, and whether two keys interact (F test).
 
+    Of two keys, also what the values of one change at each value of the other, with intervals that hold together (Bonferroni).
+
     arm_keys: the keys of each arm. [] without a grid of at least two keys, all of whose arms have results, and a second run.
     """
-    from scipy.stats import f
+    from scipy.stats import f, t
 
     arms = list(arm_keys)
     levels: dict[str, list] = {key: [] for key in arm_keys[arms[0]]}
@@ -175,11 +177,21 @@ def grid_effects(rows: list[dict], metric: str, arm_keys: dict[str, dict]) -> li
         quantile = dunnett_quantile(len(others), fit["df"])
         for value in others:
             difference, error = contrast(fit, share(key, value) - share(key, first))
-            half = quantile * error
-            text = f"{key}={value} against {first}, mean over the other keys: {difference:+.4f}  "
-            text += verdict(difference, half, "acc" in metric)
-            interval = [difference - half, difference + half]
-            effects.append(dict(key=key, value=value, difference=difference, interval=interval, verdict=text))
+            title = f"{key}={value} against {first}, mean over the other keys"
+            effects.append(effect_of(title, difference, quantile * error, metric) | {"key": key, "value": value})
+    for key, other in itertools.permutations(levels, 2) if len(levels) == 2 else ():
+        (first, *values_of_key), places = levels[key], levels[other]
+        quantile = float(t.ppf(1 - 0.025 / (len(values_of_key) * len(places)), fit["df"]))
+        for place, value in itertools.product(places, values_of_key):
+            at = {arm: keys for arm, keys in arm_keys.items() if keys[other] == place}
+            weights = [
+                float(at.get(arm, {}).get(key) == value) - float(at.get(arm, {}).get(key) == first)
+                for arm in fit["arms"]
+            ]
+            difference, error = contrast(fit, np.array(weights))
+            effects.append(
+                effect_of(f"{key}={value} against {first} at {other}={place}", difference, quantile * error, metric)
+            )
     for one, other in itertools.combinations(levels, 2):
         cells = np.array([share(one, a) * share(other, b) * len(arms) for a in levels[one] for b in levels[other]])
         sizes = len(levels[one]), len(levels[other])
@@ -189,5 +201,12 @@ def grid_effects(rows: list[dict], metric: str, arm_keys: dict[str, dict]) -> li
         square = means @ np.linalg.solve(weights @ fit["covariance"] @ weights.T, means) / len(weights)
         p = float(f.sf(square / fit["sigma"] ** 2, len(weights), fit["df"]))
         says = "the effect of one depends on the other" if p < 0.05 else "no interaction seen"
-        effects.append(dict(keys=[one, other], p=p, verdict=f"{one} and {other}: {says} (F test, p = {p:.2g})"))
+        effects.append(
+            dict(title=f"{one} and {other}", keys=[one, other], p=p, verdict=f"{says} (F test, p = {p:.2g})")
+        )
     return effects
+
+
+def effect_of(title: str, difference: float, half: float, metric: str) -> dict:
+    says = verdict(difference, half, "acc" in metric)
+    return dict(title=title, difference=difference, interval=[difference - half, difference + half], verdict=says)

@@ -149,6 +149,19 @@ def test_a_changed_config_file_trains_its_runs_anew_but_not_a_changed_comment(ch
     assert "its command, config or code has changed" in run_research("sweep.py", path, cwd=chars)
 
 
+def test_tables_are_not_emptied_by_a_study_whose_arms_have_changed(chars):
+    path = write_study(chars, axes={"n_embd": [8, 16], "dropout": [0.0, 0.1]}, seeds=[1])
+    run_research("sweep.py", path, "--max_parallel=2", cwd=chars)
+    before = (chars / "out" / "study" / "results.csv").read_bytes()
+    swapped = write_study(chars, axes={"dropout": [0.0, 0.1], "n_embd": [8, 16]}, seeds=[1])
+    output = run_research("sweep.py", swapped, "--runs=[-1]", cwd=chars)
+    assert (
+        "no run has finished, so no table is written" in output
+        and "4 runs in out/study/runs, such as n_embd=16" in output
+    )
+    assert (chars / "out" / "study" / "results.csv").read_bytes() == before
+
+
 def test_a_study_may_be_moved_and_named_by_another_path(chars):
     path = write_study(chars, axes={"dropout": [0.0, 0.1]}, seeds=[1])
     run_research("sweep.py", path, cwd=chars)
@@ -338,6 +351,7 @@ def test_effects_of_a_grid_are_those_of_an_analysis_of_variance():
         for seed in range(4)
     ]
     *effects, interaction = verdicts.grid_effects(rows, "loss", arm_keys)
+    effects, at = effects[:3], effects[3:]
     y = np.array([row["loss"] for row in rows]).reshape(2, 3, 4)
     cell, total = y.mean(2), y.mean()
     within = ((y - cell[:, :, None]) ** 2).sum() / 18
@@ -350,6 +364,10 @@ def test_effects_of_a_grid_are_those_of_an_analysis_of_variance():
     difference, half = y[1].mean() - y[0].mean(), t.ppf(0.975, 18) * np.sqrt(within * 2 / 12)
     assert effects[0]["interval"] == pytest.approx([difference - half, difference + half])
     assert effects[2]["difference"] == pytest.approx(y[:, 2].mean() - y[:, 0].mean())
+    titles = ["a=y against x at b=1", "a=y against x at b=2", "a=y against x at b=3", "b=2 against 1 at a=x"]
+    assert [e["title"] for e in at][:4] == titles and len(at) == 3 + 4
+    half = t.ppf(1 - 0.025 / 3, 18) * np.sqrt(within * 2 / 4)  # Bonferroni
+    assert at[1]["interval"] == pytest.approx([cell[1, 1] - cell[0, 1] - half, cell[1, 1] - cell[0, 1] + half])
     assert verdicts.grid_effects(rows[:-4], "loss", arm_keys) == []  # an arm without a result
     assert verdicts.grid_effects(rows[::4], "loss", arm_keys) == []  # one run of each arm
     assert verdicts.grid_effects([], "loss", arm_keys) == []
@@ -563,7 +581,10 @@ def test_fits_that_the_data_cannot_support_are_refused():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("params,tokens\n1,2\n", "a point needs loss and two of params, tokens, flops; name them with --columns"),
+        (
+            "params,tokens\n1,2\n",
+            "a point needs loss and two of params, tokens, flops. Recognised: params = params, tokens",
+        ),
         ("width,depth,final\n1,2,3\n", '["width", "depth", "final"]'),
         ("params,tokens,loss\n1,many,2\n", "line 2: tokens is 'many', not a number"),
         ("params,tokens,loss\n1,-2,2\n", "must be above 0"),
@@ -745,7 +766,7 @@ def test_a_grid_is_drawn_as_a_heat_map_and_says_its_effects(chars):
     out = chars / "out" / "study"
     assert "grid.svg, grid.pdf" in output and (out / "grid.pdf").read_bytes()[:5] == b"%PDF-"
     assert "<svg" in (out / "grid.svg").read_text() and not list(out.glob("*.png"))
-    assert "choose png, pdf, svg" in run_research("plot.py", "--results=out/study", "--format=gif", cwd=chars, code=2)
+    assert "choose one of png, pdf, svg" in run_research("plot.py", "--results=out/study", "--format=gif", cwd=chars, code=2)
     scores = [dict(path=f"run{n}", loss=3.0 - n / 10, hellaswag_acc=0.25 + n / 100) for n in range(4)]
     (chars / "scores.json").write_text(json.dumps(scores))
     output = run_research("plot.py", "--results=scores.json", "--score=hellaswag_acc", "--output_dir=s", cwd=chars)
@@ -759,8 +780,11 @@ def test_tables_are_markdown_and_latex(tmp_path):
     names = tables.write_tables(tmp_path / "t", ["arm", "loss"], [["n_embd=64 & 50 %", "1.5"], ["a|b", "x^-2"]])
     markdown, latex = ((tmp_path / name).read_text() for name in names)
     assert markdown == "| arm | loss |\n| --- | --- |\n| n_embd=64 & 50 % | 1.5 |\n| a\\|b | x^-2 |\n"
-    assert r"n\_embd=64 \& 50 \% & 1.5 \\" in latex and r"\textasciicircum{}-2" in latex
-    assert latex.startswith("\\begin{tabular}{lr}\n\\toprule\n") and latex.endswith("\\bottomrule\n\\end{tabular}\n")
+    assert r"n\_embd=64 \& 50 \% & 1.5 \\" in latex and "$x^{-2}$" in latex
+    assert tables.to_latex("+0.0156 ± 2 x^-0.5 to -1.5, n-gram") == "$+0.0156$ $\\pm$ 2 $x^{-0.5}$ to $-1.5$, n-gram"
+    assert latex.startswith("% \\usepackage{booktabs}\n\\begin{tabular}{lr}\n\\toprule\n") and latex.endswith(
+        "\\bottomrule\n\\end{tabular}\n"
+    )
 
 
 def test_curves_are_read_by_step_tokens_flops_and_seconds(tmp_path):
