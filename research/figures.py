@@ -171,7 +171,7 @@ def draw_isoflop(budgets: list[dict], label: str):
         axes.plot(N[~used], loss[~used], "o", color=colour, markersize=4, fillstyle="none", alpha=0.6)
         line = np.polyval(budget["coefficients"], np.log(sizes))
         axes.plot(sizes, line, color=colour)
-        ends.append((f"{short_number(budget['flops'])} FLOPs", sizes[-1], line[-1], colour))
+        ends.append((f"{budget['flops']:.2g} FLOPs".replace("e+", "e"), sizes[-1], line[-1], colour))
         axes.plot(budget["best_params"], budget["best_loss"], "*", color=colour, markersize=12)
     finish(axes, label)
     label_ends(axes, ends)

@@ -28,6 +28,7 @@ from common.files import parse_json, read_json, read_metrics
 from configurator import UserError, check_choice, configure, short_errors
 
 import numpy as np
+from matplotlib import ticker
 from tables import write_comparison, write_effects
 
 results = ""  # folders of runs or studies, or results.jsonl files, separated by commas
@@ -112,6 +113,8 @@ def draw_comparison(rows: list[dict], table: list[dict], path: Path) -> list[str
     left.set_yticks(range(len(table)), [entry["arm"] for entry in table])
     left.set_ylim(len(table) - 0.5, -0.5)
     left.set_xlabel(f"{LOSS_LABELS.get(metric, metric)}\na dot is a run, a line the mean")
+    for axes in panels[0]:
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
     if several:
         right.axvline(0, color="#333333", linewidth=0.8)
         right.set_xlabel(f"difference to: {first}\nintervals that all hold together in 95 % of studies")
@@ -136,7 +139,8 @@ def draw_grid(table: list[dict], arm_keys: dict[str, dict], axes_of_grid: dict, 
             axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=8, color="white" if light else "black")
     best = np.nanargmax if "acc" in metric else np.nanargmin
     track = [best(column) if np.isfinite(column).any() else np.nan for column in values.T]
-    axes.plot(range(len(columns)), track, "-", color="#D55E00", alpha=0.5)
+    if all(isinstance(value, int | float) for value in columns):  # sizes, along which the best value moves
+        axes.plot(range(len(columns)), track, "-", color="#D55E00", alpha=0.5)
     axes.plot(range(len(columns)), track, "s", color="#D55E00", markersize=32, fillstyle="none", markeredgewidth=1.6)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(lines)), lines)
