@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_research import TINY
+from studies import TINY
 
 
 @pytest.fixture(scope="module")

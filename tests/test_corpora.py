@@ -251,4 +251,4 @@ def test_only_the_tokenizer_of_a_hub_model_is_downloaded(run, refused, hub, tmp_
     assert same_vocabulary(load_dataset("a", tmp_path / "data").tokenizer, gpt2_tokenizer().to_dict())
     assert not list((tmp_path / "hf").rglob("model.safetensors"))
     message = refused("prepare_text.py", "--inputs=a.txt", "--tokenizer=no/model", "--dataset=b")
-    assert "--tokenizer=no/model: not a folder, and the hub does not have it" in message
+    assert "--tokenizer=no/model cannot be read from the hub" in message
