@@ -268,7 +268,8 @@ class Logger:
         results = {
             "final_val_loss": val_loss, "final_val_perplexity": perplexity(val_loss),
             "final_val_accuracy": result["accuracy"], "best_val_loss": state.best_val_loss, "total_steps": state.step,
-            "model_parameters": run.model.num_params(), "embedding_parameters": c.n_embd * (c.vocab_size + c.block_size * (c.pos == "learned")),
+            "model_parameters": run.model.num_params(),
+            "embedding_parameters": c.n_embd * (c.vocab_size + c.block_size * (c.pos == "learned")),
             "tokens": state.tokens, "tokens_per_sec": speed,
             "mfu": speed * self.flops_per_token / run.world_size / self.peak if self.peak and speed else None,
             "train_flops": state.tokens * self.flops_per_token,

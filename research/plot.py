@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from figures import COLOURS, LOSS_LABEL, check_format, label_ends, ordered_colours, plt, set_log_scale
+from points import is_number, table_rows
 from runs import (
     check_scipy,
     make_folder,
@@ -22,14 +23,14 @@ from runs import (
     save_figure,
     write_csv,
 )
+from tables import write_comparison, write_effects
 from verdicts import compare_arms
 
-from common.files import parse_json, read_json, read_metrics
+from common.files import read_json, read_metrics
 from configurator import UserError, check_choice, configure, short_errors
 
 import numpy as np
 from matplotlib import ticker
-from tables import write_comparison, write_effects
 
 results = ""  # folders of runs or studies, or results.jsonl files, separated by commas
 output_dir = ""  # folder for the figures; empty: the first of --results
@@ -155,15 +156,13 @@ def draw_score(path: Path) -> list[str]:
 
     points = []
     for source in filter(None, results.split(",")):
-        if source.endswith(".json"):
-            found = [row for row in parse_json(Path(source).read_text(encoding="utf-8")) if isinstance(row, dict)]
-            points += [(row.get("loss"), row.get(score), row["path"]) for row in found]
-        else:
-            points += [(row.get("final_val_loss"), row.get(score), row["path"]) for row in read_rows(source)]
-    points = [point for point in points if point[0] is not None and point[1] is not None]
+        is_file = source.endswith((".json", ".csv"))  # of evaluate.py
+        loss = "loss" if is_file else "final_val_loss"
+        rows = table_rows(Path(source)) if is_file else read_rows(source)
+        points += [(row[loss], row[score]) for row in rows if is_number(row.get(loss)) and is_number(row.get(score))]
     if len(points) < 3:
         raise UserError(f"--score={score}: {len(points)} models with a loss and this score; a figure needs 3")
-    losses, scores, _ = zip(*points)
+    losses, scores = np.array(points, float).T
     fig, axes = plt.subplots()
     axes.plot(losses, scores, "o")
     found = spearmanr(losses, scores)

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import laws
 from figures import AXIS_LABELS, check_format, draw_all
+from points import read_points
 from runs import check_scipy, make_folder, write_csv
+from tables import write_laws
 
 from common.files import atomic_write, read_json
 from configurator import UserError, check_bounds, configure, short_errors
 
 import numpy as np
-from points import read_points
-from tables import write_laws
 
 # Data
 results = ""  # folders of studies or runs, or tables (.csv, .tsv, .json, .jsonl), separated by commas

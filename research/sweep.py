@@ -30,6 +30,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from costs import format_time, print_costs
 from runs import (
     ROOT,
     catch_signals,
@@ -46,7 +47,6 @@ from verdicts import compare_arms, grid_effects
 from common.files import atomic_write, code_hash, read_json, try_lock
 from configurator import UserError, check_bounds, configure, read_keys, short_errors
 
-from costs import format_time, print_costs
 from tqdm import tqdm
 
 # Study

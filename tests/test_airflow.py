@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from studies import TINY
+
 import pytest
 from conftest import ROOT
-from studies import TINY
 
 
 @pytest.fixture(scope="module")

@@ -13,21 +13,21 @@ from pathlib import Path
 
 import laws
 import pipeline
+import plot
+import points as points_module
 import runs
+import scaling
+import sweep
+import tables
 import verdicts
+from studies import TINY, read_jsonl, run_research, write_study
 
 from common.shards import load_dataset
 from configurator import UserError, read_keys, run_file
 
 import numpy as np
-import plot
-import points as points_module
 import pytest
-import scaling
-import sweep
-import tables
 from conftest import ROOT
-from studies import TINY, read_jsonl, run_research, write_study
 
 
 def study(losses) -> list[dict]:
