@@ -38,6 +38,7 @@ INSTEAD = {  # replaces what this machine lacks
     "--source=shakespeare": "--inputs=tinyshakespeare.txt --dataset=shakespeare",
     "--nproc_per_node=8": "--nproc_per_node=2",
     "-d cuda": "-d cpu",
+    "--dataset=chat_mix --tokenizer=bpe": "--dataset=chat_mix --tokenizer=bpe --vocab_size=300",
     "--tasks=arc_easy,lambada_openai": "--tasks=choices --tasks_dir=tasks",
 }
 
