@@ -44,7 +44,7 @@ from runs import (
 )
 from verdicts import compare_arms, grid_effects
 
-from common.files import atomic_write, code_hash, read_json, try_lock
+from common.files import atomic_write, code_hash, file_sha256, read_json, try_lock
 from configurator import UserError, check_bounds, configure, read_keys, short_errors
 
 from tqdm import tqdm
@@ -88,9 +88,9 @@ class Run:
         options = [f"--{key}={value}" for key, value in keys.items()]
         self.arguments = [*split_args(base, "--base"), *options, f"--seed={seed}", f"--out_dir={self.folder}"]
 
-    def configs(self) -> dict[str, str]:
-        """Config file -> sha256 of what it says, without its comments."""
-        return {a: config_hash(Path(a)) for a in self.arguments if not a.startswith("-") and Path(a).is_file()}
+    def configs(self, hash_of) -> dict[str, str]:
+        """Config file -> hash of what it says."""
+        return {a: hash_of(Path(a)) for a in self.arguments if not a.startswith("-") and Path(a).is_file()}
 
     def state(self) -> str:
         """new, started, done or failed. A run is new again when its arguments, or the code of an unfinished run, have changed."""
@@ -99,7 +99,8 @@ class Run:
         theirs, ours = (
             [a for a in c if not a.startswith("--out_dir=")] for c in (record.get("command", []), self.arguments)
         )
-        if theirs != ours or record.get("configs", self.configs()) != self.configs():
+        hashes = [self.configs(hash_of) for hash_of in (config_hash, file_sha256)]  # the latter of older studies
+        if theirs != ours or record.get("configs", hashes[0]) not in hashes:
             return "new"
         results = self.folder / "results.json"
         if record and results.exists():
@@ -132,7 +133,8 @@ class Run:
                 if archive := move_to_previous(self.folder):
                     print(f"{self.title}: its command, config or code has changed; what it had is in {archive}")
                 log.truncate(0)
-            record = {"command": self.arguments, "started": time.time(), "code": code_hash(), "configs": self.configs()}
+            record = {"command": self.arguments, "started": time.time(), "code": code_hash()}
+            record["configs"] = self.configs(config_hash)
             atomic_write(self.folder / "run.json", json.dumps(record))
             command = [sys.executable, str(ROOT / "train.py"), *self.arguments]
             command += ["--resume"] * (state != "new") + [f"--device={device}"] * bool(device)
@@ -167,6 +169,7 @@ class Run:
 
 
 def config_hash(path: Path) -> str:
+    """Of a config file without its comments."""
     text = path.read_text(encoding="utf-8", errors="replace")
     with contextlib.suppress(SyntaxError, ValueError):  # train.py reports what is wrong
         text = ast.unparse(ast.parse(text))
@@ -346,7 +349,8 @@ def report(planned: list[Run], folder: Path) -> None:
     for line in differences:
         print(f"also different: {line}")
     if not differences and len(table) > 1:
-        print("the arms differ only in their own keys; parameters (within 2 %) and tokens are equal")
+        equal = "" if axes.keys() & SIZES else "; parameters (within 2 %) and tokens are equal"
+        print(f"the arms differ only in their own keys{equal}")
     for title in failed:
         print(f"failed: {title} (--retry runs it again)")
     files = "results.csv, results.jsonl, sweep_summary.json"

@@ -41,7 +41,8 @@ def write_effects(folder: Path, effects: list[dict]) -> list[str]:
     for effect in effects:
         difference = f"{effect['difference']:+.4f}" if "difference" in effect else ""
         interval = "{:+.4f} to {:+.4f}".format(*effect["interval"]) if "interval" in effect else ""
-        rows.append([effect["title"], difference, interval, effect["verdict"].split(",")[0]])
+        words = effect["verdict"].split(",")[0] if difference else effect["verdict"]
+        rows.append([effect["title"], difference, interval, words])
     return write_tables(folder / "effects", ["effect", "difference", "95 % interval", "verdict"], rows)
 
 

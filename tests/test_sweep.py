@@ -13,6 +13,7 @@ from pathlib import Path
 import sweep
 from studies import STUDIES, TINY, read_jsonl, run_research, write_study
 
+from common.files import file_sha256
 from configurator import read_keys, run_file
 
 import pytest
@@ -104,6 +105,12 @@ def test_a_changed_config_file_trains_its_runs_anew_but_not_a_changed_comment(ch
     path = write_study(chars, arms={"only": {}}, seeds=[1], base=f"{config} {TINY}")
     run_research("sweep.py", path, cwd=chars)
     config.write_text("# another comment\nweight_decay = 0.1\n")
+    assert "1 already ended" in run_research("sweep.py", path, cwd=chars)
+    record = (
+        chars / "out" / "study" / "runs" / "only-seed1" / "run.json"
+    )  # older studies have the hash of the whole file
+    older = json.loads(record.read_text()) | {"configs": {str(config): file_sha256(config)}}
+    record.write_text(json.dumps(older))
     assert "1 already ended" in run_research("sweep.py", path, cwd=chars)
     config.write_text("weight_decay = 0.2\n")
     assert "its command, config or code has changed" in run_research("sweep.py", path, cwd=chars)
