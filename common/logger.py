@@ -507,8 +507,10 @@ def import_summary_writer():
 
 
 def git_commit() -> str | None:
+    """The commit of this repository, with -dirty behind it if files differ from it; None without git or a repository."""
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        command = ["git", "-C", str(Path(__file__).parent), *describe]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return None

@@ -144,6 +144,7 @@ def test_runs_of_other_code_are_named_and_left_out_unless_asked_and_repeated_by_
     runs_folder = chars / "out" / "study" / "runs"
     results = json.loads((runs_folder / "b-seed2" / "results.json").read_text())
     assert re.fullmatch("[0-9a-f]{12}", results["code"])
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", results["git_commit"])
     (runs_folder / "b-seed2" / "results.json").write_text(json.dumps(results | {"code": "0123456789ab"}))
     output = run_research("sweep.py", path, cwd=chars)
     assert f"left out, with code 0123456789ab and not {results['code']}: b seed 2" in output and " 1  " in output
