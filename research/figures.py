@@ -1,6 +1,7 @@
 """Figures: the style of all of them, and those of scaling.py."""
 
 import math
+import re
 from pathlib import Path
 
 from laws import columns, formula, frontier, power_law, surface
@@ -78,8 +79,8 @@ def draw_all(points: list[dict], fits: dict, folder: Path, formats: list[str]) -
     """Draw every law that was fitted. Returns the names of the files."""
     fitted = {axis: law for axis, law in fits["axes"].items() if "refused" not in law}
     labels = dict(AXIS_LABELS)
-    labels["params"] += ", without the tables of tokens and positions" * (fits["count"] == "non_embedding")
-    labels["flops"] += " (6 per parameter and token)" * (fits["flops"] == "6ND")
+    for key, unit in zip(("params", "flops"), re.findall(r": ([^;]*)", fits["units"])):
+        labels[key] += f" ({unit})"
     drawings: dict[str, tuple] = {f"scaling_{axis}": (draw_axis, law, labels[axis]) for axis, law in fitted.items()}
     if "refused" not in fits["params_and_tokens"]:
         theta = fits["params_and_tokens"]["theta"]
@@ -181,8 +182,8 @@ def draw_isoflop(budgets: list[dict], label: str):
 def draw_tokens_per_parameter(budgets: list[dict], label: str):
     """Tokens per parameter of the best model of each budget."""
     fig, axes = plt.subplots()
-    flops, params = columns(budgets, "flops", "best_params")
-    axes.plot(flops, flops / (6 * params**2), "o-", linewidth=0.8)
+    flops, params, tokens = columns(budgets, "flops", "best_params", "best_tokens")
+    axes.plot(flops, tokens / params, "o-", linewidth=0.8)
     finish(axes, label)
     axes.set(ylabel="tokens per parameter of the best model")
     return fig
@@ -201,9 +202,8 @@ def draw_efficiency(points: list[dict], label: str):
         means = [np.mean(group, axis=0) for group in seeds.values()]
         axes.plot(*zip(*means), color=colour, linewidth=0.8)
         ends.append((f"{short_number(size)} parameters", *means[-1], colour))
-    axes.plot(
-        *columns(frontier(points), "flops", "loss"), "k:", label="Pareto front: no run with fewer FLOPs is better"
-    )
+    front = columns(frontier(points), "flops", "loss")
+    axes.plot(*front, "k:", label="Pareto front: no run with fewer FLOPs is better")
     finish(axes, label)
     if len(ends) <= 16:  # more labels do not fit
         label_ends(axes, ends)

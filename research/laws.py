@@ -275,7 +275,7 @@ def fit_parabola(log_n: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def fit_isoflop(points: list[dict], budgets: list[float] = ()) -> dict:
     """The best N of each budget, by a parabola of loss in log N, and the power of C by which it grows, or why not.
 
-    A budget needs four sizes around the best; a trend needs three budgets, and its exponent has a 95 % interval (t).
+    points: params, tokens, flops and loss. budgets: FLOPs; empty: those of find_budgets(). A budget needs four sizes around the best; a trend needs three budgets, and its exponent has a 95 % interval (t).
     """
     fitted, left_out = [], []
     given = bool(budgets)
@@ -284,7 +284,7 @@ def fit_isoflop(points: list[dict], budgets: list[float] = ()) -> dict:
     if not given:
         budgets = [float(np.exp(np.log(columns(group, "flops")[0]).mean())) for group in groups]
     for flops, group in zip(budgets, groups):
-        N, y = columns(group, "params", "loss")
+        N, D, y = columns(group, "params", "tokens", "loss")
         log_n, sizes = np.log(N), len(np.unique(N))
         if sizes < 4:
             left_out += [f"{flops:.3g} FLOPs: {sizes} sizes, a parabola needs 4"] * (sizes > 1 or given)
@@ -296,7 +296,9 @@ def fit_isoflop(points: list[dict], budgets: list[float] = ()) -> dict:
             missing = "larger" if c1 + 2 * c2 * log_n.max() < 0 else "smaller"
             left_out.append(f"{flops:.3g} FLOPs: no minimum among its sizes, add {missing} ones")
             continue
-        entry = dict(flops=flops, coefficients=[c2, c1, c0], best_params=math.exp(best))
+        order = np.argsort(log_n)
+        tokens = math.exp(np.interp(best, log_n[order], np.log(D)[order]))  # those of the sizes beside it
+        entry = dict(flops=flops, coefficients=[c2, c1, c0], best_params=math.exp(best), best_tokens=tokens)
         entry |= dict(best_loss=c0 - c1**2 / (4 * c2), params=N.tolist(), loss=y.tolist(), used=used.tolist())
         fitted.append(entry)
     if between := len(points) - sum(map(len, groups)):

@@ -46,23 +46,20 @@ COMMON = (
 
 
 def make_folder(folder: Path, vocab_size: int) -> None:
-    """A working folder for both programs: data/tokens with random tokens, and what nanoGPT reads from where it runs."""
+    """A working folder for both programs: data/tokens with random tokens (uint16), and what nanoGPT reads from where it runs."""
     data, rng = folder / "data" / "tokens", np.random.default_rng(0)
     data.mkdir(parents=True)
     for split, size in (("train", 1_000_000), ("val", 100_000)):
         rng.integers(vocab_size, size=size, dtype=np.uint16).tofile(data / f"{split}.bin")
     characters = [chr(0x4E00 + n) for n in range(vocab_size)]
-    meta = {
-        "vocab_size": vocab_size,
-        "itos": dict(enumerate(characters)),
-        "stoi": {c: n for n, c in enumerate(characters)},
-    }
+    itos = dict(enumerate(characters))
+    meta = {"vocab_size": vocab_size, "itos": itos, "stoi": {character: n for n, character in itos.items()}}
     (data / "meta.pkl").write_bytes(pickle.dumps(meta))
     (folder / "configurator.py").symlink_to(Path(nanogpt).resolve() / "configurator.py")
 
 
 def call(root: Path, script: str, arguments: list[str], folder: Path) -> tuple[str, float, float]:
-    """Run a program's script in the folder. Returns what it prints, its seconds and its peak memory (MiB)."""
+    """Run a program's script in the folder. Returns what it prints, its seconds and its peak memory (MiB). UserError if it fails."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         command = [sys.executable, str(root / script), *arguments]
@@ -123,9 +120,8 @@ def main() -> None:
         for n in range(rounds):
             pair = measure(ROOT, folder, arguments), measure(peer, folder, arguments)
             found.append(pair)
-            print(
-                f"round {n + 1}: " + "; ".join(f"{key} {pair[0][key]:,.1f} and {pair[1][key]:,.1f}" for key in pair[0])
-            )
+            values = [f"{key} {pair[0][key]:,.1f} and {pair[1][key]:,.1f}" for key in pair[0]]
+            print(f"round {n + 1}, flatgpt and nanoGPT: {'; '.join(values)}")
     for key in found[0][0]:
         ours, theirs = ([pair[side][key] for pair in found] for side in (0, 1))
         ratios = sorted(a / b if key == "tokens/s" else b / a for a, b in zip(ours, theirs))

@@ -70,20 +70,17 @@ def read_curve(row: dict, loss_key: str, x_key: str) -> list[tuple[float, float]
 def draw_curves(rows: list[dict], path: Path) -> list[str]:
     """A line for each arm: the mean over its seeds, the range shaded. Returns the files: none if there is nothing to draw."""
     fig, axes = plt.subplots()
-    axes.set_prop_cycle(plt.cycler(linestyle=("-", "--", "-.", ":")) * plt.cycler(color=COLOURS))
-    ends = []
-    names = list(dict.fromkeys(row["arm"] for row in rows))
-    if len(names) > len(COLOURS):
-        axes.set_prop_cycle(plt.cycler(color=ordered_colours(len(names))))
-    for arm in names:
+    names, ends = list(dict.fromkeys(row["arm"] for row in rows)), []
+    colours = COLOURS if len(names) <= len(COLOURS) else ordered_colours(len(names))
+    for arm, colour in zip(names, colours):
         curves = [read_curve(row, curve, x) for row in rows if row["arm"] == arm]
         if curves := [points for points in curves if points]:
             common = min(map(len, curves))
             points = np.array([points[:common] for points in curves])  # (runs, common, 2)
             (xs, means), losses = points.mean(0).T, points[..., 1]  # x is averaged too, because seconds differ
-            (line,) = axes.plot(xs, means, linewidth=1.6, marker="o" if common < 3 else None)
-            axes.fill_between(xs, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-            ends.append((arm, xs[-1], means[-1], line.get_color()))
+            axes.plot(xs, means, color=colour, linewidth=1.6, marker="o" if common < 3 else None)
+            axes.fill_between(xs, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
+            ends.append((arm, xs[-1], means[-1], colour))
     if not axes.lines:
         return []
     axes.set(xlabel=X_LABELS[x], ylabel=LOSS_LABELS.get(curve, curve), title=title or path.parent.name)
@@ -150,8 +147,8 @@ def draw_grid(table: list[dict], arm_keys: dict[str, dict], axes_of_grid: dict, 
     return save_figure(fig, path, figure_format.split(","))
 
 
-def draw_score(path: Path) -> list[str]:
-    """A score against the loss, a point for each model, and their rank correlation."""
+def draw_score() -> None:
+    """A figure of the score against the loss, a point for each model, and their rank correlation. UserError below 3 models."""
     from scipy.stats import spearmanr
 
     points = []
@@ -168,8 +165,9 @@ def draw_score(path: Path) -> list[str]:
     found = spearmanr(losses, scores)
     text = f"rank correlation {found.statistic:.2f} (p = {found.pvalue:.2g}), {len(points)} models"
     axes.set(xlabel=LOSS_LABEL, ylabel=score, title=title or text)
-    print(text)
-    return save_figure(fig, path, figure_format.split(","))
+    folder = make_folder(output_dir, results)
+    files = save_figure(fig, folder / f"{score}_against_loss", figure_format.split(","))
+    print(f"{text}\n{folder}/ has {', '.join(files)}")
 
 
 def main() -> None:
@@ -177,8 +175,7 @@ def main() -> None:
     check_scipy("figures")
     check_format(figure_format)
     if score:
-        folder = make_folder(output_dir, results)
-        return print(f"{folder}/ has {', '.join(draw_score(folder / f'{score}_against_loss'))}")
+        return draw_score()
     rows = read_rows(results)
     if not mixed and all(Path(source, "results.jsonl").is_file() for source in filter(None, results.split(","))):
         rows = same_conditions(rows, "--mixed=True draws them too")
@@ -197,11 +194,9 @@ def main() -> None:
             written += draw_grid(table, arm_keys, grid, folder / "grid")
         if effects:
             written += write_effects(folder, effects)
-        names = ("interval_low", "interval_high")
-        flat = [
-            {k: v for k, v in e.items() if k != "interval"} | dict(zip(names, e.get("interval") or ())) for e in table
-        ]
-        write_csv(folder / "summary.csv", flat)
+        ends = ("interval_low", "interval_high")
+        rows_of_csv = [entry | dict(zip(ends, entry.get("interval") or ())) for entry in table]
+        write_csv(folder / "summary.csv", [{k: v for k, v in row.items() if k != "interval"} for row in rows_of_csv])
         written += ["summary.csv", *write_comparison(folder, table, metric)]
         print_table(table, metric)
         print_effects(effects)

@@ -59,6 +59,19 @@ def read_points(sources: str, columns: str, count: str, flops: str, nuisance: li
     return best_of_nuisance(select_kind(finite))
 
 
+def describe_units(points: list[dict], count: str, flops: str) -> str:
+    """What N counts and what FLOPs are, in words. Of a table, N is what its authors counted."""
+    tables = "the tables of tokens and positions"
+    counted = {"all": f"with {tables}", "non_embedding": f"without {tables}"}
+    measured = {"measured": "as measured", "6ND": "6 per parameter and token"}
+    if not any("kind" in point for point in points):
+        counted, measured = (
+            dict.fromkeys(COUNTS, "as in the table"),
+            measured | {"measured": "as in the table, or 6 N D"},
+        )
+    return f"N: {counted[count]}; FLOPs: {measured[flops]}"
+
+
 # -----------------------------------------------------------------------------
 # Runs
 
@@ -177,10 +190,9 @@ def read_table(path: Path, columns: str, flops: str) -> list[dict]:
         if not all(math.isfinite(size) and size > 0 for size in sizes) or point["loss"] <= 0:
             raise UserError(f"{path}, line {number}: params, tokens, flops and loss must be above 0, and finite")
         points.append(complete(point, flops))
-    if points and max(p["params"] for p in points) < 1000:
-        print(
-            f"{path}: note: at most {max(p['params'] for p in points):g} parameters: give them and the tokens in ones, not millions"
-        )
+    largest = max((point["params"] for point in points), default=math.inf)
+    if largest < 1000:
+        print(f"{path}: note: at most {largest:g} parameters; are they in millions? Give parameters and tokens in ones")
     if without:
         print(f"{path}: left out: {without} rows without loss, or without two of params, tokens and flops")
     derived = [f"{key} by 6 params tokens" for key in ("params", "tokens") if key not in chosen]

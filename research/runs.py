@@ -60,10 +60,15 @@ def same_conditions(rows: list[dict], hint: str, intended: set[str] = frozenset(
     return groups[kept] if groups else []
 
 
-def make_folder(output_dir: str, sources: str) -> Path:
+def folder_of(output_dir: str, sources: str) -> Path:
     """output_dir or, if it is empty, the folder of the first source."""
     first = Path(sources.split(",")[0])
-    folder = Path(output_dir or (first.parent if first.is_file() else first))
+    return Path(output_dir or (first.parent if first.is_file() else first))
+
+
+def make_folder(output_dir: str, sources: str) -> Path:
+    """folder_of(), made if it is missing. Call it once the sources are read: a mistyped one would become a folder."""
+    folder = folder_of(output_dir, sources)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import laws
 from figures import AXIS_LABELS, check_format, draw_all
-from points import read_points
-from runs import check_scipy, make_folder, write_csv
+from points import describe_units, read_points
+from runs import check_scipy, folder_of, make_folder, write_csv
 from tables import write_laws
 
 from common.files import atomic_write, read_json
@@ -187,17 +187,14 @@ def print_params_and_tokens(law: dict) -> None:
 
 def print_isoflop(law: dict) -> None:
     for best in law["budgets"]:
-        model = "the best model has {best_params:,.0f} parameters".format(**best)
-        ratio = best["flops"] / (6 * best["best_params"] ** 2)
-        model += f", {ratio:.3g} tokens per parameter, loss {best['best_loss']:.4f}"
-        print(f"IsoFLOP {best['flops']:.3g}: {model}")
+        ratio = best["best_tokens"] / best["best_params"]
+        model = f"{best['best_params']:,.0f} parameters, {ratio:.3g} tokens per parameter, loss {best['best_loss']:.4f}"
+        print(f"IsoFLOP {best['flops']:.3g}: the best model has {model}")
     if "refused" in law:
         print(f"IsoFLOP: none, {law['refused']}")
         return
-    interval = "95 % {:.3g} to {:.3g}".format(*law["interval"])
-    print(
-        f"IsoFLOP: best N = {law['factor']:.3g} C^{law['exponent_of_N']:.3g}, {interval}, {len(law['budgets'])} budgets"
-    )
+    trend = "best N = {factor:.3g} C^{exponent_of_N:.3g}".format(**law)
+    print(f"IsoFLOP: {trend}, 95 % {law['interval'][0]:.3g} to {law['interval'][1]:.3g}, {len(law['budgets'])} budgets")
     for reason in law["left_out"]:
         print(f"IsoFLOP: left out: {reason}")
 
@@ -210,24 +207,22 @@ def main() -> None:
     if not all(isinstance(b, int | float) and b > 0 for b in budgets):
         raise UserError(f"--budgets={budgets}: a list of FLOPs above 0")
     check_format(figure_format)
-    folder = make_folder(output_dir, results)
     if check:
-        return check_prediction(folder)
+        return check_prediction(folder_of(output_dir, results))
     points = read_points(results, columns, count, flops, nuisance, mixed)
+    folder = make_folder(output_dir, results)
     rng = np.random.default_rng(seed)
     varied = [axis for axis in AXIS_LABELS if len({p[axis] for p in points if axis in p}) > 1]
     axes = {axis: fit_axis(points, axis, rng) for axis in varied}
     surface, isoflop = fit_params_and_tokens(points, rng), laws.fit_isoflop(points, budgets)
-    counted = {"all": "all parameters", "non_embedding": "parameters without the tables of tokens and positions"}
-    measured = {"measured": "as measured", "6ND": "6 per parameter and token"}
-    of_runs = f"; N: {counted[count]}; FLOPs: {measured[flops]}" if any("kind" in p for p in points) else ""
-    print(f"{len(points)} runs{of_runs}")
+    units = describe_units(points, count, flops)
+    print(f"{len(points)} runs; {units}")
     print(f"{'loss against':<28} {'fit':<36} {'R²':>6}   95 % intervals")
     for axis, law in axes.items():
         print_axis(axis, law)
     print_params_and_tokens(surface)
     print_isoflop(isoflop)
-    fits = {"points": len(points), "count": count, "flops": flops}
+    fits = {"points": len(points), "count": count, "flops": flops, "units": units}
     fits |= {"axes": axes, "params_and_tokens": surface, "isoflop": isoflop}
     atomic_write(folder / "scaling_laws.json", json.dumps(fits, indent=1))
     write_csv(folder / "scaling_data.csv", with_residuals(points, fits))
@@ -240,7 +235,7 @@ def check_prediction(folder: Path) -> None:
     """Print for each later run its loss, and what the law that was fitted before predicts, with a 95 % interval."""
     fits = read_json(folder / "scaling_laws.json")
     law = fits.get("params_and_tokens", {})
-    if "theta" not in law:
+    if not law.get("samples"):
         raise UserError(f"--check={check}: {folder}/scaling_laws.json has no law of N and D; run without --check first")
     rng = np.random.default_rng(seed)
     for point in read_points(check, columns, fits["count"], fits["flops"], nuisance, mixed):

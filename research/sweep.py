@@ -240,27 +240,26 @@ def run_all(planned: list[Run]) -> None:
     ended = ended_before = total - len(remaining)
     print(f"{name}: {total} runs, {ended} already ended")
     running: list[Run] = []
-    tried: set[Run] = set()
-    waiting: list[bool] = []  # not empty once that is said
+    over: set[Run] = set()  # those that this call has tried, and those that others have ended
+    said: set[Run] = set()  # those of others, once it is printed that this call waits for them
     events: queue.SimpleQueue = queue.SimpleQueue()  # each run that has ended, and None for a worker that has
     bar = tqdm(total=total, initial=ended, disable=None, leave=False, bar_format="{n_fmt}/{total_fmt}  {desc}")
 
     def next_run():
         """A run that nobody has, with its lock. None once all have ended; until then it waits for those of others."""
         while not signals:
-            busy = []
-            for run in [run for run in remaining if run not in tried and run not in running]:
+            for run in [run for run in remaining if run not in over and run not in running]:
                 if run.state() == "done" or (run.state() == "failed" and not retry):
-                    continue  # another worker has done it
+                    over.add(run)  # another worker has ended it
                 elif lock := run.lock():
                     return run, lock
-                busy.append(run)
+            busy = [run for run in remaining if run not in over and run not in running]
             if not busy:
                 return None
-            if not waiting:
-                bar.write(f"waiting for runs of other workers: {', '.join(run.title for run in busy)}")
-                waiting.append(True)
-            time.sleep(0.2)
+            for run in [run for run in busy if run not in said]:
+                bar.write(f"waiting for another worker's run: {run.title}")
+                said.add(run)
+            time.sleep(0.5)
 
     def work(device: str) -> None:
         try:
@@ -271,8 +270,8 @@ def run_all(planned: list[Run]) -> None:
                     run.train(device, signals)
                 lock.release()
                 running.remove(run)
-                if not run.is_training():
-                    tried.add(run)
+                if not run.is_training():  # otherwise it waits for that training
+                    over.add(run)
                     events.put(run)
         finally:
             events.put(None)

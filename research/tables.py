@@ -12,13 +12,14 @@ LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textascii
 LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 
-def write_tables(path: Path, header: list[str], rows: list[list[str]]) -> list[str]:
-    """Write path.md and path.tex. Returns the names of the files."""
+def write_tables(path: Path, header: list[str], rows: list[list[str]], note: str = "") -> list[str]:
+    """Write path.md and path.tex, with a note below. Returns the names of the files."""
     lines = [header, ["---"] * len(header), *rows]
     markdown = "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |\n" for row in lines)
+    markdown += f"\n{note}\n" if note else ""
     escaped = [[to_latex(cell) for cell in row] for row in (header, *rows)]
     title, *body = (" & ".join(row) + r" \\" + "\n" for row in escaped)
-    latex = "% \\usepackage{booktabs}\n"
+    latex = "% \\usepackage{booktabs}\n" + (f"% {note}\n" if note else "")
     latex += f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n\\toprule\n{title}\\midrule\n"
     latex += "".join(body) + "\\bottomrule\n\\end{tabular}\n"
     atomic_write(path.with_name(path.name + ".md"), markdown)
@@ -35,14 +36,17 @@ def to_latex(text: str) -> str:
     return "".join(escaped)
 
 
+def difference_cells(entry: dict) -> list[str]:
+    """Difference, interval and verdict of an entry of compare_arms() or grid_effects(), those that it has."""
+    difference = f"{entry['difference']:+.4f}" if "difference" in entry else ""
+    interval = "{:+.4f} to {:+.4f}".format(*entry["interval"]) if entry.get("interval") else ""
+    words = entry.get("verdict", "")
+    return [difference, interval, words.split(", 95 %")[0]]  # the interval has its own cell
+
+
 def write_effects(folder: Path, effects: list[dict]) -> list[str]:
     """What grid_effects() found of a grid: each difference with its interval, and the interactions."""
-    rows = []
-    for effect in effects:
-        difference = f"{effect['difference']:+.4f}" if "difference" in effect else ""
-        interval = "{:+.4f} to {:+.4f}".format(*effect["interval"]) if "interval" in effect else ""
-        words = effect["verdict"].split(",")[0] if difference else effect["verdict"]
-        rows.append([effect["title"], difference, interval, words])
+    rows = [[effect["title"], *difference_cells(effect)] for effect in effects]
     return write_tables(folder / "effects", ["effect", "difference", "95 % interval", "verdict"], rows)
 
 
@@ -51,9 +55,7 @@ def write_comparison(folder: Path, table: list[dict], metric: str) -> list[str]:
     rows = []
     for entry in table:
         mean = f"{entry['mean']:.4f}" + ("" if entry["std"] is None else f" ± {entry['std']:.4f}")
-        difference = f"{entry['difference']:+.4f}" if "difference" in entry else ""
-        interval = "{:+.4f} to {:+.4f}".format(*entry["interval"]) if entry.get("interval") else ""
-        rows.append([entry["arm"], str(entry["n"]), mean, difference, interval, entry.get("verdict", "").split(",")[0]])
+        rows.append([entry["arm"], str(entry["n"]), mean, *difference_cells(entry)])
     header = ["arm", "runs", metric, "difference to the first", "95 % interval, all together", "verdict"]
     return write_tables(folder / "comparison", header, rows)
 
@@ -79,4 +81,4 @@ def write_laws(folder: Path, fits: dict) -> list[str]:
         low, high = isoflop["interval"]
         best = f"{isoflop['factor']:.4g} C^{isoflop['exponent_of_N']:.4g}"
         rows.append(["best N (IsoFLOP)", best, "", f"exponent {low:.3g} to {high:.3g}"])
-    return write_tables(folder / "scaling_laws", ["law", "formula", "R²", "95 % intervals"], rows)
+    return write_tables(folder / "scaling_laws", ["law", "formula", "R²", "95 % intervals"], rows, fits["units"])

@@ -70,15 +70,9 @@ def fit_arms(values: dict[tuple, float]) -> dict | None:
         explained = (rss - rss_paired) / (df - df_paired)
         paired = explained > f.ppf(0.95, df - df_paired, df_paired) * mean_square
     effects, covariance, rss, df = fits[paired]
-    count = len(arms)
-    return dict(
-        arms=arms,
-        means=effects[:count],
-        covariance=covariance[:count, :count],
-        sigma=math.sqrt(rss / df),
-        df=int(df),
-        paired=bool(paired),
-    )
+    means, covariance = effects[: len(arms)], covariance[: len(arms), : len(arms)]  # without the effects of the seeds
+    sigma = math.sqrt(rss / df)
+    return dict(arms=arms, means=means, covariance=covariance, sigma=sigma, df=int(df), paired=bool(paired))
 
 
 def contrast(fit: dict, weights: np.ndarray) -> tuple[float, float]:
@@ -147,10 +141,10 @@ def verdict(difference: float, half: float, higher_is_better: bool, needed: str 
 
 
 def grid_effects(rows: list[dict], metric: str, arm_keys: dict[str, dict]) -> list[dict]:
-    """Of a grid: what each value of a key changes on average over the other keys, and whether two keys interact (F test).
+    """What the keys of a grid change: entries with title, verdict, and difference and interval (95 %) or p.
 
-    Of two keys, also what the values of one change at each value of the other, with intervals that hold together (Bonferroni).
-
+    Each value against the first one of its key, on average over the other keys (Dunnett); of two keys, also at each value
+    of the other one (Bonferroni); and whether two keys interact (F test).
     arm_keys: the keys of each arm. [] without a grid of at least two keys, all of whose arms have results, and a second run.
     """
     from scipy.stats import f, t
@@ -161,52 +155,44 @@ def grid_effects(rows: list[dict], metric: str, arm_keys: dict[str, dict]) -> li
         for keys in arm_keys.values():
             found += [keys[key]] * (keys[key] not in found)
     levels = {key: found for key, found in levels.items() if len(found) > 1}
-    values = values_of(rows, metric)
-    fit = fit_arms(values)
+    fit = fit_arms(values_of(rows, metric))
     if len(levels) < 2 or fit is None or set(fit["arms"]) != set(arms):
         return []
     order = [arm_keys[arm] for arm in fit["arms"]]
 
-    def share(key: str, value) -> np.ndarray:
-        """Weights of the mean over all arms with this value."""
-        chosen = np.array([keys[key] == value for keys in order], float)
-        return chosen / chosen.sum()
+    def mean_of(chosen: dict) -> np.ndarray:
+        """Weights (arms,) of the mean over the arms with these values."""
+        has = np.array([all(keys[key] == value for key, value in chosen.items()) for keys in order], float)
+        return has / has.sum()
+
+    def effect(key: str, value, place: dict, quantile: float) -> dict:
+        """Of a value against the key's first one, at the place (values of other keys) or on average."""
+        first = levels[key][0]
+        weights = mean_of({key: value} | place) - mean_of({key: first} | place)
+        difference, error = contrast(fit, weights)
+        half = quantile * error
+        where = " at {}={}".format(*place.popitem()) if place else ", mean over the other keys"
+        says = verdict(difference, half, "acc" in metric)
+        interval = [difference - half, difference + half]
+        return dict(
+            title=f"{key}={value} against {first}{where}", difference=difference, interval=interval, verdict=says
+        )
 
     effects = []
-    for key, (first, *others) in levels.items():
+    for key, (_, *others) in levels.items():
         quantile = dunnett_quantile(len(others), fit["df"])
-        for value in others:
-            difference, error = contrast(fit, share(key, value) - share(key, first))
-            title = f"{key}={value} against {first}, mean over the other keys"
-            effects.append(effect_of(title, difference, quantile * error, metric) | {"key": key, "value": value})
+        effects += [effect(key, value, {}, quantile) for value in others]
     for key, other in itertools.permutations(levels, 2) if len(levels) == 2 else ():
-        (first, *values_of_key), places = levels[key], levels[other]
-        quantile = float(t.ppf(1 - 0.025 / (len(values_of_key) * len(places)), fit["df"]))
-        for place, value in itertools.product(places, values_of_key):
-            at = {arm: keys for arm, keys in arm_keys.items() if keys[other] == place}
-            weights = [
-                float(at.get(arm, {}).get(key) == value) - float(at.get(arm, {}).get(key) == first)
-                for arm in fit["arms"]
-            ]
-            difference, error = contrast(fit, np.array(weights))
-            effects.append(
-                effect_of(f"{key}={value} against {first} at {other}={place}", difference, quantile * error, metric)
-            )
+        pairs = list(itertools.product(levels[other], levels[key][1:]))
+        quantile = float(t.ppf(1 - 0.025 / len(pairs), fit["df"]))
+        effects += [effect(key, value, {other: place}, quantile) for place, value in pairs]
     for one, other in itertools.combinations(levels, 2):
-        cells = np.array([share(one, a) * share(other, b) * len(arms) for a in levels[one] for b in levels[other]])
-        sizes = len(levels[one]), len(levels[other])
-        centred = [np.eye(size)[1:] - np.eye(size)[0] for size in sizes]  # the other values against the first
-        weights = np.kron(*centred) @ (cells / cells.sum(1, keepdims=True))
+        cells = np.array([mean_of({one: a, other: b}) for a in levels[one] for b in levels[other]])
+        against_first = [np.eye(len(levels[key]))[1:] - np.eye(len(levels[key]))[0] for key in (one, other)]
+        weights = np.kron(*against_first) @ cells  # (interactions, arms)
         means = weights @ fit["means"]
         square = means @ np.linalg.solve(weights @ fit["covariance"] @ weights.T, means) / len(weights)
         p = float(f.sf(square / fit["sigma"] ** 2, len(weights), fit["df"]))
         says = "the effect of one depends on the other" if p < 0.05 else "no interaction seen"
-        effects.append(
-            dict(title=f"{one} and {other}", keys=[one, other], p=p, verdict=f"{says} (F test, p = {p:.2g})")
-        )
+        effects.append(dict(title=f"{one} and {other}", p=p, verdict=f"{says} (F test, p = {p:.2g})"))
     return effects
-
-
-def effect_of(title: str, difference: float, half: float, metric: str) -> dict:
-    says = verdict(difference, half, "acc" in metric)
-    return dict(title=title, difference=difference, interval=[difference - half, difference + half], verdict=says)

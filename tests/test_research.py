@@ -90,9 +90,10 @@ def test_effects_of_a_grid_are_those_of_an_analysis_of_variance():
     parts = cell - y.mean((1, 2))[:, None] - y.mean((0, 2))[None] + total
     from scipy.stats import f, t
 
-    assert interaction["keys"] == ["a", "b"]
+    assert interaction["title"] == "a and b"
     assert interaction["p"] == pytest.approx(f.sf(4 * (parts**2).sum() / 2 / within, 2, 18))
-    assert [(e["key"], e["value"]) for e in effects] == [("a", "y"), ("b", 2), ("b", 3)]
+    on_average = [f"{one}, mean over the other keys" for one in ("a=y against x", "b=2 against 1", "b=3 against 1")]
+    assert [e["title"] for e in effects] == on_average
     difference, half = y[1].mean() - y[0].mean(), t.ppf(0.975, 18) * np.sqrt(within * 2 / 12)
     assert effects[0]["interval"] == pytest.approx([difference - half, difference + half])
     assert effects[2]["difference"] == pytest.approx(y[:, 2].mean() - y[:, 0].mean())
@@ -185,6 +186,9 @@ def test_isoflop_parabolas_agree_with_the_law_behind_the_points():
     around = np.geomspace(0.25, 4, 7)
     law_found = laws.fit_isoflop(points(around, (1e18, 1e19, 1e20, 1e21)))
     assert law_found["exponent_of_N"] == pytest.approx(0.28 / 0.62, abs=0.02)
+    assert all(
+        b["best_tokens"] == pytest.approx(b["flops"] / 6 / b["best_params"], rel=1e-6) for b in law_found["budgets"]
+    )
     low, high = law_found["interval"]
     assert low <= law_found["exponent_of_N"] <= high < low + 0.1
     assert (
@@ -227,7 +231,7 @@ def test_intervals_of_isoflop_cover_the_truth():
     )
     for _ in range(200):
         losses = law(N, C / 6 / N, 1.34, 33, 105, 0.443, 0.443) * np.exp(0.006 * rng.standard_normal(len(N)))
-        found = laws.fit_isoflop([dict(params=n, flops=c, loss=y) for n, c, y in zip(N, C, losses)])
+        found = laws.fit_isoflop([dict(params=n, tokens=c / 6 / n, flops=c, loss=y) for n, c, y in zip(N, C, losses)])
         low, high = found["interval"]
         inside += low <= 0.5 <= high
     assert 0.90 <= inside / 200 <= 0.98
@@ -363,6 +367,19 @@ def test_a_csv_may_have_flops_instead_of_tokens(tmp_path, capsys):
     assert "left out: 1 runs whose loss is not finite" in capsys.readouterr().out
 
 
+def test_a_mistyped_source_is_an_error_and_leaves_no_folder(tmp_path):
+    for script, source in (
+        ("scaling.py", "typo.csv"),
+        ("scaling.py", "typo"),
+        ("plot.py", "typo.json"),
+        ("plot.py", "typo"),
+    ):
+        score = ["--score=acc"] * source.endswith(".json")
+        run_research(script, f"--results={source}", *score, cwd=tmp_path, code=2)
+    run_research("scaling.py", "--results=typo", "--check=more.csv", cwd=tmp_path, code=2)
+    assert not list(tmp_path.iterdir())
+
+
 def published_sets() -> dict[str, list[dict]]:
     """Points of tests/data/porian2024.csv."""
     sets: dict[str, list[dict]] = {}
@@ -432,7 +449,11 @@ def test_a_study_says_what_is_a_nuisance_and_other_keys_divide_the_runs(chars):
     assert "3 kinds of runs: the fits use the 1 with weight_decay=0.1" in output
     run_research("sweep.py", write_study(chars, zipped=zipped, seeds=[1], nuisance=["weight_decay"]), cwd=chars)
     output = run_research("scaling.py", "--results=out/study", "--pictures=False", "--count=non_embedding", cwd=chars)
-    assert "kinds of runs" not in output and "3 runs; N: parameters without the tables of tokens" in output
+    units = "N: without the tables of tokens and positions; FLOPs: as measured"
+    assert "kinds of runs" not in output and f"3 runs; {units}" in output
+    assert all(
+        units in (chars / "out" / "study" / f"scaling_laws.{kind}").read_text() for kind in ("md", "tex", "json")
+    )
     row = read_jsonl(chars / "out" / "study")[0]
     vocabulary, context = load_dataset("chars", chars / "data").vocab_size, 16
     assert row["embedding_parameters"] == 8 * (vocabulary + context)  # learned positions are the default
@@ -677,5 +698,9 @@ def test_peers_runs_both_programs_on_the_same_work_in_turn(tmp_path):
     rounds = json.loads((tmp_path / "peers.json").read_text())
     assert [r["nanogpt"]["ms per step"] for r in rounds] == [18.0, 18.0]  # the median after the first third
     assert all(r["flatgpt"]["ms per step"] > 0 and r["flatgpt"]["peak MiB"] > 100 for r in rounds)
-    assert "round 2: ms per step" in output and "times as fast" in output and "of the memory" in output
+    assert (
+        "round 2, flatgpt and nanoGPT: ms per step" in output
+        and "times as fast" in output
+        and "of the memory" in output
+    )
     assert "give the folder of a clone" in run_research("peers.py", "--nanogpt=nothing", cwd=tmp_path, code=2)
