@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from common.cpu import fused_linear_cross_entropy, fused_loss_is_faster, manual_attention, manual_attention_is_faster
+from common import cpu
 from common.rope import rotary_table
 
 import torch
@@ -110,10 +110,14 @@ def swiglu(x):
     return F.silu(gate) * value
 
 
+def relu_squared(x):
+    return cpu.ReluSquared.apply(x) if cpu.trains_on_cpu(x) else F.relu(x).square()
+
+
 ACTIVATIONS = {  # --mlp: a new activation is one line here; a gated one is named in GATED too
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_erf": F.gelu,
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": relu_squared,
     "swiglu": swiglu,
 }
 GATED = ("swiglu",)  # activations that take twice the width: gate and value
@@ -132,6 +136,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         weight = None if self.weight is None else self.weight.to(x.dtype)
+        if cpu.trains_on_cpu(x):
+            return cpu.RMSNorm.apply(x, weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
@@ -178,8 +184,10 @@ class KVCache:
 
 def rotate(x, cos, sin):
     """Rotate the pairs (i, i + D/2) of x (B, H, T, D) by cos and sin (T, D/2). This pairing is Llama's."""
-    a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if cpu.trains_on_cpu(x):
+        return cpu.Rotate.apply(x, cos, sin)
+    a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
@@ -223,11 +231,11 @@ class CausalSelfAttention(nn.Module):
         """
         T, S = q.size(2), k.size(2)
         dropout = self.config.dropout if self.training else 0.0
-        manual = self.config.attn == "manual" or manual_attention_is_faster(q, S, self.training)
+        manual = self.config.attn == "manual" or cpu.manual_attention_is_faster(q, S, self.training)
         if mask is None and T > 1 and (manual or S > T):
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         if manual:
-            return manual_attention(q, k, v, mask, dropout)
+            return cpu.manual_attention(q, k, v, mask, dropout)
         causal, grouped = T > 1 and mask is None, q.size(1) != k.size(1)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
 
@@ -349,8 +357,8 @@ class GPT(nn.Module):
     def loss_of(self, x, targets, label_smoothing=0.0, logits=None):
         """Mean cross-entropy of the head's input x (B, T, C), or of its logits (B, T, V) if given."""
         V, targets = self.config.vocab_size, targets.reshape(-1)  # (B T,)
-        if logits is None and fused_loss_is_faster(x, V) and not self.config.logit_softcap:
-            return fused_linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets, V, label_smoothing)
+        if logits is None and cpu.fused_loss_is_faster(x, V) and not self.config.logit_softcap:
+            return cpu.fused_linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets, V, label_smoothing)
         logits = (self.logits(x) if logits is None else logits).reshape(-1, V).float()  # (B T, V)
         return F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=label_smoothing)
 

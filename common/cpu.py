@@ -1,4 +1,4 @@
-"""What makes a CPU fast: attention written out, a fused loss, packed and 8-bit linear layers, memory settings."""
+"""What makes a CPU fast: training steps in fewer passes over memory, packed and 8-bit linear layers, memory settings."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,7 @@ import ctypes
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # -----------------------------------------------------------------------------
 # Training
@@ -30,10 +31,80 @@ def manual_attention_is_faster(q, S: int, training: bool) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) and S <= (512 if training else 256)
 
 
+def trains_on_cpu(x) -> bool:
+    """Whether x is part of a training step on a CPU, where the functions below replace torch's chains of small kernels."""
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and eager and x.dtype in (torch.float32, torch.bfloat16)
+
+
+class ReluSquared(torch.autograd.Function):
+    """relu(x)^2. Its backward pass is two kernels; torch's is four, one of them the slow pow."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = x.relu()
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (r,) = ctx.saved_tensors
+        return (grad * r).mul_(2)
+
+
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight (C,) or None. The sums are float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps: float):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        y = x * scale.to(x.dtype)
+        return y if weight is None else y.mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        product = grad * x  # (..., C)
+        dw = None
+        if weight is None:
+            dot, dx = product.sum(-1, keepdim=True, dtype=torch.float32), grad * scale.to(x.dtype)
+        else:
+            rows = product.flatten(0, -2)
+            dot = (rows @ weight).float().view_as(scale)
+            dw = scale.to(x.dtype).flatten() @ rows
+            dx = (grad * weight).mul_(scale.to(x.dtype))
+        return dx.addcmul_(x, (dot * scale**3 / -x.size(-1)).to(x.dtype)), dw, None
+
+
+class Rotate(torch.autograd.Function):
+    """model.rotate, whose gradient is the rotation by the opposite angle. x (B, H, T, D), cos and sin (T, D/2)."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return Rotate.turn(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return Rotate.turn(grad, *ctx.saved_tensors, -1), None, None
+
+    @staticmethod
+    def turn(x, cos, sin, sign: int):
+        half = cos.size(-1)
+        y = x * torch.cat((cos, cos), dim=-1)
+        y[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+        y[..., half:].addcmul_(x[..., :half], sin, value=sign)
+        return y
+
+
 def fused_loss_is_faster(x, vocab_size: int) -> bool:
     """Whether to use fused_linear_cross_entropy for the head's input x: training on a CPU, with a vocabulary of at least 512."""
-    training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return x.device.type == "cpu" and training and vocab_size >= 512 and head_dtype(x) != torch.float16
+    return trains_on_cpu(x) and vocab_size >= 512 and head_dtype(x) != torch.float16
 
 
 def head_dtype(x) -> torch.dtype:

@@ -8,7 +8,7 @@ from common.rope import rotary_table
 from common.runtime import flops_per_token, peak_flops_of
 from common.scoring import token_losses
 from configurator import UserError
-from model import GPT, GPTConfig, KVCache, rotate, sample_next_token
+from model import ACTIVATIONS, GPT, GPTConfig, KVCache, RMSNorm, rotate, sample_next_token
 
 import pytest
 import torch
@@ -314,6 +314,38 @@ def test_fused_loss_and_its_gradients_equal_the_plain_ones(dtype, smoothing, tie
     for n, g in expected.items():
         error = (gradients[n] - g).norm() / g.norm()
         assert error < (1e-5 if dtype == torch.float32 else 2e-2), (n, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["relu2", "rms_norm", "rms_norm with a weight", "rotate"])
+def test_kernels_of_cpu_training_equal_the_plain_formulas_in_float64(kernel, dtype):
+    torch.manual_seed(0)
+    x, grad = torch.randn(3, 5, 4, 16).to(dtype).transpose(1, 2), torch.randn(3, 4, 5, 16).to(dtype)
+    weight, angle = torch.randn(16).to(dtype), torch.randn(5, 8)
+    cos, sin = angle.cos(), angle.sin()
+
+    def run(x, weight):
+        if kernel == "relu2":
+            return ACTIVATIONS["relu2"](x)
+        if kernel == "rotate":
+            return rotate(x, cos.to(dtype).to(x.dtype), sin.to(dtype).to(x.dtype))
+        norm = RMSNorm(16, 1e-5, elementwise_affine=kernel != "rms_norm")
+        if norm.weight is not None:
+            norm.weight = weight
+        return norm(x)
+
+    outcomes = []
+    for precision in (dtype, torch.float64):
+        a, w = (torch.nn.Parameter(each.to(precision)) for each in (x, weight))
+        y = run(a, w)
+        uses_kernel = type(y.grad_fn).__name__ in ("ReluSquaredBackward", "RMSNormBackward", "RotateBackward")
+        assert uses_kernel == (precision == dtype)
+        y.backward(grad.to(precision))
+        outcomes.append([y.detach(), a.grad] + [w.grad] * (w.grad is not None))
+    for ours, exact in zip(*outcomes):
+        assert (ours - exact).norm() / exact.norm() < (1e-6 if dtype == torch.float32 else 2e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x, torch.nn.Parameter(weight)), outcomes[0][0], rtol=1e-2, atol=1e-2)
 
 
 def test_fused_loss_is_accurate_for_confident_predictions_in_bfloat16():
