@@ -188,20 +188,22 @@ class Overrides:
             self.flags[key] = self.namespace[key]
         self.set(key, value, "command line", level)
 
-    def turn_dial(self, dial: str, derive) -> dict:
-        """Set the keys that derive(all keys, explicit keys) returns, except explicit ones. Returns what it set.
+    def turn_dial(self, dial: str, derive) -> list[tuple[str, dict]]:
+        """Set the keys of the decisions that derive(all keys, explicit keys) returns, except explicit ones. Returns the rest.
 
-        Explicit keys are those of the command line and of config files after the one that set the dial.
+        A decision is a sentence and the keys that follow from it. Explicit keys are those of the command line and of config
+        files after the one that set the dial.
         """
         level = self.levels[dial]
         explicit = {k for k, when in self.levels.items() if k in self.flags or when >= level}
-        derived = derive({k: self.namespace[k] for k in self.defaults}, explicit)
-        derived = {k: v for k, v in derived.items() if k not in explicit}
-        for key, value in derived.items():
-            self.set(key, value, f"--{dial}", level - 0.1)
+        decisions = derive({k: self.namespace[k] for k in self.defaults}, explicit)
+        decisions = [(why, {k: v for k, v in derived.items() if k not in explicit}) for why, derived in decisions]
+        for _, derived in decisions:
+            for key, value in derived.items():
+                self.set(key, value, f"--{dial}", level - 0.1)
         for key in explicit:  # a flag before the file that set the dial is no older than what the dial set
             self.levels[key] = max(self.levels[key], level)
-        return derived
+        return decisions
 
     def clear_alternatives(self, group: tuple[str, ...]) -> None:
         """Keep the keys with the highest level; the others become 0."""
@@ -218,9 +220,9 @@ def configure(
 ) -> dict:  # fmt: skip
     """Override `namespace` (a script's globals()) by argv and return all keys as a dict.
 
-    Printed on stderr: what flags changed of a config file, and what follows from the dial.
+    Printed on stderr: what flags changed of a config file, and what follows from the dial, decision by decision.
 
-    dial: a key and a function derive(all keys, explicit keys) -> dict of keys that follow from it.
+    dial: a key and a function derive(all keys, explicit keys) -> [(sentence, dict of keys that follow)].
     one_of: groups of numeric keys that set the same quantity. The one set last wins (a config file over the defaults, the
     command line over the file) and the others become 0; keys set together all stay.
     aliases: old spelling -> key.
@@ -241,7 +243,7 @@ def configure(
             level += 1
             for key, value in run_file(argument, {k: namespace[k] for k in keys.defaults}).items():
                 keys.set(key, value, argument, level)
-    derived = keys.turn_dial(*dial) if dial and namespace[dial[0]] else {}
+    decisions = keys.turn_dial(*dial) if dial and namespace[dial[0]] else []
     for group in one_of:
         keys.clear_alternatives(group)
     for key, owner in (part_of or {}).items():
@@ -252,13 +254,16 @@ def configure(
         files = [argument for argument in argv if not argument.startswith("-")]
         by_flag = {k: was for k, was in keys.flags.items() if files and keys.levels.get(k, 0.0) % 1 == 0.5}
         changed = [f"{k}={config[k]!r} (was {was!r})" for k, was in by_flag.items() if config[k] != was]
-        follows = [
-            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in derived.items() if config[k] == v
-        ]
-        for title, parts in ((f"flags over {''.join(files[-1:])}", changed), (f"from --{dial and dial[0]}", follows)):
-            if parts:
-                text = f"{title}: " + "  ".join(parts)
-                print(textwrap.fill(text, 110, subsequent_indent="  "), file=sys.stderr)
+        lines = [(f"flags over {''.join(files[-1:])}", changed)] if changed else []
+        for number, (why, derived) in enumerate(decisions, 1):
+            kept = [(k, v) for k, v in derived.items() if config[k] == v]
+            shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in kept]
+            lines.append((f"--{dial[0]}, {number}. {why}", shown))
+        for title, parts in lines:
+            print(
+                textwrap.fill(f"{title}: " + "  ".join(parts or ["as given"]), 110, subsequent_indent="  "),
+                file=sys.stderr,
+            )
     return config
 
 

@@ -56,7 +56,7 @@ FILES |= {"README.md", "model.pt", "Modelfile", GGUF}
 COMMAND_KEYS = (  # of train.py, for the model card
     "init_from seed dataset data_fraction batch_size block_size gradient_accumulation_steps max_iters max_minutes "
     "optimizer learning_rate min_lr embedding_lr head_lr vector_lr schedule warmup_iters lr_decay_iters decay_fraction decay_lr "
-    "weight_decay beta1 beta2 momentum grad_clip label_smoothing"
+    "weight_decay beta1 beta2 momentum momentum_warmup grad_clip label_smoothing"
 )
 EXAMPLE = """\
 ```python

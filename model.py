@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common import cpu
-from common.rope import rotary_table
+from common.rope import check_scaling, rotary_table
 
 import torch
 import torch.nn as nn
@@ -55,46 +55,25 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
+        self.qkv_bias = self.qkv_bias and not self.bias
         if not self.mlp_hidden:
             self.mlp_hidden = round(self.n_embd / 3) * 8 if self.mlp in GATED else 4 * self.n_embd
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"--{key}={getattr(self, key)}: choose one of {', '.join(choices)}")
-        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "mlp_hidden"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"--{key}={getattr(self, key)}: must be at least 1")
-        if self.head_dim < 0 or self.rope_original < 0:
-            raise ValueError(f"--head_dim={self.head_dim} and --rope_original={self.rope_original}: must be at least 0")
+        for keys, ok, bounds in BOUNDS:
+            for key in keys.split():
+                if not ok(getattr(self, key)):
+                    raise ValueError(f"--{key}={getattr(self, key)}: must be {bounds}")
         if self.n_embd % self.n_head and not self.head_dim:
             raise ValueError(f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"--n_head={self.n_head} is not divisible by --n_kv_head={self.n_kv_head}")
         if self.pos == "rope" and self.head_size % 2:
             raise ValueError(f"--pos=rope needs an even head size, not {self.head_size}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout={self.dropout}: must be at least 0 and less than 1")
-        if self.rope_base <= 0 or self.norm_eps < 0 or self.logit_softcap < 0:
-            sizes = f"--norm_eps={self.norm_eps} and --logit_softcap={self.logit_softcap} at least 0"
-            raise ValueError(f"--rope_base={self.rope_base} must be above 0, {sizes}")
-        if self.rope_scaling != "none":
-            self.rope_original = self.rope_original or max(1, round(self.block_size / self.rope_factor))
-            self.rope_high = self.rope_high or {"llama3": 4.0, "yarn": 32.0}.get(self.rope_scaling, 0.0)
-            if self.pos != "rope":
-                raise ValueError(f"--rope_scaling={self.rope_scaling} needs --pos=rope")
-            if self.rope_scaling == "yarn" and self.rope_base <= 1:
-                raise ValueError(f"--rope_base={self.rope_base}: --rope_scaling=yarn needs more than 1")
-            if self.rope_factor < 1 or not 0 < self.rope_low < self.rope_high and self.rope_scaling != "linear":
-                lows = f"--rope_low={self.rope_low} must be above 0 and below --rope_high={self.rope_high}"
-                raise ValueError(f"--rope_factor={self.rope_factor} must be at least 1, {lows}")
-        elif (self.rope_factor, self.rope_original, self.rope_low, self.rope_high) != (1, 0, 1, 0):
-            raise ValueError(
-                f"--rope_factor={self.rope_factor}: it needs --rope_scaling, and so do rope_original, rope_low, rope_high"
-            )
-        self.qkv_bias = self.qkv_bias and not self.bias
         if self.qk_norm_weight and not self.qk_norm:
             raise ValueError("--qk_norm_weight=True needs --qk_norm=True")
-        if self.lora_rank < 0 or self.lora_alpha <= 0:
-            raise ValueError(f"--lora_rank={self.lora_rank} must be at least 0, --lora_alpha={self.lora_alpha} above 0")
+        check_scaling(self)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -129,6 +108,12 @@ CHOICES = {
     "init": ("gpt2", "zero_proj"),
     "attn": ("sdpa", "manual"),
 }
+BOUNDS = (
+    ("block_size vocab_size n_layer n_head n_embd n_kv_head mlp_hidden rope_factor", lambda n: n >= 1, "at least 1"),
+    ("head_dim norm_eps rope_original rope_low rope_high logit_softcap lora_rank", lambda n: n >= 0, "at least 0"),
+    ("rope_base lora_alpha", lambda n: n > 0, "above 0"),
+    ("dropout", lambda p: 0 <= p < 1, "at least 0 and less than 1"),
+)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -72,6 +72,7 @@ weight_decay = 0.1  # on matrices only
 beta1 = 0.9  # Adam's decay rate of the mean gradient
 beta2 = 0.95  # Adam's decay rate of the mean squared gradient
 momentum = 0.95  # Nesterov momentum of muon and sgd (0: plain SGD)
+momentum_warmup = 0  # steps over which the momentum rises from 0.85 (0: off)
 grad_clip = 1.0  # clip the gradient to this norm (0: off)
 label_smoothing = 0.0  # probability spread over the other ids in the training loss
 schedule = "cosine"  # after a linear warmup: cosine | linear | wsd (warmup-stable-decay) | constant
@@ -224,6 +225,12 @@ def get_lr(step: int, minutes: float = 0.0) -> float:
     return lowest + SCHEDULES[schedule](decayed) * (learning_rate - lowest)
 
 
+def get_momentum(step: int) -> float:
+    """Momentum of a step, for Muon and SGD: early gradients change too fast for a long memory of them."""
+    rising = max(0.0, 1 - step / momentum_warmup) if momentum_warmup else 0.0  # from 1 to 0
+    return momentum - rising * max(0.0, momentum - 0.85)
+
+
 def make_optimizers(model: GPT, amp_dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
     """The optimizers that together update every trainable parameter exactly once.
 
@@ -273,6 +280,8 @@ def train_step(run: Run, state: State, lr: float) -> tuple[torch.Tensor, torch.T
     for each in run.optimizers:
         for group in each.param_groups:
             group["lr"] = lr * group["lr_scale"]
+            if "momentum" in group:
+                group["momentum"] = get_momentum(state.step)
     run.seed_dropout(state.step)
     mean_loss = torch.zeros((), device=run.device)
     targets = run.batches.windows.learned(state.sequences, run.sequences_per_step)  # of all ranks; with masks they vary

@@ -13,6 +13,24 @@ import math
 import torch
 
 
+def check_scaling(c) -> None:
+    """Fill in what rope_scaling leaves to a default. Raises ValueError for fields that do not fit together."""
+    if c.rope_scaling == "none":
+        if (c.rope_factor, c.rope_original, c.rope_low, c.rope_high) != (1, 0, 1, 0):
+            raise ValueError(
+                f"--rope_factor={c.rope_factor}: it needs --rope_scaling, and so do rope_original, rope_low, rope_high"
+            )
+        return
+    c.rope_original = c.rope_original or max(1, round(c.block_size / c.rope_factor))
+    c.rope_high = c.rope_high or {"llama3": 4.0, "yarn": 32.0}.get(c.rope_scaling, 0.0)
+    if c.pos != "rope":
+        raise ValueError(f"--rope_scaling={c.rope_scaling} needs --pos=rope")
+    if c.rope_scaling == "yarn" and c.rope_base <= 1:
+        raise ValueError(f"--rope_base={c.rope_base}: --rope_scaling=yarn needs more than 1")
+    if c.rope_scaling != "linear" and not 0 < c.rope_low < c.rope_high:
+        raise ValueError(f"--rope_low={c.rope_low}: must be above 0 and below --rope_high={c.rope_high}")
+
+
 def rotary_table(c) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the angle of each position and pair of channels, float32 (block_size, D/2) each."""
     frequency, scale = frequencies(c)

@@ -28,13 +28,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 
-def from_depth(keys: dict, explicit: set[str]) -> dict:
-    """The keys that --depth=N stands for: the modern recipe with N blocks of width 64 N. Explicit keys enter these formulas.
+def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
+    """The decisions that --depth=N stands for: a sentence and the keys that follow. Explicit keys enter the formulas.
 
-    1. Tokens: 20 per weight in the blocks' matrices, 12 N (64 N)^2 of them (https://arxiv.org/abs/2203.15556).
-    2. Tokens per step grow as weights^(2/3), from 2^14 at depth 2 to 2^19 at depth 12.
-    3. The head's rate falls as 1 / width; the others suit any width (tests/test_recipe.py).
-    4. Weight decay is 1 / (rate x steps): the weights average over the run (https://arxiv.org/abs/2405.13698).
+    Sources: nanochat (https://github.com/karpathy/nanochat) for the tokens, the batch size at 1.3 billion tokens and its growth
+    beyond them; BENCHMARKS.md for smaller batches and the rates; https://arxiv.org/abs/2405.13698 for the weight decay, with
+    which the weights average over the run.
     """
     check_bounds(keys, at_least_0="depth max_iters", at_least_1="n_layer n_embd block_size batch_size")
 
@@ -42,23 +41,49 @@ def from_depth(keys: dict, explicit: set[str]) -> dict:
         return keys[key] if key in explicit and keys[key] else otherwise
 
     T, width = keys["block_size"], given("n_embd", 64 * keys["depth"])
-    weights = 12 * given("n_layer", keys["depth"]) * width**2
-    sequences = 2 ** max(0, round(math.log2(2**19 * (weights / 85e6) ** (2 / 3) / T)))  # per step
+    weights = 12 * given("n_layer", keys["depth"]) * width**2 + vocab_size_of(keys) * width
+    tokens = 12 * weights
+    growth = 0.383 if tokens > 1.3e9 else 0.75
+    sequences = 2 ** max(0, round(math.log2(2**19 * (tokens / 1.3e9) ** growth / T)))  # per step
     cuda = keys["device"].startswith("cuda") or (keys["device"] == "auto" and torch.cuda.is_available())
     rows = 2 ** max(0, int(math.log2((2**16 if cuda else 2**13) / T)))  # what fits
     rows = given("batch_size", max(1, min(rows, sequences // int(os.environ.get("WORLD_SIZE", 1)))))
     tokens_per_step = given("total_batch_tokens", sequences * T)
     if "gradient_accumulation_steps" in explicit:
         tokens_per_step = rows * T * keys["gradient_accumulation_steps"]
-    steps = given("max_iters", max(1, round(20 * weights / max(1, tokens_per_step))))
-    return {
-        "n_layer": keys["depth"], "n_embd": width,
-        "n_head": max(d for d in range(1, max(1, width // 64) + 1) if width % d == 0),
-        "norm": "rmsnorm", "mlp": "relu2", "pos": "rope", "qk_norm": True, "init": "zero_proj", "tie_weights": False,
-        "optimizer": "muon", "learning_rate": 0.02, "embedding_lr": 0.03, "head_lr": 1.28 / width, "vector_lr": 0.01,
-        "weight_decay": 1 / (given("learning_rate", 0.02) * steps), "schedule": "wsd", "decay_fraction": 0.5,
-        "min_lr": 0.0, "warmup_iters": 20, "total_batch_tokens": tokens_per_step, "batch_size": rows, "max_iters": steps,
-    }  # fmt: skip
+    steps = given("max_iters", max(1, round(tokens / max(1, tokens_per_step))))
+    parts = {
+        "norm": "rmsnorm",
+        "mlp": "relu2",
+        "pos": "rope",
+        "qk_norm": True,
+        "init": "zero_proj",
+        "tie_weights": False,
+    }
+    heads = max(d for d in range(1, max(1, width // 64) + 1) if width % d == 0)
+    rates = {"learning_rate": 0.02, "embedding_lr": 0.03, "head_lr": 1.28 / width, "vector_lr": 0.01}
+    schedule = {"schedule": "wsd", "decay_fraction": 0.5, "min_lr": 0.0, "warmup_iters": 20}
+    return [
+        (
+            "blocks of width 64 x depth, the modern parts",
+            {"n_layer": keys["depth"], "n_embd": width, "n_head": heads} | parts,
+        ),
+        (
+            f"tokens per step, 2^19 x (tokens / 1.3 billion)^{growth}",
+            {"total_batch_tokens": tokens_per_step, "batch_size": rows},
+        ),
+        (f"12 tokens for each of {weights:,} weights in matrices and head, {tokens:,} tokens", {"max_iters": steps}),
+        ("Muon's rate suits any width, the head's falls as 1 / width", {"optimizer": "muon"} | rates | schedule),
+        ("weight decay, 1 / (rate x steps)", {"weight_decay": 1 / (given("learning_rate", 0.02) * steps)}),
+    ]
+
+
+def vocab_size_of(keys: dict) -> int:
+    """Of --dataset; GPT-2's if it is not there yet."""
+    try:
+        return load_mixture(keys["dataset"], Path(keys["data_dir"]))[0][0].vocab_size
+    except UserError:
+        return 50257
 
 
 def check_keys(keys: dict, optimizers, schedules) -> None:
@@ -69,8 +94,8 @@ def check_keys(keys: dict, optimizers, schedules) -> None:
     check_bounds(
         keys,
         at_least_1="batch_size block_size log_interval eval_iters timeout",
-        at_least_0="depth learning_rate embedding_lr head_lr vector_lr min_lr weight_decay warmup_iters grad_clip norm_eps "
-        "patience max_iters max_epochs max_flops max_minutes total_batch_tokens gradient_accumulation_steps eval_interval "
+        at_least_0="depth learning_rate embedding_lr head_lr vector_lr min_lr weight_decay warmup_iters momentum_warmup "
+        "grad_clip norm_eps patience max_iters max_epochs max_flops max_minutes total_batch_tokens gradient_accumulation_steps eval_interval "
         "final_eval_tokens lr_decay_iters sample_interval sample_temperature checkpoint_interval keep_checkpoints hellaswag_interval "
         "hellaswag_limit seed peak_tflops",
         below_1="beta1 beta2 momentum label_smoothing",

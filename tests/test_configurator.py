@@ -224,7 +224,10 @@ def test_a_later_config_file_wins_over_an_earlier_one_among_alternatives(namespa
 def derive(keys, explicit):
     """A dial that sets the steps and, from them or an explicit number of them, the batch size."""
     steps = keys["max_iters"] if "max_iters" in explicit else 10 * keys["depth"]
-    return {"max_iters": steps, "batch_size": 1 + steps, "learning_rate": 1.0}
+    return [
+        ("ten steps per block", {"max_iters": steps}),
+        ("the rest", {"batch_size": 1 + steps, "learning_rate": 1.0}),
+    ]
 
 
 DIAL = ("depth", derive)
@@ -270,7 +273,8 @@ def test_only_what_flags_change_in_a_file_or_what_is_derived_is_printed(namespac
     captured = capsys.readouterr()
     assert captured.out == "" and " ".join(captured.err.split()) == f"flags over {path}: out_dir='here' (was 'out')"
     configure(dict(namespace), ["--depth=2", "--max_iters=5"], dial=DIAL)
-    assert capsys.readouterr().err == "from --depth: batch_size=6  learning_rate=1\n"
+    printed = capsys.readouterr().err
+    assert printed == "--depth, 1. ten steps per block: as given\n--depth, 2. the rest: batch_size=6  learning_rate=1\n"
     for argv in ([], [path], ["--out_dir=here"]):
         configure(dict(namespace), argv)
         assert capsys.readouterr().err == ""

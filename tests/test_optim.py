@@ -233,7 +233,16 @@ def test_adamw_step_equals_the_formula_in_float64(set_keys):
     torch.testing.assert_close(p.detach().double(), expected, atol=1e-6, rtol=1e-5)
 
 
-# --- the learning rate
+# --- the learning rate and the momentum
+
+
+def test_the_momentum_rises_from_085(set_keys):
+    set_keys(momentum=0.95, momentum_warmup=0)
+    assert train.get_momentum(0) == 0.95
+    set_keys(momentum_warmup=10)
+    assert [train.get_momentum(step) for step in (0, 5, 10, 99)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    set_keys(momentum=0.6)
+    assert train.get_momentum(0) == 0.6  # never above --momentum
 
 
 SCHEDULE = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10, decay_fraction=0.2, max_minutes=0.0, decay_lr=True)

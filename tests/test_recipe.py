@@ -13,6 +13,11 @@ from conftest import TEXT
 CLASSIC = dict(optimizer="adamw", learning_rate=1e-3)
 
 
+def depth_keys(**given) -> dict:
+    """What --depth derives, with these keys given."""
+    return {k: v for _, keys in from_depth(vars(train) | given, set(given)) for k, v in keys.items()}
+
+
 def rms(x) -> float:
     return x.float().square().mean().sqrt().item()
 
@@ -33,7 +38,7 @@ def activations(model, idx) -> dict[str, torch.Tensor]:
 
 def coordinates(width: int, text: str, recipe: dict | None = None, steps: int = 10) -> dict[str, tuple[float, float]]:
     """RMS of each activation after `steps` steps, and of its change by them, for --depth's model of this width."""
-    keys = recipe or from_depth(vars(train) | {"depth": 4, "n_embd": width, "block_size": 64}, {"n_embd"})
+    keys = recipe or depth_keys(depth=4, n_embd=width, block_size=64)
     letters = {c: i for i, c in enumerate(sorted(set(text)))}
     ids = torch.tensor([letters[c] for c in text])
     model_keys = {k: v for k, v in keys.items() if k in GPTConfig.__dataclass_fields__}
