@@ -68,7 +68,7 @@ max_epochs = 0.0  # stop after this many passes over the training tokens (0: no 
 max_flops = 0.0  # stop after this many floating-point operations (0: no limit)
 max_minutes = 0.0  # stop this many minutes after the start, with a schedule that follows the clock (0: no limit)
 patience = 0  # stop after this many evaluations in a row without a lower loss (0: off)
-weight_decay = 0.1  # on matrices only
+weight_decay = 0.1  # on matrices only; with muon on its own matrices only
 beta1 = 0.9  # Adam's decay rate of the mean gradient
 beta2 = 0.95  # Adam's decay rate of the mean squared gradient
 momentum = 0.95  # Nesterov momentum of muon and sgd (0: plain SGD)
@@ -234,7 +234,8 @@ def get_momentum(step: int) -> float:
 def make_optimizers(model: GPT, amp_dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
     """The optimizers that together update every trainable parameter exactly once.
 
-    Muon takes the blocks' matrices; embeddings, head, norms and biases go to AdamW. Weight decay applies to matrices only.
+    Muon takes the blocks' matrices; embeddings, head, norms and biases go to AdamW. Weight decay applies to matrices only,
+    and with Muon to its own only: embeddings learn at rates that would decay a rare token's row between two of its uses.
     A group's "lr_scale" is its peak rate / learning_rate. amp_dtype: dtype of Muon's matrix products. An optimizer with
     defaults["fused"] must check found_inf itself; train_step skips the others, at the cost of a GPU sync.
     """
@@ -250,7 +251,8 @@ def make_optimizers(model: GPT, amp_dtype: torch.dtype = torch.float32) -> list[
         lr = peak_lr.get(kind) or learning_rate
         # Kinds without a rate of their own share two groups, matrices and vectors, as in nanoGPT's checkpoints.
         key = (is_vector, kind if peak_lr.get(kind) else "")
-        group = groups.setdefault(key, dict(params=[], lr=lr, weight_decay=0.0 if is_vector else weight_decay))
+        decay = 0.0 if is_vector or optimizer == "muon" else weight_decay
+        group = groups.setdefault(key, dict(params=[], lr=lr, weight_decay=decay))
         group["params"].append(p)
     groups = [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # matrices first
 
