@@ -61,7 +61,7 @@ def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
         "tie_weights": False,
     }
     heads = max(d for d in range(1, max(1, width // 64) + 1) if width % d == 0)
-    rates = {"learning_rate": 0.02, "embedding_lr": 0.03, "head_lr": 1.28 / width, "vector_lr": 0.01}
+    rates = {"learning_rate": 0.02, "embedding_lr": 0.3, "head_lr": 1.28 / width, "vector_lr": 0.01}
     schedule = {"schedule": "wsd", "decay_fraction": 0.5, "min_lr": 0.0, "warmup_iters": 20}
     return [
         (
@@ -73,7 +73,10 @@ def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
             {"total_batch_tokens": tokens_per_step, "batch_size": rows},
         ),
         (f"12 tokens for each of {weights:,} weights in matrices and head, {tokens:,} tokens", {"max_iters": steps}),
-        ("Muon's rate suits any width, the head's falls as 1 / width", {"optimizer": "muon"} | rates | schedule),
+        (
+            "Muon's rate suits any width, the head's falls as 1 / width",
+            {"optimizer": "muon", "momentum_warmup": 300} | rates | schedule,
+        ),
         ("weight decay, 1 / (rate x steps)", {"weight_decay": 1 / (given("learning_rate", 0.02) * steps)}),
     ]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT, copy = Path(__file__).resolve().parent.parent, Path(sys.argv[1])
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import set_gpt2_vocabulary  # noqa: E402
+
 from hub import parquet, start_hub  # noqa: E402
 from test_corpora import CONFIGS, ROWS, corpora  # noqa: E402
 from test_harness import TASKS  # noqa: E402

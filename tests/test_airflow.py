@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import ROOT
 from studies import TINY
 
 import pytest
-from conftest import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 import json
 import re
 
+from conftest import TEXT
+
 import bench
 
 import pytest
-from conftest import TEXT
 from test_hellaswag import examples
 
 TINY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2 --gradient_accumulation_steps=2 --device=cpu".split()

@@ -6,6 +6,8 @@ import random
 import re
 from itertools import islice
 
+from conftest import ROOT, SMALL, TEXT
+
 from common import chat, small_talk
 from common.checkpoint import load_model
 from common.shards import load_dataset
@@ -16,7 +18,6 @@ from configurator import UserError
 import numpy as np
 import pytest
 import transformers
-from conftest import ROOT, SMALL, TEXT
 from test_export import run_example
 from test_tokenizer import foreign_tokenizer
 from test_train import losses, metrics, torchrun

@@ -4,10 +4,11 @@ import re
 import subprocess
 import sys
 
+from conftest import ROOT
+
 from configurator import UserError, check_bounds, check_choice, configure, read_keys, short_errors
 
 import pytest
-from conftest import ROOT
 
 SCRIPT = '''"""A script of the tests."""
 import os

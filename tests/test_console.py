@@ -11,12 +11,13 @@ import threading
 import time
 from pathlib import Path
 
+from conftest import ROOT, SMALL, Script
+
 from common.files import atomic_write, check_writable, writes_through
 from configurator import Console, UserError, consoles, short_errors
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Script
 
 LONG = [*SMALL, "--dataset=chars", "--max_iters=4000", "--eval_interval=0"]
 

@@ -3,6 +3,8 @@
 import random
 import time
 
+from conftest import SMALL, TEXT, Script
+
 import prepare_text
 from common.shards import BEGINS, load_dataset
 from common.tokenizer import gpt2_tokenizer, same_vocabulary, tokenizer_from_dict
@@ -10,7 +12,6 @@ from configurator import UserError
 
 import numpy as np
 import pytest
-from conftest import SMALL, TEXT, Script
 from hub import parquet, start_hub
 from test_prepare import documents_of
 

@@ -4,6 +4,8 @@ import json
 import signal
 import time
 
+from conftest import SMALL
+
 import train
 from common.inference import DecodeStep, beam_search
 from common.runtime import StepMonitor
@@ -14,7 +16,6 @@ from model import GPT, GPTConfig
 
 import pytest
 import torch
-from conftest import SMALL
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: no NVIDIA GPU here")]
 

@@ -2,6 +2,8 @@ import json
 import pickle
 import struct
 
+from conftest import TEXT, make_nanogpt_chars
+
 import train
 from common.corpus import DatasetWriter, check_replaceable
 from common.shards import ShardWriter, load_dataset, load_mixture, open_shard
@@ -12,7 +14,6 @@ from configurator import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, make_nanogpt_chars
 
 
 def write(folder, arrays, vocab=1000, split="train", shard_tokens=100):

@@ -12,8 +12,9 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlparse
 
-import pytest
 from conftest import SMALL, Script, call, make_nanogpt_chars
+
+import pytest
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 

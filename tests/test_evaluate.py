@@ -4,6 +4,8 @@ import csv
 import json
 import math
 
+from conftest import SMALL, TEXT
+
 import evaluate
 from common.checkpoint import load_model
 from common.shards import load_dataset
@@ -12,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, TEXT
 from test_pretrained import save_gpt2, save_gpt2_tokenizer
 
 

@@ -6,6 +6,8 @@ import os
 import random
 import re
 
+from conftest import SMALL, TEXT, call
+
 import export
 from common.checkpoint import load_model
 from common.pretrained import EXPRESSIBLE, target_of, to_hugging_face
@@ -16,7 +18,6 @@ from model import GPT, GPTConfig
 import pytest
 import torch
 import transformers
-from conftest import SMALL, TEXT, call
 from hub import start_hub
 from test_configs import CONFIGS
 from test_pretrained import save_llama

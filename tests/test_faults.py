@@ -18,6 +18,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from conftest import SMALL, TEXT, Script, call, make_nanogpt_chars
+
 from common.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from common.shards import load_dataset
 from configurator import UserError, configure, short_errors
@@ -25,7 +27,6 @@ from configurator import UserError, configure, short_errors
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TEXT, Script, call, make_nanogpt_chars
 
 kills = 300  # kill -9 at random instants, in all
 seed = 1  # of the instants

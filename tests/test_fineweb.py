@@ -4,6 +4,8 @@ import json
 import random
 import time
 
+from conftest import SMALL, TEXT, Script, call
+
 import build_fineweb_shards
 from common import corpus as corpus_module
 from common.shards import HEADERS, load_dataset
@@ -11,7 +13,6 @@ from common.tokenizer import tokenizer_from_dict
 
 import numpy as np
 import pytest
-from conftest import SMALL, TEXT, Script, call
 from test_prepare import web  # noqa: F401, a fixture
 
 

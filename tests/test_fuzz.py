@@ -12,6 +12,8 @@ import struct
 import sys
 from pathlib import Path
 
+from conftest import ROOT, TEXT
+
 import build_fineweb_shards
 import prepare_text
 import sample
@@ -27,7 +29,6 @@ from model import GPT, GPTConfig
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -4,6 +4,8 @@ import json
 import random
 import re
 
+from conftest import SMALL, TEXT
+
 from common.checkpoint import load_model
 from common.harness import HarnessModel
 from common.runtime import autocast
@@ -12,7 +14,6 @@ from common.tokenizer import tokenizer_from_dict
 import lm_eval
 import pytest
 import torch
-from conftest import SMALL, TEXT
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 

@@ -3,6 +3,8 @@
 import json
 import random
 
+from conftest import SMALL, TEXT, Script, make_nanogpt_chars
+
 import eval_hellaswag
 from common.tokenizer import PretrainedTokenizer, gpt2_tokenizer
 from configurator import UserError
@@ -12,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, TEXT, Script, make_nanogpt_chars
 from test_prepare import web  # noqa: F401, a fixture
 from test_pretrained import save_gpt2, save_gpt2_tokenizer, save_llama
 from test_ranks import free_port

@@ -7,8 +7,9 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT
+
+import pytest
 
 FILES = [p for pattern in ("*.py", "common/*.py", "research/*.py") for p in sorted(ROOT.glob(pattern))]
 NAMES = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in FILES}

@@ -2,6 +2,8 @@
 
 import json
 
+from conftest import SMALL
+
 from common.checkpoint import load_checkpoint, load_model
 from common.lora import add_lora, merge_lora
 from model import GPT, GPTConfig
@@ -10,7 +12,6 @@ from train import make_optimizers
 import pytest
 import torch
 import transformers
-from conftest import SMALL
 
 LLAMA = "--norm=rmsnorm --mlp=swiglu --pos=rope --n_kv_head=1".split()
 TUNE = [

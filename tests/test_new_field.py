@@ -3,9 +3,10 @@
 import json
 import shutil
 
+from conftest import ROOT, SMALL, TEXT, Script, call, make_nanogpt_chars
+
 import pytest
 import torch
-from conftest import ROOT, SMALL, TEXT, Script, call, make_nanogpt_chars
 
 
 @pytest.fixture(scope="module")

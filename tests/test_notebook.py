@@ -4,8 +4,9 @@ import re
 import shutil
 import subprocess
 
-import nbformat
 from conftest import ROOT
+
+import nbformat
 from nbclient import NotebookClient
 
 

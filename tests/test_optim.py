@@ -3,6 +3,8 @@ import os
 import subprocess
 import sys
 
+from conftest import ROOT
+
 import train
 from common.muon import Muon, orthogonalise
 from common.setup import check_keys
@@ -12,7 +14,6 @@ from train import OPTIMIZERS, get_lr, make_optimizers
 
 import pytest
 import torch
-from conftest import ROOT
 
 
 def new_model(**switches):

@@ -9,6 +9,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from conftest import ROOT, SMALL, TEXT, Script, call
+
 import prepare_text
 import prepare_tinystories
 from common import corpus
@@ -20,7 +22,6 @@ from configurator import UserError
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, TEXT, Script, call
 from hub import start_hub
 
 

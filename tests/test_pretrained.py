@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from conftest import SMALL, TEXT, make_nanogpt_chars
+
 from common.checkpoint import load_model
 from common.inference import prompt_ids
 from common.pretrained import arguments_from, from_llama, read_pretrained, to_hugging_face, to_our_names
@@ -15,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SMALL, TEXT, make_nanogpt_chars
 from hub import start_hub
 
 LLAMA = dict(

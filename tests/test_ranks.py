@@ -12,11 +12,12 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from conftest import ROOT, SMALL, Script, call, readme_block
+
 from common.checkpoint import load_checkpoint
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Script, call, readme_block
 
 JOB = [*SMALL, "--dataset=chars", "--gradient_accumulation_steps=4", "--eval_interval=5", "--checkpoint_interval=2"]
 

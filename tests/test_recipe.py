@@ -3,12 +3,13 @@
 import sys
 from unittest import mock
 
+from conftest import TEXT
+
 import train
 from common.setup import from_depth
 from model import GPT, GPTConfig
 
 import torch
-from conftest import TEXT
 
 CLASSIC = dict(optimizer="adamw", learning_rate=1e-3)
 

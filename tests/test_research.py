@@ -20,6 +20,7 @@ import scaling
 import sweep
 import tables
 import verdicts
+from conftest import ROOT
 from studies import TINY, read_jsonl, run_research, write_study
 
 from common.shards import load_dataset
@@ -27,7 +28,6 @@ from configurator import UserError, read_keys, run_file
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 
 def study(losses) -> list[dict]:

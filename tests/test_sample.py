@@ -4,6 +4,8 @@ import signal
 import time
 from types import SimpleNamespace
 
+from conftest import SMALL, Script, call, call_on_terminal, make_nanogpt_chars
+
 import sample as script
 from common.inference import text_pieces, until
 from common.runtime import explain_memory
@@ -12,7 +14,6 @@ from configurator import UserError
 
 import pytest
 import torch
-from conftest import SMALL, Script, call, call_on_terminal, make_nanogpt_chars
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import sweep
+from conftest import ROOT, call_on_terminal
 from studies import STUDIES, TINY, read_jsonl, run_research, write_study
 
 from common.files import file_sha256
 from configurator import read_keys, run_file
 
 import pytest
-from conftest import ROOT, call_on_terminal
 
 
 def test_every_key_of_an_arm_reaches_its_run_and_nothing_else_changes(chars):

@@ -2,6 +2,8 @@
 
 import json
 
+from conftest import TEXT
+
 from common.chat import chat_prompt
 from common.inference import prompt_ids, text_pieces
 from common.tokenizer import (
@@ -23,7 +25,6 @@ from configurator import UserError
 
 import numpy as np
 import pytest
-from conftest import TEXT
 
 STRANGE = "naïve café — “quotes” 日本語 🙂\t\n\r\n  spaces   " + EOT
 

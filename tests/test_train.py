@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
+
 import train
 from common import setup
 from common.logger import Logger
@@ -20,7 +22,6 @@ from common.shards import load_dataset
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -4,6 +4,8 @@ import json
 import signal
 import time
 
+from conftest import SMALL, TEXT, Script, call
+
 from common.checkpoint import build_model, load_checkpoint
 from common.files import read_metrics
 from configurator import UserError
@@ -11,7 +13,6 @@ from model import GPT, GPTConfig
 
 import pytest
 import torch
-from conftest import SMALL, TEXT, Script, call
 
 BEST_ONLY = [*SMALL, "--dataset=chars", "--always_save_checkpoint=False"]
 
