@@ -356,6 +356,17 @@ def evaluate(run: Run, datasets: list, n_windows: int, interrupted=lambda: False
 # Set-up and the loop
 
 
+def make_missing_stories(keys: dict) -> None:
+    """Make the quickstart's dataset if --dataset names it and it is not there."""
+    if "tinystories_synthetic" in re.split("[:,]", keys["dataset"]):
+        ensure_synthetic(Path(keys["data_dir"]) / "tinystories_synthetic")
+
+
+def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
+    make_missing_stories(keys)  # its vocabulary enters the formulas
+    return setup.from_depth(keys, explicit)
+
+
 def is_finished(state: State, minutes: float) -> bool:
     """The first limit reached ends the run."""
     out_of_steps = 0 < max_iters <= state.step
@@ -375,8 +386,8 @@ def main(config: dict) -> None:
     master = rank == 0
 
     # Data and model: from scratch, from other weights, or from the checkpoint to resume
-    if master and "tinystories_synthetic" in re.split("[:,]", dataset):
-        ensure_synthetic(Path(data_dir) / "tinystories_synthetic")
+    if master:
+        make_missing_stories(globals())
     runtime.barrier()
     if master and not (dry_run or eval_only):
         lock_run(Path(out_dir))
@@ -508,4 +519,4 @@ def log_step(run: Run, state: State, log: logger.Logger, monitor: runtime.StepMo
 if __name__ == "__main__":
     with short_errors(), runtime.explain_errors(globals()), logger.progress_bar_closed():
         options = dict(one_of=ALTERNATIVES, part_of={"sample_prompt": "dataset"})
-        main(configure(globals(), dial=("depth", setup.from_depth), **options))
+        main(configure(globals(), dial=("depth", from_depth), **options))

@@ -75,7 +75,8 @@ class RMSNorm(torch.autograd.Function):
         else:
             rows = product.flatten(0, -2)
             dot = (rows @ weight).float().view_as(scale)
-            dw = scale.to(x.dtype).flatten() @ rows
+            if ctx.needs_input_grad[1]:
+                dw = scale.to(x.dtype).flatten() @ rows
             dx = (grad * weight).mul_(scale.to(x.dtype))
         return dx.addcmul_(x, (dot * scale**3 / -x.size(-1)).to(x.dtype)), dw, None
 

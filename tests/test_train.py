@@ -318,6 +318,14 @@ def test_one_dial_sets_a_whole_run_and_each_value_can_be_given(run, chars):
     assert "12 layers" in done.stdout and " learning_rate=" not in done.stderr
 
 
+def test_the_dial_counts_the_vocabulary_of_stories_that_are_not_made_yet(tmp_path):
+    keys = ("--depth=2", "--dataset=tinystories_synthetic", "--device=cpu", "--dry_run")
+    first, second = (call("train.py", *keys, cwd=tmp_path) for _ in range(2))
+    assert first.returncode == second.returncode == 0
+    assert "12 tokens for each of 501,888 weights in matrices and head" in " ".join(first.stderr.split())
+    assert first.stderr == second.stderr  # 12 x 2 x 128^2 + 849 x 128
+
+
 def test_label_smoothing_is_in_the_training_loss_alone(run, chars):
     for smoothing in ("0.0", "0.3"):
         run(
