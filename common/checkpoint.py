@@ -550,6 +550,11 @@ def restore_optimizers(
             for name in {"exp_avg", "exp_avg_sq"} & values.keys():
                 moment = values[name]
                 values[name] = F.pad(moment, (0, 0) * (moment.dim() - 1) + (0, len(params[index]) - len(moment)))
+        if before.get("weight_decay") == now.get(
+            "weight_decay"
+        ):  # older versions decayed embeddings beside Muon: go on so
+            for ours in settings:
+                ours.pop("weight_decay", None)
         for theirs, ours in zip(saved["param_groups"], settings):  # they decide on which device AdamW counts steps
             theirs |= {k: ours[k] for k in ("fused", "capturable") if k in ours}
         optimizer.load_state_dict(saved)
