@@ -226,7 +226,7 @@ def get_lr(step: int, minutes: float = 0.0) -> float:
 
 
 def get_momentum(step: int) -> float:
-    """Momentum of a step, for Muon and SGD: early gradients change too fast for a long memory of them."""
+    """Momentum of a step (counted from 0), for Muon and SGD. It rises by equal amounts, and is never above --momentum."""
     rising = max(0.0, 1 - step / momentum_warmup) if momentum_warmup else 0.0  # from 1 to 0
     return momentum - rising * max(0.0, momentum - 0.85)
 
@@ -363,7 +363,8 @@ def make_missing_stories(keys: dict) -> None:
 
 
 def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
-    make_missing_stories(keys)  # its vocabulary enters the formulas
+    """setup.from_depth, with the dataset made before: its vocabulary enters the formulas."""
+    make_missing_stories(keys)
     return setup.from_depth(keys, explicit)
 
 

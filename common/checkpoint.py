@@ -550,9 +550,8 @@ def restore_optimizers(
             for name in {"exp_avg", "exp_avg_sq"} & values.keys():
                 moment = values[name]
                 values[name] = F.pad(moment, (0, 0) * (moment.dim() - 1) + (0, len(params[index]) - len(moment)))
-        if before.get("weight_decay") == now.get(
-            "weight_decay"
-        ):  # older versions decayed embeddings beside Muon: go on so
+        # A decay that no key changed stays: older versions decayed embeddings beside Muon too.
+        if before.get("weight_decay") == now["weight_decay"]:
             for ours in settings:
                 ours.pop("weight_decay", None)
         for theirs, ours in zip(saved["param_groups"], settings):  # they decide on which device AdamW counts steps

@@ -31,9 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
     """The decisions that --depth=N stands for: a sentence and the keys that follow. Explicit keys enter the formulas.
 
-    Sources: nanochat (https://github.com/karpathy/nanochat) for the tokens, the batch size at 1.3 billion tokens and its growth
-    beyond them; BENCHMARKS.md for smaller batches and the rates; https://arxiv.org/abs/2405.13698 for the weight decay, with
-    which the weights average over the run.
+    Sources: nanochat (https://github.com/karpathy/nanochat) for the tokens, the batch size at 1.3 billion tokens, its growth
+    beyond them and the embeddings' rate; docs/training.md for smaller batches; BENCHMARKS.md for the other rates;
+    https://arxiv.org/abs/2405.13698 for the weight decay, with which the weights average over the run.
+    Raises UserError for a key that is out of range.
     """
     check_bounds(keys, at_least_0="depth max_iters", at_least_1="n_layer n_embd block_size batch_size")
 
@@ -82,7 +83,7 @@ def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
 
 
 def vocab_size_of(keys: dict) -> int:
-    """Of --dataset; GPT-2's if it is not there yet."""
+    """The vocabulary of --dataset; GPT-2's if it is missing or damaged, which loading it reports later."""
     try:
         return load_mixture(keys["dataset"], Path(keys["data_dir"]))[0][0].vocab_size
     except UserError:
