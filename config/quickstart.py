@@ -1,6 +1,7 @@
 # A small model of children's stories, on two CPU cores, from an empty folder to a printed story.
 # 2 layers, 4 heads, width 128, vocabulary 849: 502,528 parameters.
-# Time: 72 to 81 s on two cores of an AMD EPYC, 210 s on two of an Intel Xeon, 406 s on two of an EPYC without bfloat16.
+# Time: 72 to 81 s on two cores of an AMD EPYC, 210 s on two of an Intel Xeon, 328 and 406 s on two of an EPYC without
+# bfloat16.
 # Validation loss: 0.25 to 0.27.
 # prepare_tinystories.py --synthetic=True makes the stories; train.py runs it if they are missing.
 #
