@@ -66,6 +66,23 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def keep_dynamo_out() -> None:
+    """Let optimizers work without torch._dynamo, whose import takes nearly as long as torch's own (BENCHMARKS.md).
+
+    torch's optimizers import it to keep themselves out of compiled code, where train.py never puts them. torch has no switch
+    for this, so their methods are replaced by those they wrap; where torch changes, they stay as they are.
+    """
+    if "torch._dynamo" in sys.modules:
+        return
+    for method in vars(torch.optim.Optimizer).values():
+        if inner := getattr(method, "__wrapped__", None):
+            inner.__dynamo_disable = inner  # what torch._compile._disable_dynamo calls instead of the method
+    for each in vars(torch.optim).values():
+        step = vars(each).get("step") if isinstance(each, type) else None
+        if inner := getattr(step, "__wrapped__", None):
+            each.step = torch.no_grad()(inner)
+
+
 def to_device(device: torch.device, *arrays) -> list[torch.Tensor]:
     """numpy arrays as tensors on the device, without waiting for a GPU."""
     tensors = [torch.from_numpy(a) for a in arrays]

@@ -16,6 +16,7 @@ from common.runtime import (
     init_distributed,
     is_master,
     is_out_of_memory,
+    keep_dynamo_out,
     pick_dtype,
     pick_local_device,
 )
@@ -117,6 +118,7 @@ def check_keys(keys: dict, optimizers, schedules) -> None:
 
 def set_up_device(keys: dict) -> tuple[torch.device, torch.dtype, int, int]:
     """Device, dtype of autocast, rank and world size."""
+    keep_dynamo_out()
     device = pick_local_device(keys["device"])
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32

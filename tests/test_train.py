@@ -638,6 +638,24 @@ def test_the_seconds_of_steps_without_a_log_line_are_counted(run, chars):
     assert results["total_steps"] == 5 and results["train_seconds"] > 0
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd", "adafactor"])
+def test_training_that_is_not_compiled_never_imports_the_compiler(chars, optimizer):
+    """It would take as long as importing torch. A process of its own: the one that tests fork from is not fresh."""
+    code = (
+        "import runpy, sys; sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__'); "
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    keys = [
+        *SMALL,
+        f"--optimizer={optimizer}",
+        f"--data_dir={chars / 'data'}",
+        "--dataset=chars",
+        f"--out_dir={chars / optimizer}",
+    ]
+    done = subprocess.run([sys.executable, "-c", code, *keys], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 def test_what_the_version_before_left_resumes_samples_and_evaluates(run, tmp_path):
     """A dataset, a config and a run of three steps, made before the position was counted in sequences."""
     shutil.copytree(ROOT / "tests" / "previous_version", tmp_path, dirs_exist_ok=True)
