@@ -89,6 +89,12 @@ class Measured(float):
         self.spread = (max(values) - min(values)) / 2 / self if self else 0.0
         return self
 
+    def times(self, factor: float) -> "Measured":
+        """In another unit, with the same spread."""
+        scaled = Measured([factor * self])
+        scaled.spread = self.spread
+        return scaled
+
 
 def report(name: str, unit: str, count: float, seconds: list[float]) -> Measured:
     """Print count / seconds with its range, and return its median."""
@@ -204,7 +210,7 @@ def bench_train() -> dict:
         if part is None:
             print(f"  {name:<12}  too noisy to split")
             continue
-        figures[f"ms_{name}"] = 1e3 * part
+        figures[f"ms_{name}"] = part.times(1e3)
         print(f"  {name:<12} {1e3 * part:>9.1f} ms  {part / seconds:>6.1%}")
     flops, bandwidth = roofline(device, run.dtype)
     products = runtime.flops_per_token(model, train.block_size, "causal") * tokens_per_step / flops
@@ -221,7 +227,7 @@ def bench_train() -> dict:
     return figures
 
 
-def time_parts(run: train.Run) -> dict[str, float | None]:
+def time_parts(run: train.Run) -> dict[str, Measured | None]:
     """Seconds of a step's parts, each by itself; None where noise hides one."""
     x, y = run.batches.load(0)
     with torch.no_grad(), run.autocast():
@@ -247,7 +253,7 @@ def time_parts(run: train.Run) -> dict[str, float | None]:
     batch, whole, loss_head, both, optimizer = seconds_of(*works, device=run.device)
     parts = {"batch": Measured(batch), "forward": difference(whole, loss_head), "loss_head": Measured(loss_head)}
     parts["backward"] = difference(both, whole)
-    parts = {name: part and run.grad_accum_steps * part for name, part in parts.items()}
+    parts = {name: part and part.times(run.grad_accum_steps) for name, part in parts.items()}
     return parts | {"optimizer": Measured(optimizer)}
 
 
@@ -258,12 +264,13 @@ def bench_batches() -> dict:
     while slower < 2:
         train.batch_size, train.gradient_accumulation_steps, train.total_batch_tokens = rows, 1, 0
         try:
-            seconds = statistics.median(time_steps(make_run()))
+            seconds = Measured(time_steps(make_run()))
         except Exception as e:
             if not (runtime.is_out_of_memory(e) and figures):
                 raise
             break
-        rate, memory = rows * train.block_size / seconds, runtime.peak_memory(device) or 0.0
+        rate, memory = Measured([rows * train.block_size / seconds]), runtime.peak_memory(device) or 0.0
+        rate.spread = seconds.spread
         slower = 0 if rate > max(figures.values(), default=0) * 1.02 else slower + 1
         figures[f"tokens_per_second_batch_{rows}"] = rate
         print(f"{rows:>12} {rate:>12,.0f} {1e3 * seconds:>12.1f} {memory:>8,.0f}")
@@ -401,7 +408,7 @@ def bench_data() -> dict:
         millions = n_batches * 64 * 1024 / 1e6
         report("copying tokens into inputs and targets", "M tokens/s", millions, copying)
         rate = report("batches of shuffled windows, one core", "M tokens/s", millions, reading)
-    return {"tokenizing_tokens_per_second": 1e6 * tokenizing, "reading_tokens_per_second": 1e6 * rate}
+    return {"tokenizing_tokens_per_second": tokenizing.times(1e6), "reading_tokens_per_second": rate.times(1e6)}
 
 
 def text_to_tokenize() -> str:
@@ -431,7 +438,7 @@ def bench_startup() -> dict:
 
     def time_process(name: str, *command: str, times: int = repeat, **environment: str) -> None:
         seconds = process_seconds(*command, times=times, **environment)
-        figures[f"seconds_{name.replace(' ', '_')}"] = median = statistics.median(seconds)
+        figures[f"seconds_{name.replace(' ', '_')}"] = median = Measured(seconds)
         ratio = f"{median / figures['seconds_import_torch']:.2f} x import torch"
         print(f"{name:<34} {median:>6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})  {ratio}")
 

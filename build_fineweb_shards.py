@@ -12,7 +12,9 @@ interrupted run. FineWeb-Edu (https://arxiv.org/abs/2406.17557) is a set of educ
 """
 
 import itertools
+import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,14 +192,17 @@ def main() -> None:
         raise UserError(f"--source={other}: give .parquet or .jsonl files")
     if files and num_workers > len(files):
         raise UserError(f"--num_workers={num_workers}: the source has only {len(files)} files to distribute")
-    default = re.sub(r"\W+", "_", Path(source.split(",")[0]).stem) if source else "edu_fineweb" + sample[:-1]
+    default = (
+        re.sub(r"\W+", "_", Path(os.path.abspath(source.split(",")[0])).stem) if source else "edu_fineweb" + sample[:-1]
+    )
     folder = Path(data_dir) / (dataset or pretokenized or default)
     if pretokenized:
         fetch_pretokenized(folder)
     else:
         build(folder, files)
     if num_workers == 1:
-        print(f"Train on it: python train.py --dataset={folder.name}")
+        place = f" --data_dir={shlex.quote(data_dir)}" if data_dir != "data" else ""
+        print(f"Train on it: python train.py --dataset={folder.name}{place}")
     else:
         print(f"When all {num_workers} workers are done, move their shards (but no meta.json) into one folder")
 

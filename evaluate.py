@@ -274,6 +274,8 @@ def main() -> None:
     check_choice("split", split, ("val", "train"))
     check_bounds(globals(), at_least_0="eval_tokens stride block_size num_samples top_k temperature limit")
     check_bounds(globals(), at_least_1="batch_size max_new_tokens")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed={seed}: must be at least 0 and less than 2^63")
     target = pick_device(device)
     amp_dtype = torch.float32 if quantize or (dtype == "auto" and target.type != "cuda") else pick_dtype(dtype, target)
     results, folder = [], Path(output_dir)

@@ -185,16 +185,16 @@ def hub_stream(entry: Corpus, split: str):
     return corpus.open_stream("parquet", entry.id, data_files=path, split="train")
 
 
-def hub_source(entry: Corpus, split: str) -> Source:
-    """The documents of a corpus, streamed. A position is [number of documents so far, state of the stream]."""
+def hub_source(entry: Corpus, split: str, limit: int) -> Source:
+    """At most `limit` documents of a corpus (0: all), streamed. A position is [number of documents so far, state of the stream]."""
     if entry.id == "Salesforce/wikitext":
-        return make_source(lambda: articles(stream_rows(hub_stream(entry, split), entry.id)), max_docs)
+        return make_source(lambda: articles(stream_rows(hub_stream(entry, split), entry.id)), limit)
 
     def read(position) -> Iterator[tuple[str, Callable]]:
         count, state = position or (0, None)
         stream = hub_stream(entry, split)
         texts = corpus.stream_documents(stream, text_field or "text", entry.id, state)
-        for number, text in enumerate(itertools.islice(texts, max_docs - count if max_docs else None), count + 1):
+        for number, text in enumerate(itertools.islice(texts, limit - count if limit else None), count + 1):
             yield text, lambda number=number: [number, stream.state_dict()]
 
     return read
@@ -266,7 +266,9 @@ def small_talk_documents() -> tuple[dict[str, Source], str, bool]:
     found = itertools.islice(small_talk.conversations(random.Random(seed)), max_samples_per_source)
     mix = dict.fromkeys(json.dumps(c, ensure_ascii=False) for c in found)
     return split_conversations(
-        [*mix], random.Random(seed), f"{len(mix):,} conversations of generated small talk and sums"
+        [*mix],
+        random.Random(seed),
+        f"{min(len(mix), max_docs or len(mix)):,} conversations of generated small talk and sums",
     )
 
 
@@ -295,6 +297,7 @@ def chat_documents() -> tuple[dict[str, Source], str, bool]:
 
 def split_conversations(mixed: list[str], rng: random.Random, description: str) -> tuple[dict[str, Source], str, bool]:
     rng.shuffle(mixed)
+    mixed = mixed[: max_docs or None]
     in_val = {text for text in mixed if document_hash(text, seed) < val_fraction * 2**64} or {mixed[0]}
     sources = {
         split: make_source(lambda is_val=is_val: (text for text in mixed if (text in in_val) == is_val))
@@ -380,7 +383,8 @@ def split_few(documents: list[str]) -> dict[str, Source]:
         if text in chosen:
             continue
         if left > room / 2 and text == max((t for t in documents if t not in chosen), key=len):
-            cut = text.rfind(" ", 0, max(1, len(text) - round(left))) + 1 or len(text) - round(left)
+            at = max(1, len(text) - round(left))
+            cut = text.rfind(" ", max(0, at - 1000), at) + 1 or at  # at a space that is near
             parts["val"].append(text[cut:])
             text = text[:cut]
         parts["train"].append(text)
@@ -412,6 +416,8 @@ def prepare(
         return
     sources, description, is_single = find_documents()
     threshold = val_threshold(sources["all"], description) if "all" in sources else 0
+    if "all" in sources and not threshold:  # said before a large corpus is tokenized
+        raise UserError(f"--val_fraction={val_fraction}: no document would be for validation")
 
     def split_of(text: str) -> str:
         return "val" if document_hash(text, seed) < threshold else "train"
@@ -441,20 +447,20 @@ def prepare(
             raise UserError(f"no text is left for the {split} split: {advice}")
     tokens = writer.finish(description)
     print(writer.summary)
-    warn_if_small(tokens)
+    warn_if_small(tokens, chosen=not (source in CORPORA and CORPORA[source].val))
     preset = "config/train_chat.py" if is_chat else "config/quickstart.py"
     preset += f" --out_dir=out/{folder.name}" * (folder.name != "chat")  # the run of the chat preset itself is out/chat
     place = f" --data_dir={shlex.quote(data_dir)}" if data_dir != "data" else ""
     print(f"Train on it: python train.py {preset} --dataset={folder.name}{place}")
 
 
-def warn_if_small(tokens: dict[str, int]) -> None:
-    """Say what will go wrong in training, and what to do about it."""
+def warn_if_small(tokens: dict[str, int], chosen: bool) -> None:
+    """Say what will go wrong in training, and what to do about it. chosen: --val_fraction chose the validation text."""
     train, val = tokens["train"], tokens["val"]
     share = val / (train + val)
     if train < 100_000:
         print(f"note: {train:,} training tokens are few: a model learns them by heart. A megabyte of text is a start.")
-    if not val_fraction / 3 < share < 3 * val_fraction:
+    if chosen and not val_fraction / 3 < share < 3 * val_fraction:
         print(
             f"note: validation has {share:.0%} of the tokens, not {val_fraction:.0%}: the documents are too few or too large to choose from"
         )
@@ -514,7 +520,8 @@ def prepare_corpus(folder: Path, name: str) -> None:
         expected = min(entry.megabytes * 2**20 / 2, 2 * max_tokens or float("inf"))
         check_disk_space(folder, expected, ": set --max_tokens or --max_docs, or another --data_dir")
     splits = {"val": entry.val, "train": "train"} if entry.val else {"all": "train"}
-    sources = {split: hub_source(entry, hub_split) for split, hub_split in splits.items()}
+    limits = {"val": max(1, math.ceil(max_docs * val_fraction)) if max_docs else 0}  # as for --max_tokens
+    sources = {split: hub_source(entry, hub_split, limits.get(split, max_docs)) for split, hub_split in splits.items()}
     prepare(folder, lambda: (sources, name, False), {"source": name})
 
 
@@ -522,7 +529,11 @@ def main() -> None:
     if list_sources:
         return print_sources()
     at_least_1 = "shard_tokens max_samples_per_source batch_size block_size"
-    check_bounds(globals(), at_least_0="max_docs max_tokens preview", at_least_1=at_least_1, below_1="val_fraction")
+    check_bounds(
+        globals(), at_least_0="max_docs max_tokens preview seed", at_least_1=at_least_1, below_1="val_fraction"
+    )
+    if seed >= 2**63:
+        raise UserError(f"--seed={seed}: must be less than 2^63")
     if inputs and source:
         raise UserError("--inputs and --source: give one of them")
     paths = inputs or ("" if source else os.environ.get("LOCAL_TEXT_DATA_PATH", ""))
@@ -530,7 +541,9 @@ def main() -> None:
         if preview and dataset:
             return show_batches(dataset)
         raise UserError("give --inputs=FILE (or set LOCAL_TEXT_DATA_PATH) or --source=NAME (see --list_sources)")
-    default = Path(paths.split(",")[0]).resolve().stem if paths else re.sub(r"\W+", "_", source.split("/", 1)[-1])
+    default = (
+        Path(os.path.abspath(paths.split(",")[0])).stem if paths else re.sub(r"\W+", "_", source.split("/", 1)[-1])
+    )
     folder = Path(data_dir) / (dataset or default)
     if paths:
         prepare_files(folder, paths)

@@ -13,6 +13,7 @@ binds names, pronouns, things, colors and places anew, so a model has to learn w
 
 import functools
 import random
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,8 @@ from filelock import FileLock
 
 synthetic = False  # write the synthetic stories instead of TinyStories
 version = "v1"  # v1: the original stories | v2: those by GPT-4
-source = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"  # URL or folder of the TinyStories files
+HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
+source = HUB  # URL or folder of the TinyStories files
 dataset = ""  # folder under data_dir (default: tinystories, tinystories_v2 or tinystories_synthetic)
 data_dir = "data"  # folder of all datasets
 tokenizer = "gpt2"  # gpt2 | char | bpe (trained on the stories)
@@ -111,13 +113,15 @@ def story(rng: random.Random) -> str:
 
 
 def make_synthetic(folder: Path, count=12_000, val_fraction=0.05, vocab_size=2048, seed=1337, overwrite=False) -> None:
-    """Write `count` synthetic stories as a dataset. Raises UserError if the folder already holds one."""
+    """Write `count` synthetic stories as a dataset. Raises UserError if the folder already holds another one."""
     if count < 2:
         raise UserError(f"--max_docs={count}: must be at least 2, one story for each split")
+    arguments = {"synthetic": True, "max_docs": count, "val_fraction": val_fraction, "seed": seed}
+    if is_up_to_date(folder, arguments, overwrite):
+        return
     rng = random.Random(seed)
     texts = list(dict.fromkeys(story(rng) for _ in range(count)))  # without duplicates, so the splits are disjoint
     n_val = max(1, round(len(texts) * val_fraction))
-    arguments = {"synthetic": True, "max_docs": count, "val_fraction": val_fraction, "seed": seed}
     writer = DatasetWriter(folder, arguments, lambda: word_tokenizer("\n\n".join(texts), vocab_size), overwrite)
     for split, part in (("val", texts[:n_val]), ("train", texts[n_val:])):
         writer.write(make_source(lambda part=part: part), split)
@@ -139,6 +143,7 @@ def ensure_synthetic(folder: Path) -> None:
 def make_tinystories(folder: Path) -> None:
     """Download TinyStories, tokenize the stories in their order, and write the dataset."""
     arguments = {k: globals()[k] for k in ("version", "tokenizer", "vocab_size", "max_docs", "data_fraction")}
+    arguments |= {"source": source} if source != HUB else {}
     if is_up_to_date(folder, arguments, overwrite):
         return
     paths = {split: find_file(name) for split, name in FILES[version].items()}
@@ -160,7 +165,8 @@ def make_tinystories(folder: Path) -> None:
         writer.write(read, split)
     writer.finish(f"TinyStories {version}")
     print(writer.summary)
-    print(f"Train on it: python train.py config/baby_cpu.py --dataset={folder.name}")
+    place = f" --data_dir={shlex.quote(data_dir)}" if data_dir != "data" else ""
+    print(f"Train on it: python train.py config/baby_cpu.py --dataset={folder.name}{place}")
 
 
 def find_file(name: str) -> Path:

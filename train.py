@@ -513,7 +513,8 @@ def log_step(run: Run, state: State, log: logger.Logger, monitor: runtime.StepMo
         if is_due(log_interval, stats.step) or is_finished(state, monitor.minutes) or monitor.stop:
             log.step(stats, monitor.minutes)
         log.show_step(stats.step)
-        if not (math.isfinite(stats.loss) and (math.isfinite(stats.grad_norm) or run.scaler.is_enabled())):
+        adapting = run.scaler.is_enabled() and monitor.skipped < 100  # its scale would be 2^-84, from 2^16
+        if not (math.isfinite(stats.loss) and (math.isfinite(stats.grad_norm) or adapting)):
             raise runtime.bad_step_error(run, stats)
 
 

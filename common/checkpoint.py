@@ -65,7 +65,7 @@ def hard_link(path: Path, other: Path) -> None:
     part.unlink(missing_ok=True)
     try:
         try:
-            os.link(path, part)
+            os.link(path.resolve(), part)  # of a link its target, which would be replaced
         except OSError:
             shutil.copyfile(path, part)
         os.replace(part, other)
@@ -516,7 +516,8 @@ def restore_optimizers(
 ) -> None:
     """Load the optimizers' state and print which keys changed. Raises UserError for a change that resuming cannot make."""
     for dataset, _ in datasets:
-        if checkpoint.get("dataset_sha256", {}).get(dataset.name, dataset.sha256) != dataset.sha256:
+        trained_on = checkpoint.get("dataset_sha256", {}).get(dataset.name, dataset.sha256)
+        if dataset.sha256 and trained_on != dataset.sha256:  # a dry run may do without its dataset
             advice = f"--init_from={config['out_dir']} starts a run on the new one"
             raise UserError(f"--resume: the dataset {dataset.name} is another than the run was trained on: {advice}")
     # A key that the checkpoint does not know had its default: nanoGPT has no other optimizer, older versions fewer fields.
@@ -526,13 +527,15 @@ def restore_optimizers(
     if "dataset" in checkpoint["config"]:  # the one that was found
         before["dataset"] = checkpoint["config"]["dataset"]
     fixed = {f.name for f in fields(GPTConfig)} - RUNTIME_FIELDS | {"optimizer"}
+    ignored = set()
     if before.get("init_from", "scratch") not in ("scratch", "resume"):  # its model came from other weights, not keys
-        fixed = {"optimizer", "lora_rank"}
+        ignored = {key for key in fixed if key != "block_size" and not key.startswith("rope_")}
+        fixed = {"optimizer", "lora_rank"} | ({"lora_alpha"} if before.get("lora_rank") else set())
     start_again = f"keep it, or start a run with --init_from={config['out_dir']}"
     for key in sorted(fixed & before.keys() & now.keys()):
         if before[key] != now[key] and ("requested" in checkpoint or key in ("optimizer", "block_size")):
             raise UserError(f"--{key}={now[key]}: the run to resume had {before[key]}; {start_again}")
-    changed = changed_keys(before, now, fixed, checkpoint["config"], config)
+    changed = changed_keys(before, now, fixed | ignored, checkpoint["config"], config)
     if changed and is_master():
         print(f"resumed with other keys than before: {', '.join(changed)}")
     for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
@@ -546,9 +549,12 @@ def restore_optimizers(
             raise UserError(f"{rates} may change when a run resumes, but not from or to 0: {start_again}")
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, values in saved["state"].items():  # nanoGPT's moments have no rows for ids that pad the vocabulary
-            for name in {"exp_avg", "exp_avg_sq"} & values.keys():
-                moment = values[name]
+        # nanoGPT's moments have no rows for ids that pad the vocabulary, and a shorter context needs fewer rows.
+        for index, values in saved["state"].items():
+            for name in ("exp_avg", "exp_avg_sq", "momentum_buffer", "row_var"):
+                moment = values.get(name)
+                if moment is None:
+                    continue
                 values[name] = F.pad(moment, (0, 0) * (moment.dim() - 1) + (0, len(params[index]) - len(moment)))
         # A decay that no key changed stays: older versions decayed embeddings beside Muon too.
         if before.get("weight_decay") == now["weight_decay"]:

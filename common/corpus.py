@@ -415,7 +415,8 @@ def split_text(path: Path, start: int = 0) -> Iterator[tuple[str, int]]:
             if end >= 0:
                 after = end + len(separator)
             elif len(buffer) - begin >= window:
-                end = max(buffer.rfind(space, begin, begin + LONGEST) for space in (b"\n", b" ")) + 1 or begin + LONGEST
+                at = buffer.rfind(b"\n", begin, begin + LONGEST) + 1 or buffer.rfind(b" ", begin, begin + LONGEST) + 1
+                end = at or begin + LONGEST
                 while buffer[end] & 0xC0 == 0x80:  # a continuation byte: do not cut inside a character
                     end -= 1
                 after = end

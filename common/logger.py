@@ -5,6 +5,7 @@ import html
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -217,13 +218,14 @@ class Logger:
         """Continue the prompt without dropout, with its own random numbers; print it, and write it to samples/step_N.txt."""
         if self.tokenizer is None:
             return ""
-        run, ids = self.run, prompt_ids(self.tokenizer, self.prompt)
+        run = self.run
         settings = dict(temperature=self.config["sample_temperature"], top_k=min(200, run.model.config.vocab_size))
         rng = torch.Generator(run.device).manual_seed(self.config["seed"])
         try:
+            ids = prompt_ids(self.tokenizer, self.prompt)
             with run.autocast():
                 (new,) = complete(run.model, self.tokenizer, [ids], 200, graph=False, rng=rng, **settings)
-        except UserError as e:  # probabilities that are not finite
+        except UserError as e:  # probabilities that are not finite, a prompt that cannot be encoded
             print(f"warning: no sample at step {step:,} ({e})")
             return ""
         text = self.tokenizer.decode([i for i in ids if i != self.tokenizer.eot] + new)
@@ -342,7 +344,8 @@ def load_tokenizer(dataset, prompt: str) -> tuple:
         prompt_ids(tokenizer, prompt)
     except UserError as e:
         first = [i for i in dataset.train[0].map()[:64].tolist() if i != tokenizer.eot]
-        words, prompt = prompt, " ".join(tokenizer.decode(first).split()[:3])
+        found = re.search(r"\S+(\s+\S+){0,2}", tokenizer.decode(first))  # cut, so that all of it is in the vocabulary
+        words, prompt = prompt, found[0] if found else ""
         print(f"--sample_prompt={words!r} cannot be used ({first_line(e)}): samples begin with {prompt!r}")
     return tokenizer, prompt
 
@@ -433,6 +436,8 @@ def print_summary(model, datasets: list, config: dict, device: torch.device, dty
         print(f"data: {dataset.name}{part}, {train:,} training and {val:,} validation tokens")
     time_limit = f"{max_minutes:g} minute" + "s" * (max_minutes != 1)
     limits = [f"{steps:,} steps, {steps * tokens:,} tokens"] * bool(steps) + [time_limit] * bool(max_minutes)
+    if config["max_epochs"] and not limits:  # without the dataset their steps are not known
+        limits = [f"{config['max_epochs']:g} epoch" + "s" * (config["max_epochs"] != 1)]
     plural = "es" if micro_batches > 1 else ""
     print(f"step: {B} x {T} tokens x {micro_batches} micro-batch{plural} = {tokens:,} tokens; {' or '.join(limits)}")
     copies = {"sgd": 3, "adafactor": 2}.get(config["optimizer"], 4)  # weights, gradients, moments

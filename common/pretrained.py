@@ -121,7 +121,8 @@ def is_pretrained(name: str) -> bool:
     path = Path(name)
     if name and path.is_dir():
         return not any((path / n).exists() for n in ("best.pt", "ckpt.pt")) and (
-            any(path.glob("*.safetensors")) or (path / "config.json").exists()
+            any(path.glob("*.safetensors"))
+            or ((path / "config.json").exists() and not (path / "metrics.jsonl").exists())  # a run has both
         )
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".pt" and not path.parent.exists()
     return name in GPT2_NAMES or bool(hub_id)
@@ -377,8 +378,8 @@ def to_our_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         name = name.replace("._orig_mod", "")
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             clean[name if name.startswith(("transformer.", "lm_head.")) else "transformer." + name] = tensor
-    first = clean.get("transformer.h.0.attn.c_attn.weight")
-    if first is not None and first.shape[1] == 3 * first.shape[0]:
+    first, wte = (clean.get(f"transformer.{name}.weight") for name in ("h.0.attn.c_attn", "wte"))
+    if first is not None and wte is not None and first.shape == (wte.shape[1], 3 * wte.shape[1]):
         clean = {n: t.t() if n.endswith(GPT2_CONV1D) else t for n, t in clean.items()}
     return clean
 

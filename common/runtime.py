@@ -70,7 +70,8 @@ def keep_dynamo_out() -> None:
     """Let optimizers work without torch._dynamo, whose import takes nearly as long as torch's own (BENCHMARKS.md).
 
     torch's optimizers import it to keep themselves out of compiled code, where train.py never puts them. torch has no switch
-    for this, so their methods are replaced by those they wrap; where torch changes, they stay as they are.
+    for this, so their methods are replaced by those they wrap; where torch changes these, they stay as they are.
+    torch.compile, DDP and activation checkpointing still import it.
     """
     if "torch._dynamo" in sys.modules:
         return
@@ -79,8 +80,8 @@ def keep_dynamo_out() -> None:
             inner.__dynamo_disable = inner  # what torch._compile._disable_dynamo calls instead of the method
     for each in vars(torch.optim).values():
         step = vars(each).get("step") if isinstance(each, type) else None
-        if inner := getattr(step, "__wrapped__", None):
-            each.step = torch.no_grad()(inner)
+        if getattr(getattr(step, "__code__", None), "co_name", "") == "_use_grad":  # no_grad, and the import
+            each.step = torch.no_grad()(step.__wrapped__)
 
 
 def to_device(device: torch.device, *arrays) -> list[torch.Tensor]:
@@ -248,13 +249,14 @@ class StepMonitor:
     """Collects what the ranks must agree on: each step's loss and gradient norm, a request to stop, and the clock.
 
     submit() sums a step's numbers over the ranks on the device. collect() reads them; on a GPU call it after the next step
-    was launched, so that the GPU never waits. `stop` and `minutes` are as of the last collected step, equal on all ranks.
+    was launched, so that the GPU never waits. `stop`, `minutes` and `skipped` are as of the last collected step, equal on all ranks.
     """
 
     def __init__(self, device: torch.device, world_size: int, start_time: float):
         self.device, self.world_size, self.start_time = device, world_size, start_time
         self.signals, self.pending = StopSignals(), None
         self.stop, self.minutes = False, broadcast_object((time.perf_counter() - start_time) / 60)
+        self.skipped = 0  # updates skipped in a row, up to the last collected step
         self.mark = time.perf_counter()
 
     def submit(self, state, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
@@ -277,7 +279,7 @@ class StepMonitor:
         if copied:
             copied.synchronize()
         loss, grad_norm, stop, self.minutes = numbers.tolist()
-        self.stop = stop > 0
+        self.stop, self.skipped = stop > 0, 0 if math.isfinite(grad_norm) else self.skipped + 1
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
         # The gradient norm is equal on all ranks.

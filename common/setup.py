@@ -49,7 +49,9 @@ def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
     sequences = 2 ** max(0, round(math.log2(2**19 * (tokens / 1.3e9) ** growth / T)))  # per step
     cuda = keys["device"].startswith("cuda") or (keys["device"] == "auto" and torch.cuda.is_available())
     rows = 2 ** max(0, int(math.log2((2**16 if cuda else 2**13) / T)))  # what fits
-    rows = given("batch_size", max(1, min(rows, sequences // int(os.environ.get("WORLD_SIZE", 1)))))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    rows = given("batch_size", max(1, min(rows, sequences // ranks)))
+    sequences = max(1, round(sequences / (rows * ranks))) * rows * ranks  # the ranks share them evenly
     tokens_per_step = given("total_batch_tokens", sequences * T)
     if "gradient_accumulation_steps" in explicit:
         tokens_per_step = rows * T * keys["gradient_accumulation_steps"]
@@ -111,6 +113,8 @@ def check_keys(keys: dict, optimizers, schedules) -> None:
         raise UserError("--learning_rate=0: the other learning rates are multiples of it")
     if not 0 <= keys["decay_fraction"] <= 1:
         raise UserError(f"--decay_fraction={keys['decay_fraction']}: must be between 0 and 1")
+    if keys["hellaswag_interval"] and keys["hellaswag_data"] and not Path(keys["hellaswag_data"]).is_file():
+        raise UserError(f"--hellaswag_data={keys['hellaswag_data']}: no such file")
     check_choice("compile", keys["compile"], ("auto", True, False))
     check_choice("optimizer", keys["optimizer"], optimizers)
     check_choice("schedule", keys["schedule"], schedules)
@@ -204,7 +208,8 @@ def resolve_limits(keys: dict, state, windows, model: GPT, world_size: int) -> N
     limits = [max(1, state.step + round((goal - state.sequences) / sequences_per_step)) for goal in goals]
     if keys["max_iters"]:
         limits.append(keys["max_iters"])
-    if not limits and not keys["max_minutes"] and not keys["eval_only"]:
+    endless = not limits and not keys["max_minutes"] and not keys["max_epochs"]  # epochs of a dataset that is not there
+    if endless and not keys["eval_only"]:
         raise UserError("--max_iters=0: give --max_iters, --max_epochs, --max_flops or --max_minutes")
     keys["max_iters"] = min(limits, default=0)
     if 0 < keys["max_iters"] < state.step and not keys["eval_only"]:

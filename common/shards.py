@@ -84,7 +84,7 @@ class ShardWriter:
                 self.files = [open(part, "w+b") for _, part in self.paths()]
                 for file in self.files:
                     file.write(bytes(self.HEADER))
-            take = min(len(columns[0]), self.shard_tokens - self.filled)
+            take = min(len(columns[0]), max(0, self.shard_tokens - self.filled))  # resumed with smaller shards: 0
             whole = cut_whole(columns[1], take) if len(columns) > 1 else take  # a shard ends with a conversation
             take = whole or (take if not self.filled else 0)
             for file, dtype, column in zip(self.files, self.dtypes, columns):

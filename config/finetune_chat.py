@@ -12,7 +12,7 @@ out_dir = "out/finetune_chat"
 dataset = "chat_smollm2"
 init_from = "HuggingFaceTB/SmolLM2-135M"
 
-# The size of SmolLM2, which --dry_run shows without downloading it; a run takes the size of what it starts from.
+# The size of SmolLM2; a run takes the size of what it starts from.
 n_layer = 30
 n_head = 9
 n_kv_head = 3

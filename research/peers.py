@@ -51,7 +51,7 @@ def make_folder(folder: Path, vocab_size: int) -> None:
     data.mkdir(parents=True)
     for split, size in (("train", 1_000_000), ("val", 100_000)):
         rng.integers(vocab_size, size=size, dtype=np.uint16).tofile(data / f"{split}.bin")
-    characters = [chr(0x4E00 + n) for n in range(vocab_size)]
+    characters = [chr(0x10000 + n) for n in range(vocab_size)]
     itos = dict(enumerate(characters))
     meta = {"vocab_size": vocab_size, "itos": itos, "stoi": {character: n for n, character in itos.items()}}
     (data / "meta.pkl").write_bytes(pickle.dumps(meta))
@@ -93,7 +93,13 @@ def sample(root: Path, folder: Path, arguments: list[str]) -> dict:
     """Tokens per second of one text, from the difference of a long and a short one, which start alike."""
     seconds = {}
     for count in (20, 20 + tokens):
-        keys = ["--out_dir=out_peer", "--device=cpu", "--num_samples=1", f"--max_new_tokens={count}", "--start=一"]
+        keys = [
+            "--out_dir=out_peer",
+            "--device=cpu",
+            "--num_samples=1",
+            f"--max_new_tokens={count}",
+            "--start=" + chr(0x10000),
+        ]
         _, seconds[count], memory = call(root, "sample.py", keys, folder)
     difference = seconds[20 + tokens] - seconds[20]
     if difference < 0.1 * seconds[20]:

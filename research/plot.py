@@ -15,6 +15,7 @@ from figures import COLOURS, LOSS_LABEL, check_format, label_ends, ordered_colou
 from points import is_number, table_rows
 from runs import (
     check_scipy,
+    higher_is_better,
     make_folder,
     print_effects,
     print_table,
@@ -129,13 +130,14 @@ def draw_grid(table: list[dict], arm_keys: dict[str, dict], axes_of_grid: dict, 
         values[lines.index(keys[second]), columns.index(keys[first])] = means.get(arm, np.nan)
     fig, axes = plt.subplots(figsize=(2.5 + 0.9 * len(columns), 1.5 + 0.55 * len(lines)))
     colours = np.log(values) if np.nanmin(values) > 0 else values  # a run that diverged does not hide the others
-    axes.imshow(colours, cmap="viridis_r" if "acc" not in metric else "viridis", aspect="auto", origin="lower")
+    higher = higher_is_better(metric)
+    axes.imshow(colours, cmap="viridis" if higher else "viridis_r", aspect="auto", origin="lower")
     middle = (np.nanmin(colours) + np.nanmax(colours)) / 2
     for (y, x), value in np.ndenumerate(values):
         if np.isfinite(value):
-            light = (colours[y, x] > middle) == ("acc" not in metric)
+            light = (colours[y, x] > middle) != higher
             axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=8, color="white" if light else "black")
-    best = np.nanargmax if "acc" in metric else np.nanargmin
+    best = np.nanargmax if higher else np.nanargmin
     track = [best(column) if np.isfinite(column).any() else np.nan for column in values.T]
     if all(isinstance(value, int | float) for value in columns):  # sizes, along which the best value moves
         axes.plot(range(len(columns)), track, "-", color="#D55E00", alpha=0.5)

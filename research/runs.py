@@ -108,9 +108,14 @@ def check_scipy(purpose: str) -> None:
         raise UserError(f"{purpose} need scipy: pip install -e '.[research]'")
 
 
+def higher_is_better(metric: str) -> bool:
+    """Accuracies and speeds of results.json; its other numbers are losses, sizes and times."""
+    return any(word in metric for word in ("acc", "per_sec", "mfu"))
+
+
 def print_table(table: list[dict], metric: str) -> None:
     """Print the table of arm_statistics() or of compare_arms(), whose differences are to the first arm."""
-    lower = "" if "acc" in metric else " (lower is better)"
+    lower = "" if higher_is_better(metric) else " (lower is better)"
     title, compared = metric + lower, any("difference" in entry for entry in table)
     print(f"\n{title:<40} {'n':>2} {'mean':>9} {'std':>8} {'min':>9} {'max':>9}" + "  to the first arm" * compared)
     for entry in table:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 
-from runs import arm_statistics
+from runs import arm_statistics, higher_is_better
 
 import numpy as np
 
@@ -129,7 +129,7 @@ def compare_arms(rows: list[dict], metric: str, order: list[str], effect: float 
         half = dunnett_quantile(compared, fit["df"]) * error
         entry |= {"difference": difference, "interval": [difference - half, difference + half]}
         needed = seeds_needed(fit["sigma"], compared, effect)
-        entry["verdict"] = verdict(difference, half, "acc" in metric, f"about {needed} seeds show {effect:g}")
+        entry["verdict"] = verdict(difference, half, higher_is_better(metric), f"about {needed} seeds show {effect:g}")
     return table
 
 
@@ -172,7 +172,7 @@ def grid_effects(rows: list[dict], metric: str, arm_keys: dict[str, dict]) -> li
         difference, error = contrast(fit, weights)
         half = quantile * error
         where = " at {}={}".format(*place.popitem()) if place else ", mean over the other keys"
-        says = verdict(difference, half, "acc" in metric)
+        says = verdict(difference, half, higher_is_better(metric))
         interval = [difference - half, difference + half]
         return dict(
             title=f"{key}={value} against {first}{where}", difference=difference, interval=interval, verdict=says

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def shortened(command: str) -> list[str]:
         words.append("--max_iters=40")
     if script == "research/sweep.py":  # the same study with short runs
         study = next(w for w in words if w.startswith("config/sweep/"))
-        base = re.search(r'base = "(.*)"', (copy / study).read_text()).group(1)
+        base = runpy.run_path(str(copy / study))["base"]
         words.append(f"--base={base} {TRAIN}")
     if "--worker=0" in words:  # one of several machines: it has a data folder of its own
         words += ["--source=corpus/", "--data_dir=data_of_worker_0"]

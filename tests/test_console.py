@@ -13,6 +13,7 @@ from pathlib import Path
 
 from conftest import ROOT, SMALL, Script
 
+from common.checkpoint import hard_link
 from common.files import atomic_write, check_writable, writes_through
 from configurator import Console, UserError, consoles, short_errors
 
@@ -129,6 +130,9 @@ def test_a_link_is_kept_and_its_target_replaced(tmp_path):
     atomic_write(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "target"]
+    hard_link(tmp_path / "link", tmp_path / "previous")  # as a checkpoint is kept before the next one replaces it
+    atomic_write(tmp_path / "link", "newer")
+    assert (tmp_path / "previous").read_text() == "new" and (tmp_path / "target").read_text() == "newer"
 
 
 def test_a_file_in_a_ram_disk_is_replaced_like_any_other(tmp_path, monkeypatch):

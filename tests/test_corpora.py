@@ -208,6 +208,8 @@ def test_small_talk_needs_no_network(run, tmp_path):
     assert "skipped" not in printed
     found = [text for split in ("train", "val") for text in conversations_of(tmp_path, split)]
     assert 150 < len(found) <= 200 and all("User: " in text and "Assistant: " in text for text in found)
+    run("prepare_text.py", *keys, "--max_docs=50", "--overwrite=True", env=nowhere)
+    assert sum(len(conversations_of(tmp_path, split)) for split in ("train", "val")) == 50
 
 
 def test_list_sources_prints_every_corpus_and_downloads_nothing(run, hub):

@@ -113,6 +113,7 @@ def test_distinct_and_divergence_equal_counts_by_hand():
         (["--block_size=64"], "the context is 32"),
         (["--dataset=none"], "there is no dataset data/none"),
         (["--batch_size=0"], "--batch_size=0: must be at least 1"),
+        ([f"--seed={2**64}"], "must be at least 0 and less than 2^63"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(refused, trained, arguments, words):

@@ -47,7 +47,7 @@ def test_lora_starts_as_the_base_model_and_merging_keeps_the_output(options):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_lora_run_trains_the_additions_only_resumes_samples_and_exports(run, chars, optimizer):
+def test_a_lora_run_trains_the_additions_only_resumes_samples_and_exports(run, refused, chars, optimizer):
     run("train.py", *SMALL, "--dataset=chars", "--out_dir=base", *LLAMA)
     tune = [*TUNE, f"--optimizer={optimizer}", "--max_iters=20", "--eval_interval=10"]
     printed = run("train.py", *tune, "--out_dir=tuned")
@@ -66,6 +66,9 @@ def test_a_lora_run_trains_the_additions_only_resumes_samples_and_exports(run, c
     run("train.py", *tune, "--out_dir=parts", "--resume", "--lr_decay_iters=20")
     parts = load_checkpoint(chars / "parts" / "ckpt.pt")["model"]
     assert all(torch.equal(parts[n], tuned["model"][n]) for n in parts)
+    again = [*tune, "--out_dir=parts", "--resume", "--max_iters=21"]
+    assert "--lora_alpha=3.0: the run to resume had" in refused("train.py", *again, "--lora_alpha=3")
+    assert "n_layer" not in run("train.py", *again, "--n_layer=3").partition("resumed with")[2].partition("\n")[0]
     run("export.py", "--init_from=tuned/ckpt.pt", "--output_dir=merged")
     ours, _ = load_model(chars / "tuned" / "ckpt.pt")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(chars / "merged").eval()

@@ -109,6 +109,8 @@ def test_of_a_few_documents_at_least_one_is_for_validation(run, tmp_path):
         (TEXT, ["--tokenizer=bpe", "--vocab_size=100"], "--vocab_size=100"),
         (TEXT, ["--tokenizer=bpe", "--vocab_size=50000"], "more than this text supports"),
         (TEXT, ["--val_fraction=1.5"], "--val_fraction=1.5"),
+        (TEXT, ["--seed=-1"], "--seed=-1: must be at least 0"),
+        (TEXT, [f"--seed={2**63}"], "must be less than 2^63"),
         (b"ab\xff\xfe", [], "in.txt is not UTF-8 text: byte 2"),
         ("abc".encode("utf-16"), [], "in.txt is UTF-16 text; convert it to UTF-8: python -c"),
         (b"%PDF-1.4 ...", [], "in.txt is a PDF; save its text first"),
@@ -165,6 +167,15 @@ def test_few_documents_are_split_by_their_size(run, tmp_path, sizes):
     assert 0.04 < val / (train + val) < 0.13, printed
     kept = "".join(sorted("".join(documents_of(dataset, "train") + documents_of(dataset, "val")).replace(" ", "")))
     assert kept == "".join(sorted("".join(texts).replace(" ", "")))  # nothing is lost, nothing twice
+
+
+def test_a_text_without_spaces_is_split_where_its_share_ends(run, tmp_path):
+    for name, text in (("a", "木" * 300), ("b", "A title " + "日本" * 20_000)):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    printed = run("prepare_text.py", "--inputs=a.txt,b.txt", "--dataset=d", "--tokenizer=char")
+    dataset = load_dataset("d", tmp_path / "data")
+    train, val = (sum(s.tokens for s in shards) for shards in (dataset.train, dataset.val))
+    assert 0.05 < val / (train + val) < 0.13 and "note: validation" not in printed
 
 
 def test_a_dataset_that_is_too_small_is_said_at_once(run, tmp_path):
@@ -240,6 +251,9 @@ def test_a_very_long_document_is_read_as_several(tmp_path, monkeypatch):
     whole = [*split_text(tmp_path / "a.txt")]
     for n in (0, 1, 700, len(whole) - 2):  # reading can resume at each position
         assert [t for t, _ in split_text(tmp_path / "a.txt", whole[n][1])][:5] == [t for t, _ in whole[n + 1 : n + 6]]
+    (tmp_path / "lines.txt").write_text("".join(f"{n} {n + 1} {n + 2}\n" for n in range(1000)))
+    parts = [t for t, _ in split_text(tmp_path / "lines.txt")]
+    assert len(parts) > 5 and all(len(line.split()) == 3 for part in parts for line in part.split("\n"))
     (tmp_path / "b.txt").write_text("日本" * 3000)  # without any space
     assert "".join(t for t, _ in split_text(tmp_path / "b.txt")) == "日本" * 3000
 
@@ -298,10 +312,13 @@ def test_missing_synthetic_stories_are_made_once(tmp_path, capsys):
     load_dataset(folder.name, folder.parent, verify=True)
 
 
-def test_the_same_seed_writes_the_same_stories_and_splits_are_disjoint(run, tmp_path):
+def test_the_same_seed_writes_the_same_stories_and_splits_are_disjoint(run, refused, tmp_path):
     for name in ("a", "b"):
         printed = run("prepare_tinystories.py", "--synthetic=True", "--max_docs=300", f"--dataset={name}")
     assert "300 stories" in printed
+    again = ["prepare_tinystories.py", "--synthetic=True", "--dataset=a"]
+    assert "nothing to do" in run(*again, "--max_docs=300")
+    assert "--overwrite" in refused(*again, "--max_docs=200")
     a, b = (load_dataset(n, tmp_path / "data") for n in ("a", "b"))
     assert np.array_equal(read(a, "train"), read(b, "train"))
     tokenizer = tokenizer_from_dict(a.tokenizer)
@@ -507,6 +524,20 @@ def test_an_unfinished_dataset_with_other_settings_is_not_resumed(tmp_path):
     assert other.sources == {} and other.tokens == 0 and not list(folder.glob("*.part"))
 
 
+def test_a_dataset_resumed_with_smaller_shards_is_readable(tmp_path):
+    tokenizer, text = word_tokenizer(TEXT, 500), " ".join(TEXT.split())
+    first = DatasetWriter(tmp_path / "d", {}, lambda: tokenizer)
+    first.write(lambda position: [(text, 1)], "val")
+    first.write(lambda position: [(text, 1)], "train")
+    written = first.tokens
+    again = DatasetWriter(tmp_path / "d", {}, lambda: tokenizer, shard_tokens=100)
+    again.writers["train"].add(np.ones(250))
+    again.finish("")
+    dataset = load_dataset("d", tmp_path, verify=True)
+    assert sum(s.tokens for s in dataset.train + dataset.val) == written + 250
+    assert [s.tokens for s in dataset.train][1:] == [100, 100, 50]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -582,6 +613,7 @@ def test_hashes_saved_after_the_last_progress_are_dropped_on_resume(tmp_path):
     [
         (["--max_tokens=1"], "no text is left for the"),
         (["--val_fraction=0.00001"], "no text is left for the val split"),
+        (["--val_fraction=0"], "--val_fraction=0.0: no document would be for validation"),
         (["--tokenizer=bpe", "--special_tokens=<|a|>,<|a|>"], "name each once"),
         (["--tokenizer=bpe", "--special_tokens=<|endoftext|>"], "is always included"),
     ],

@@ -12,6 +12,7 @@ from common.inference import prompt_ids
 from common.pretrained import arguments_from, from_llama, read_pretrained, to_hugging_face, to_our_names
 from common.tokenizer import EOT, BPETokenizer, PretrainedTokenizer, gpt2_tokenizer, read_tokenizer, tokenizer_from_dict
 from configurator import UserError
+from model import GPT, GPTConfig
 
 import numpy as np
 import pytest
@@ -476,6 +477,13 @@ def test_nanogpts_fine_tuning_and_evaluation_configs_run_unmodified(run, hub, tm
 def test_prefixes_of_compile_and_ddp_are_dropped_in_any_order():
     for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         assert [*to_our_names({f"{prefix}transformer.ln_f.weight": torch.ones(2)})] == ["transformer.ln_f.weight"]
+
+
+def test_a_c_attn_of_ours_that_has_the_shape_of_a_conv1d_is_not_transposed():
+    config = GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=1, head_dim=2, n_embd=18)
+    weights = GPT(config).state_dict()
+    assert weights["transformer.h.0.attn.c_attn.weight"].shape == (6, 18)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in to_our_names(weights).items())
 
 
 @pytest.mark.parametrize("save", [save_gpt2, save_llama])

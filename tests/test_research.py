@@ -115,6 +115,8 @@ def test_verdicts_are_words():
     assert words[3].startswith("worse by 0.")
     accuracies = [row | {"acc": row["loss"]} for row in study(losses)]
     assert verdicts.compare_arms(accuracies, "acc", [0, 1, 2, 3])[3]["verdict"].startswith("better by 0.")
+    speeds = [row | {"tokens_per_sec": row["loss"]} for row in study(losses)]
+    assert verdicts.compare_arms(speeds, "tokens_per_sec", [0, 1, 2, 3])[2]["verdict"].startswith("worse by 0.")
     needed = verdicts.seeds_needed(0.004, 3, 0.01)  # and with as many seeds, four studies of five do show it
     shown = 0
     for _ in range(300):

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
 
@@ -232,6 +234,20 @@ def test_fp16_scales_the_loss_and_trains(run, chars):
     assert torch.load(chars / "out" / "ckpt.pt", weights_only=True)["scaler"]["scale"] > 0
 
 
+def test_in_float16_updates_are_not_skipped_for_ever(monkeypatch):
+    monkeypatch.setattr(train, "log_interval", 1000)
+    monkeypatch.setattr(train.runtime, "bad_step_error", lambda run, stats: ValueError(f"step {stats.step}"))
+    run = SimpleNamespace(scaler=SimpleNamespace(is_enabled=lambda: True))
+    log = SimpleNamespace(step=lambda *_: None, show_step=lambda _: None)
+    state, monitor = train.State(), train.runtime.StepMonitor(torch.device("cpu"), 1, time.perf_counter())
+    norms = [math.inf] * 99 + [1.0] + [math.nan] * 100
+    with pytest.raises(ValueError, match="step 200"):
+        for norm in norms:
+            state.step += 1
+            monitor.submit(state, 0.1, torch.tensor(2.0), torch.tensor(norm))
+            train.log_step(run, state, log, monitor)
+
+
 def test_epochs_and_tokens_a_step_set_steps_and_accumulation(run, chars):
     printed = run(
         "train.py",
@@ -353,6 +369,7 @@ def test_dry_run_prints_sizes_and_trains_nothing(run, tmp_path):
         "logits (64, 1024, 50257)",
     ):
         assert words in printed, printed
+    assert "; 2 epochs\n" in run("train.py", "--dry_run", "--device=cpu", "--max_epochs=2")
     assert not (tmp_path / "out").exists()
 
 
@@ -369,6 +386,40 @@ def test_fine_tuning_starts_from_the_weights_of_a_run(run, chars):
     run("train.py", *SMALL, "--dataset=chars", "--init_from=out", "--out_dir=tuned", "--block_size=16")
     final = json.loads((chars / "out" / "results.json").read_text())["final_val_loss"]
     assert metrics(chars / "tuned")[0]["val_loss"] < final + 0.3
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "adamw", "muon"])
+def test_a_fine_tuned_run_resumes_with_a_shorter_context(run, chars, optimizer):
+    run("train.py", *SMALL, "--dataset=chars")
+    tune = [*SMALL, "--dataset=chars", "--init_from=out", "--out_dir=tuned", f"--optimizer={optimizer}"]
+    run("train.py", *tune)
+    run("train.py", *tune, "--resume", "--block_size=16", "--max_iters=9")
+    assert [m["step"] for m in metrics(chars / "tuned") if "train_loss" in m][-1] == 9
+
+
+def test_a_run_without_a_checkpoint_is_not_taken_for_a_hugging_face_folder(run, refused, chars):
+    run("train.py", *SMALL, "--dataset=chars", "--out_dir=out/x")
+    for path in (chars / "out" / "x").glob("*.pt"):
+        path.unlink()
+    for script in ("sample.py", "evaluate.py"):
+        name = "--checkpoints=out/x" if script == "evaluate.py" else "--out_dir=out/x"
+        assert "there is no checkpoint out/x/" in refused(script, name)
+
+
+def test_without_spaces_in_the_vocabulary_samples_begin_with_the_text_itself(run, tmp_path):
+    make_nanogpt_chars(tmp_path / "data" / "names", "emma\nolivia\nava\nisabella\n" * 300)
+    keys = ["--dataset=names", "--sample_prompt=Emma Q", "--sample_interval=3"]
+    assert "samples begin with 'emma\\nolivia\\nava'" in run("train.py", *SMALL, *keys)
+    assert len(list((tmp_path / "out" / "samples").iterdir())) > 1
+
+
+def test_the_dial_divides_a_step_among_any_number_of_ranks(monkeypatch):
+    for ranks in (1, 3, 6, 8):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        for depth in (1, 4, 12):
+            keys = vars(train) | {"depth": depth, "dataset": "none", "device": "cpu"}
+            found = {k: v for _, part in setup.from_depth(keys, {"depth"}) for k, v in part.items()}
+            assert found["total_batch_tokens"] % (found["batch_size"] * keys["block_size"] * ranks) == 0
 
 
 def test_nanogpts_config_files_run_unmodified(run, chars):
@@ -471,6 +522,7 @@ BAD = [
     (["--depth=2", "--n_embd=0"], "--n_embd=0: must be at least 1"),
     (["--depth=2", "--block_size=0"], "--block_size=0: must be at least 1"),
     (["--label_smoothing=2.0"], "--label_smoothing=2.0"),
+    (["--hellaswag_interval=5", "--hellaswag_data=gone.jsonl"], "--hellaswag_data=gone.jsonl: no such file"),
     (["--init_from=resume"], "there is no checkpoint out/ckpt.pt"),
     (["--init_from=gone"], "there is no checkpoint gone"),
     (["--learnin_rate=1"], "did you mean learning_rate"),
@@ -638,7 +690,7 @@ def test_the_seconds_of_steps_without_a_log_line_are_counted(run, chars):
     assert results["total_steps"] == 5 and results["train_seconds"] > 0
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adam", "sgd", "adafactor"])
 def test_training_that_is_not_compiled_never_imports_the_compiler(chars, optimizer):
     """It would take as long as importing torch. A process of its own: the one that tests fork from is not fresh."""
     code = (

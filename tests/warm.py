@@ -59,7 +59,6 @@ def main() -> None:
     import pandas  # noqa: F401  (of `datasets`, which itself reads the environment at import)
     import pyarrow.dataset  # noqa: F401
     import requests  # noqa: F401
-    import torch._dynamo  # noqa: F401  (imported by optimizers)
     import tqdm  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
