@@ -1,7 +1,8 @@
 # TinyStories on a laptop without a GPU, with GPT-2's blocks and AdamW.
 # 4 layers, 4 heads, width 256, vocabulary 50,257: 16,144,896 parameters (3.1 million of them in the blocks).
 # Time: 20.5 million tokens; two cores of an AMD EPYC train 5,630 tokens/s (without dropout), which makes an hour.
-# Loss: not measured on TinyStories. 5.89 to 5.95 on Wikipedia text after 20 minutes on one core (BENCHMARKS.md).
+# Loss: not measured on TinyStories. On Wikipedia text after 20 minutes on one core 5.89 to 5.95, on a slower one 6.99 to
+# 7.04 (BENCHMARKS.md).
 #
 #     python prepare_tinystories.py
 #     python train.py config/baby_cpu.py
