@@ -1,7 +1,7 @@
 # Tiny Shakespeare by characters to a validation loss of 1.92 on the whole split, as fast as a CPU allows.
 # 2 layers, 4 heads, width 128, vocabulary 65: 412,544 parameters.
-# Time: 14 s on two cores of an AMD EPYC without bfloat16. Validation loss: 1.89 to 1.91. It trains 140 steps of 1,024 characters, where
-# nanoGPT's CPU settings take 2,000 steps of 768. BENCHMARKS.md has the comparison.
+# Time: 14 s on two cores of an AMD EPYC without bfloat16. Validation loss: 1.89 to 1.91. It trains 140 steps of 1,024
+# characters, where nanoGPT's CPU settings take 2,000 steps of 768. BENCHMARKS.md has the comparison.
 #
 #     python prepare_text.py --source=shakespeare --dataset=shakespeare_char --tokenizer=char
 #     python train.py config/race_shakespeare.py
