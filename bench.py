@@ -290,8 +290,8 @@ def bench_batches() -> dict:
 
 def bench_decode() -> dict:
     """Tokens/s of GPT.generate, for one text and for a batch of them."""
-    device, dtype, _, _ = setup.set_up_device(KEYS)
-    cuda, figures = device.type == "cuda", {}
+    device, _, _, _ = setup.set_up_device(KEYS)
+    dtype, cuda, figures = runtime.pick_dtype(train.dtype, device, writing=True), device.type == "cuda", {}
     model, _ = load_or_make_model(50257 if train.init_from != "scratch" else vocabulary())
     if 16 + tokens > model.config.block_size:
         raise UserError(f"--tokens={tokens}: with a prompt of 16, more than the context of {model.config.block_size}")

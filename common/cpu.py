@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 
 import torch
 import torch.nn as nn
@@ -222,28 +223,50 @@ def packed_linear_is_available(device: torch.device, dtype: torch.dtype) -> bool
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights and one scale per output row; activations keep their dtype. For decoding.
+    """A linear layer with 8-bit weights and one scale per output row, widened for the product, which saves memory only.
 
-    Symmetric rounding to 255 levels, as LLM.int8()'s vector-wise weights (https://arxiv.org/abs/2208.07339). On a CPU in
-    bfloat16 up to four rows read half the bytes; otherwise the weights are widened for the product, which saves memory only.
+    Symmetric rounding to 255 levels, as LLM.int8()'s vector-wise weights (https://arxiv.org/abs/2208.07339).
     """
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype):
+    def __init__(self, layer: nn.Linear):
         super().__init__()
         weight = layer.weight.float()
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale[:, 0].to(dtype))
+        self.register_buffer("scale", weight.abs().amax(1).clamp(min=1e-12) / 127)  # (out,)
+        self.register_buffer("weight", (weight / self.scale[:, None]).round().to(torch.int8))  # (out, in)
         self.bias = layer.bias
 
     def forward(self, x):
-        rows = x.reshape(-1, x.size(-1))
-        # The int8 kernel reads whole blocks of 32 columns, past the end of a row that is no multiple of it.
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) <= 4 and x.size(-1) % 32 == 0:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
+
+
+class PackedInt8Linear(nn.Module):
+    """The same for a CPU with 8-bit products (VNNI): each row of x is rounded too, with a scale of its own, as in LLM.int8().
+
+    A row is 127 x / max|x| + 128, because the instruction multiplies unsigned by signed numbers. The result has x's dtype.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        plain = Int8Linear(layer)
+        self.weight = torch.ops.onednn.qlinear_prepack(plain.weight, None)
+        self.scale, self.zero = plain.scale / 127, torch.zeros_like(plain.scale, dtype=torch.int32)
+        self.offset = torch.tensor(128.5)  # half a step more, because the conversion to integers rounds down
+        self.bias = torch.zeros(()) if layer.bias is None else layer.bias.float()
+
+    def forward(self, x):
+        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True, dtype=torch.float32).clamp_min_(
+            1e-12
+        )  # (..., 1)
+        rows = torch.addcmul(self.offset, x.float(), largest.reciprocal(), value=127).to(torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            rows, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return torch.addcmul(self.bias, y, largest).to(x.dtype)
+
+
+def int8_products_are_available(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
 # -----------------------------------------------------------------------------

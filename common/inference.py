@@ -6,7 +6,14 @@ import math
 from collections.abc import Iterable, Iterator
 
 from common.checkpoint import find_tokenizer, load_model
-from common.cpu import Int8Linear, PackedLinear, packed_linear_is_available, tune_malloc
+from common.cpu import (
+    Int8Linear,
+    PackedInt8Linear,
+    PackedLinear,
+    int8_products_are_available,
+    packed_linear_is_available,
+    tune_malloc,
+)
 from common.lora import merge_lora
 from common.runtime import pick_device, pick_dtype
 from common.tokenizer import Tokenizer
@@ -32,7 +39,7 @@ def for_inference(model: GPT, device: torch.device, dtype: torch.dtype, quantize
     merge_lora(model)
     model.requires_grad_(False).eval()
     if quantize:
-        replace_linears(model, lambda layer: Int8Linear(layer, dtype))
+        replace_linears(model, PackedInt8Linear if int8_products_are_available(device) else Int8Linear)
     model.to(device, dtype)
     if packed_linear_is_available(device, dtype):
         approximation = {"gelu": "tanh", "gelu_erf": "none"}.get(model.config.mlp)
@@ -60,7 +67,7 @@ def load_for_inference(name: str, device: str, dtype: str, quantize: str, data_d
     # Ids that only pad the vocabulary are never sampled.
     model.config.vocab_size = min(model.config.vocab_size, tokenizer.n_vocab)
     checkpoint["model"] = None  # frees memory
-    return for_inference(model, device, pick_dtype(dtype, device), quantize), tokenizer, checkpoint
+    return for_inference(model, device, pick_dtype(dtype, device, writing=True), quantize), tokenizer, checkpoint
 
 
 # -----------------------------------------------------------------------------

@@ -50,15 +50,22 @@ def pick_local_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a --dtype key; auto is bfloat16 where it is native, float16 on older GPUs, otherwise float32."""
+def pick_dtype(name: str, device: torch.device, writing=False) -> torch.dtype:
+    """The dtype of a --dtype key; auto is bfloat16 where it is fast, float16 on older GPUs, otherwise float32.
+
+    On a CPU products are faster in bfloat16 with AMX, and with AVX-512's instruction for it on AMD; Intel's runs at half the
+    rate of float32 (BENCHMARKS.md). writing: one token at a time, which is faster in bfloat16 with either, as memory decides.
+    """
     check_choice("dtype", name, ("auto", *DTYPES))
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if native else torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    cpu_name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")  # from torch 2.12 on
+    fast = torch.cpu._is_avx512_bf16_supported() and (writing or "Intel" not in cpu_name)
+    return torch.bfloat16 if fast or torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

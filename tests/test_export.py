@@ -305,6 +305,7 @@ def test_an_export_goes_into_a_linked_folder_and_a_failure_keeps_the_one_before(
     run("export.py", "--output_dir=link")
     before = export_files(chars / "disk")
     assert (chars / "link").is_symlink() and {"config.json", "model.safetensors"} <= before.keys()
+    assert len({p.stat().st_mode for p in (chars / "link").iterdir()}) == 1  # whoever reads one may read all
     run("train.py", *SMALL, "--dataset=chars", "--mlp=gelu", "--seed=5")
     limited = call("export.py", "--output_dir=link", "--overwrite=True", cwd=chars, limits={"RLIMIT_FSIZE": 20_000})
     assert limited.returncode != 0 and export_files(chars / "disk") == before

@@ -2,9 +2,16 @@
 
 import copy
 import itertools
+import math
 
 from common.chat import chat_prompt
-from common.cpu import Int8Linear, PackedLinear, packed_linear_is_available
+from common.cpu import (
+    Int8Linear,
+    PackedInt8Linear,
+    PackedLinear,
+    int8_products_are_available,
+    packed_linear_is_available,
+)
 from common.inference import (
     DecodeStep,
     beam_search,
@@ -21,6 +28,7 @@ from model import GPT, GPTConfig, KVCache, sample_next_token
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 CPU = torch.device("cpu")
 
@@ -62,19 +70,32 @@ def test_bfloat16_weights_are_as_accurate_as_autocast():
     assert (packed(idx)[0].float() - expected).norm() / expected.norm() < 3 * noise
 
 
-@pytest.mark.parametrize("width", [64, 680, 36])  # the CPU's int8 kernel takes the first only
+@pytest.mark.parametrize("width", [64, 680, 35])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_weights_are_rounded_to_the_nearest_step(dtype, width):
-    layer = torch.nn.Linear(width, 96)
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_weights_are_rounded_to_the_nearest_step(dtype, width, bias):
+    layer = torch.nn.Linear(width, 96, bias=bias)
     layer.weight.data[5] = 0
-    quantized = Int8Linear(copy.deepcopy(layer), dtype).to(dtype)
-    scale = layer.weight.abs().amax(1, keepdim=True) / 127
-    rounded = quantized.weight.float() * quantized.scale.float()[:, None]
-    assert ((rounded - layer.weight).abs() <= scale * 0.51 + layer.weight.abs() / 200).all()
-    for rows in (1, 3, 40):  # the kernel for few rows, and the product for many
+    plain = Int8Linear(layer)
+    rounded = plain.weight.float() * plain.scale[:, None]
+    assert ((rounded - layer.weight).abs() <= plain.scale[:, None] * 0.501).all()
+    plain = plain.to(dtype)
+    for rows in (1, 3, 40):
         x = torch.randn(rows, width).to(dtype)
-        expected, atol = x.float() @ rounded.t() + layer.bias, 1e-5 if dtype == torch.float32 else 3e-2
-        torch.testing.assert_close(quantized(x[None])[0].float(), expected, atol=atol, rtol=1e-2)
+        x[0] *= 50  # a large row takes nothing from the accuracy of the others
+        expected, atol = F.linear(x.float(), rounded, layer.bias), 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(plain(x[None])[0].float(), expected, atol=atol, rtol=1e-2)
+        if int8_products_are_available(CPU):
+            packed, step = PackedInt8Linear(layer), x.float().abs().amax(1, keepdim=True) / 127
+            nearest = F.linear((x.float() / step).round() * step, rounded, layer.bias)
+            got = packed(x[None])[0]
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.float(), nearest, atol=max(atol, 1e-3), rtol=1e-2)
+            zeros = packed(torch.zeros(2, width, dtype=dtype)).float()
+            torch.testing.assert_close(
+                zeros, F.linear(torch.zeros(2, width), rounded, layer.bias), atol=1e-3, rtol=1e-2
+            )
+            assert packed(torch.full((1, width), math.nan)).isnan().all()
 
 
 def test_an_int8_model_predicts_almost_the_same():
