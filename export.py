@@ -160,7 +160,9 @@ def export_hugging_face(model: GPT, checkpoint: dict, tokenizer: Tokenizer, fold
             safetensors.torch.save_file(weights, part_of("model.safetensors"), {"format": "pt"})
             for name, text in texts.items():
                 atomic_write(part_of(name), text)
-            shutil.copymode(part_of("config.json"), part_of("model.safetensors"))  # safetensors 0.8 lets only its owner read
+            shutil.copymode(
+                part_of("config.json"), part_of("model.safetensors")
+            )  # safetensors 0.8 lets only its owner read
     except safetensors.SafetensorError as e:
         raise UserError(f"{folder} could not be written: {e}") from None
     print(f"{folder}: {target}, {model.num_params():,} parameters in {dtype}, vocabulary {vocab_size:,}")

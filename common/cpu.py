@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import math
 
 import torch
 import torch.nn as nn
@@ -250,19 +249,24 @@ class PackedInt8Linear(nn.Module):
         super().__init__()
         plain = Int8Linear(layer)
         self.weight = torch.ops.onednn.qlinear_prepack(plain.weight, None)
-        self.scale, self.zero = plain.scale / 127, torch.zeros_like(plain.scale, dtype=torch.int32)
+        self.scale, self.zero = plain.scale, torch.zeros_like(plain.scale, dtype=torch.int32)
         self.offset = torch.tensor(128.5)  # half a step more, because the conversion to integers rounds down
-        self.bias = torch.zeros(()) if layer.bias is None else layer.bias.float()
+        self.bias = None if layer.bias is None else layer.bias.detach().float()
 
     def forward(self, x):
-        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True, dtype=torch.float32).clamp_min_(
-            1e-12
-        )  # (..., 1)
-        rows = torch.addcmul(self.offset, x.float(), largest.reciprocal(), value=127).to(torch.uint8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            rows, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+        if x.numel() == x.size(-1):  # one row: its scale and the bias within the product
+            scale = x.abs().max().item() / 127 or 1e-12
+            return self.product(torch.add(self.offset, x.float(), alpha=1 / scale), scale, self.bias, x.dtype)
+        scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min_(1e-12)  # (..., 1)
+        y = self.product(torch.addcmul(self.offset, x.float(), scale.reciprocal()), 1.0, None, torch.float32)
+        y = y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
+        return y.to(x.dtype)
+
+    def product(self, rows, scale: float, bias, dtype: torch.dtype):
+        """(rows rounded down - 128) scale W^T + bias."""
+        return torch.ops.onednn.qlinear_pointwise(
+            rows.to(torch.uint8), scale, 128, self.weight, self.scale, self.zero, bias, 1.0, 0, dtype, "none", [], ""
         )
-        return torch.addcmul(self.bias, y, largest).to(x.dtype)
 
 
 def int8_products_are_available(device: torch.device) -> bool:
