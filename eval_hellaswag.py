@@ -47,7 +47,7 @@ limit = 0  # score the first N examples; 0: all
 batch_size = 0  # examples at a time; 0: 8 on a CPU, 64 elsewhere
 output = ""  # a .jsonl file for every example's losses and choices
 device = "auto"  # auto | cpu | cuda | mps
-dtype = "auto"  # auto (bfloat16 where native) | float32 | bfloat16 | float16
+dtype = "auto"  # auto (bfloat16 where it is fast) | float32 | bfloat16 | float16
 backend = "nccl"  # of torchrun's ranks on GPUs; CPUs use gloo
 timeout = 600  # seconds a rank waits for the others
 

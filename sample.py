@@ -32,8 +32,8 @@ out_dir = ""  # the run's folder; empty: the newest run
 init_from = "resume"  # resume: from out_dir | a checkpoint | gpt2, gpt2-medium, ... | a Hugging Face folder or id
 data_dir = "data"  # where nanoGPT's checkpoints find the meta.pkl of their dataset
 device = "auto"  # auto | cpu | cuda | mps
-dtype = "auto"  # auto (bfloat16 where native, float16 on older GPUs, else float32) | float32 | bfloat16 | float16
-quantize = ""  # int8: 8-bit weights; faster on a CPU with bfloat16, smaller elsewhere
+dtype = "auto"  # auto (bfloat16 where the processor has it, float16 on older GPUs, else float32) | float32 | bfloat16 | float16
+quantize = ""  # int8: 8-bit weights; faster on a CPU with AVX-512 VNNI, smaller elsewhere
 graph = True  # on a GPU, decode with CUDA graphs
 compile = False  # on a GPU, torch.compile the decoding step: takes a minute, pays for long or many texts
 # What to write

@@ -102,7 +102,7 @@ wandb_checkpoint = False  # upload best.pt to Weights & Biases at the end
 tensorboard = False  # write event files to out_dir/tensorboard
 # System
 device = "auto"  # auto (cuda, then mps, then cpu) | cpu | cuda | cuda:1 | mps
-dtype = "auto"  # auto (bfloat16 where native, float16 on older GPUs, else float32) | float32 | bfloat16 | float16
+dtype = "auto"  # auto (bfloat16 where it is fast, float16 on older GPUs, else float32) | float32 | bfloat16 | float16
 compile: bool | str = "auto"  # torch.compile; auto: on a GPU, and continue without it where it fails
 backend = "nccl"  # of torchrun's ranks on GPUs; CPUs use gloo
 timeout = 600  # seconds a rank waits for the others

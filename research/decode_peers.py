@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from runs import ROOT
@@ -103,6 +103,16 @@ def seconds_here(engine: str) -> float:
     return statistics.median(seconds[1:])
 
 
+def name_of(engine: str) -> str:
+    """The engine and its version. Raises UserError if it is not installed."""
+    if engine not in PACKAGES:
+        return engine
+    try:
+        return f"{engine} {version(PACKAGES[engine])}"
+    except PackageNotFoundError:
+        raise UserError(f"--engines={engine}: pip install {PACKAGES[engine]}") from None
+
+
 def convert(engine: str, folder: Path) -> Path:
     """The export in the engine's own format. Raises UserError if its converter fails."""
     if engine in ("flatgpt", "transformers"):
@@ -139,7 +149,7 @@ def main(config: dict) -> None:
         check_writable("output", output)
     if weights == "int8" and "transformers" in chosen:
         chosen.remove("transformers")
-    names = {engine: f"{engine} {version(PACKAGES[engine])}" if engine in PACKAGES else engine for engine in chosen}
+    names = {engine: name_of(engine) for engine in chosen}
     found: dict[str, list[float]] = {engine: [] for engine in chosen}
     with tempfile.TemporaryDirectory() as name:
         paths = {engine: convert(engine, Path(name)) for engine in chosen}
