@@ -6,12 +6,13 @@
     python research/decode_peers.py --model=out/mine/export --weights=int8 --batch=16 --engines=flatgpt,ctranslate2
 
 Each measurement is a process of its own, with the same threads: a prompt of 16 tokens is read and --tokens more are written,
-greedily, once to warm up and three times for the median. --llama_cpp is llama.cpp's folder, whose converter writes its file.
+once to warm up and three times for the median; greedily, flatgpt from the 200 most likely. --llama_cpp is llama.cpp's folder, whose converter writes its file.
 8 bits are in llama.cpp Q8_0, in CTranslate2 int8 with float32 between the products; transformers has none on a CPU.
 """
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -41,18 +42,8 @@ PACKAGES = {"transformers": "transformers", "ctranslate2": "ctranslate2", "llama
 PROMPT = [0] * 16
 
 
-def flatgpt(path: str):
-    """Like the three below: a function that writes the texts once."""
-    from common.inference import load_for_inference
-
-    import torch
-
-    ours, _, _ = load_for_inference(path, "cpu", "bfloat16", "int8" if weights == "int8" else "", str(ROOT / "data"))
-    idx = torch.tensor([PROMPT] * batch)
-    return lambda: list(ours.generate(idx, tokens, temperature=0))
-
-
 def transformers(path: str):
+    """Like the two below: a function that writes the texts once."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -94,7 +85,8 @@ def llama_cpp_server(path: str):
 
 def seconds_here(engine: str) -> float:
     """Seconds to read the prompts and write the texts, the median of three."""
-    load = {"flatgpt": flatgpt, "transformers": transformers, "ctranslate2": ctranslate2, "llama_cpp": llama_cpp_server}
+    check_choice("measure", engine, PACKAGES)
+    load = {"transformers": transformers, "ctranslate2": ctranslate2, "llama_cpp": llama_cpp_server}
     write, seconds = load[engine](model), []
     for _ in range(4):
         start = time.perf_counter()
@@ -133,10 +125,27 @@ def convert(engine: str, folder: Path) -> Path:
     return target
 
 
-def main(config: dict) -> None:
+def rate_of(engine: str, path: Path) -> float:
+    """Tokens per second of the engine in a process of its own; ours is bench.py's figure. Raises UserError if it fails."""
+    keys = [f"--model={path}", f"--measure={engine}", f"--weights={weights}", f"--batch={batch}", f"--tokens={tokens}"]
+    command = [sys.executable, __file__, *keys, f"--threads={threads}"]
+    if engine == "flatgpt":
+        keys = ["--dtype=bfloat16", f"--quantize={'int8' if weights == 'int8' else ''}", f"--decode_batch={batch}"]
+        command = [sys.executable, str(ROOT / "bench.py"), "--mode=decode", f"--init_from={path}", *keys]
+        command += [f"--tokens={tokens}", "--repeat=3"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise UserError(f"{engine} failed:\n{(done.stdout + done.stderr)[-2000:]}")
+    if engine == "flatgpt":
+        return float(re.findall(rf"batch {batch} +([\d.,]+) tokens/s", done.stdout)[-1].replace(",", ""))
+    return batch * tokens / float(done.stdout.rpartition("seconds ")[2].split()[0])
+
+
+def main() -> None:
     global threads
     chosen = engines.split(",")
-    for engine in [*chosen, *filter(None, [measure])]:
+    for engine in chosen:
         check_choice("engines", engine, ("flatgpt", *PACKAGES))
     check_choice("weights", weights, ("bfloat16", "int8"))
     check_bounds(globals(), at_least_1="batch tokens rounds", at_least_0="threads")
@@ -155,36 +164,19 @@ def main(config: dict) -> None:
         paths = {engine: convert(engine, Path(name)) for engine in chosen}
         for n in range(rounds):
             for engine, path in paths.items():
-                keys = [f"--{key}={config[key]}" for key in ("weights", "batch", "tokens")]
-                keys += [f"--model={path}", f"--threads={threads}", f"--measure={engine}"]
-                done = subprocess.run(
-                    [sys.executable, __file__, *keys],
-                    capture_output=True,
-                    text=True,
-                    env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                )
-                if done.returncode:
-                    raise UserError(f"{engine} failed:\n{(done.stdout + done.stderr)[-2000:]}")
-                seconds = float(done.stdout.rpartition("seconds ")[2].split()[0])
-                found[engine].append(batch * tokens / seconds)
-            print(
-                f"round {n + 1}: " + ", ".join(f"{names[e]} {rates[-1]:,.1f}" for e, rates in found.items()), flush=True
-            )
-    ours = found[chosen[0]]
+                found[engine].append(rate_of(engine, path))
+            rates = ", ".join(f"{names[engine]} {found[engine][-1]:,.1f}" for engine in chosen)
+            print(f"round {n + 1}: {rates}", flush=True)
     for engine, rates in found.items():
-        ratios = sorted(a / b for a, b in zip(ours, rates))
-        print(f"{names[engine]:<24} {statistics.median(rates):>9,.1f} tokens/s", end="")
-        print(
-            f"   {chosen[0]} / it: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            if engine != chosen[0]
-            else ""
-        )
+        ratios = sorted(a / b for a, b in zip(found[chosen[0]], rates))
+        ratio = f"   {chosen[0]} / it: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(f"{names[engine]:<28}{statistics.median(rates):>9,.1f} tokens/s{ratio if engine != chosen[0] else ''}")
     if output:
-        atomic_write(
-            Path(output), json.dumps({"tokens_per_second": found, "batch": batch, "weights": weights}, indent=1)
-        )
+        figures = {"tokens_per_second": found, "batch": batch, "weights": weights}
+        atomic_write(Path(output), json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
     with short_errors():
-        main(configure(globals()))
+        configure(globals())
+        main()

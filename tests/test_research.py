@@ -193,7 +193,9 @@ def test_isoflop_parabolas_agree_with_the_law_behind_the_points():
         b["best_tokens"] == pytest.approx(b["flops"] / 6 / b["best_params"], rel=1e-6) for b in law_found["budgets"]
     )
     low, high = law_found["interval"]
-    assert low <= law_found["exponent_of_N"] <= high < low + 0.1
+    assert (
+        low - 1e-9 <= law_found["exponent_of_N"] <= high + 1e-9 < low + 0.1
+    )  # points on one line: no interval but rounding
     assert (
         "2 budgets with four sizes and a minimum, a trend needs 3"
         in laws.fit_isoflop(points(around, [1e18, 1e19]))["refused"]
@@ -676,8 +678,7 @@ def test_ready_pipelines_are_valid():
 
 
 def test_research_imports_only_the_configurator_and_files_of_ours():
-    paths = set((ROOT / "research").glob("*.py")) - {ROOT / "research" / "decode_peers.py"}  # it runs a model
-    source = "".join(path.read_text(encoding="utf-8") for path in paths)
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "research").glob("*.py"))
     imported = set(re.findall(r"^\s*(?:import|from) ([\w.]+)", source, re.M))
     assert {name for name in imported if name.startswith("common")} == {"common.files"}
     assert not imported & {path.stem for path in ROOT.glob("*.py")} - {"configurator"}
