@@ -240,42 +240,31 @@ class Int8Linear(nn.Module):
 
 
 class PackedInt8Linear(nn.Module):
-    """The same for a CPU with 8-bit products (VNNI): each row of x is rounded too, with a scale of its own, as in LLM.int8().
+    """The same for a CPU with 8-bit products (VNNI): each row of x becomes two rows of 8-bit numbers, as exact as 16 bits.
 
-    A row is 127 x / max|x| + 128, because the instruction multiplies unsigned by signed numbers. The result has x's dtype.
-    two_terms: what rounding left over is a second row, 254 times finer, so that x is as exact as with 16 bits, at twice the
-    work. An MLP's activations need it: their largest values are far from the rest.
+    The first is 127 x / max|x| + 128, rounded (the instruction multiplies unsigned by signed numbers), the second what
+    rounding left over, 254 times finer. One row alone costs SmolLM2 0.04 nats (BENCHMARKS.md). The result has x's dtype.
     """
 
-    def __init__(self, layer: nn.Linear, two_terms=False):
+    def __init__(self, layer: nn.Linear):
         super().__init__()
         plain = Int8Linear(layer)
         self.weight = torch.ops.onednn.qlinear_prepack(plain.weight, None)
         self.scale, self.zero = plain.scale, torch.zeros_like(plain.scale, dtype=torch.int32)
         self.offset = torch.tensor(128.5)  # half a step more, because the conversion to integers rounds down
         self.bias = None if layer.bias is None else layer.bias.detach().float()
-        self.two_terms = two_terms
 
     def forward(self, x):
-        if x.numel() == x.size(-1) and not self.two_terms:  # one row: its scale and the bias within the product
-            scale = x.abs().max().item() / 127 or 1e-12
-            return self.product(torch.add(self.offset, x.float(), alpha=1 / scale), scale, self.bias, x.dtype)
         scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min_(1e-12)  # (..., 1)
-        rows = torch.addcmul(self.offset, x.float(), scale.reciprocal())
-        if self.two_terms:
-            rest = rows.frac().mul_(254).add_(1.5)  # 254 (x / scale - its rounding) + 128.5
-            first, second = self.product(torch.stack((rows, rest)), 1.0, None, torch.float32)
-            y = torch.add(first, second, alpha=1 / 254)
-        else:
-            y = self.product(rows, 1.0, None, torch.float32)
+        first = torch.addcmul(self.offset, x.float(), scale.reciprocal())
+        rows = torch.empty(2, *x.shape, dtype=torch.uint8)
+        rows[0], rows[1] = first, first.frac().mul_(254).add_(1.5)  # 254 (x / scale - its rounding) + 128.5
+        y = torch.ops.onednn.qlinear_pointwise(
+            rows, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y = torch.add(y[0], y[1], alpha=1 / 254)
         y = y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
         return y.to(x.dtype)
-
-    def product(self, rows, scale: float, bias, dtype: torch.dtype):
-        """(rows rounded down - 128) scale W^T + bias."""
-        return torch.ops.onednn.qlinear_pointwise(
-            rows.to(torch.uint8), scale, 128, self.weight, self.scale, self.zero, bias, 1.0, 0, dtype, "none", [], ""
-        )
 
 
 def int8_products_are_available(device: torch.device) -> bool:

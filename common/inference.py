@@ -38,12 +38,8 @@ def for_inference(model: GPT, device: torch.device, dtype: torch.dtype, quantize
     check_choice("quantize", quantize, ("", "int8"))
     merge_lora(model)
     model.requires_grad_(False).eval()
-    if quantize and int8_products_are_available(device):
-        for block in model.transformer.h:
-            block.mlp.c_proj = PackedInt8Linear(block.mlp.c_proj, two_terms=True)
-        replace_linears(model, PackedInt8Linear)
-    elif quantize:
-        replace_linears(model, Int8Linear)
+    if quantize:
+        replace_linears(model, PackedInt8Linear if int8_products_are_available(device) else Int8Linear)
     model.to(device, dtype)
     if packed_linear_is_available(device, dtype):
         approximation = {"gelu": "tanh", "gelu_erf": "none"}.get(model.config.mlp)

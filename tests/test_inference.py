@@ -86,12 +86,9 @@ def test_int8_weights_are_rounded_to_the_nearest_step(dtype, width, bias):
         expected = F.linear(x.float(), rounded, layer.bias)
         assert error_of_rows(plain(x[None])[0], expected) < tolerance
         if int8_products_are_available(CPU):
-            packed, step = PackedInt8Linear(layer), x.float().abs().amax(1, keepdim=True) / 127
-            nearest = F.linear((x.float() / step).round() * step, rounded, layer.bias)
+            packed = PackedInt8Linear(layer)
             got = packed(x[None])[0]
-            assert got.dtype == dtype and error_of_rows(got, nearest) < tolerance
-            assert 1e-3 < error_of_rows(got, expected) < 0.03
-            assert error_of_rows(PackedInt8Linear(layer, two_terms=True)(x[None])[0], expected) < tolerance
+            assert got.dtype == dtype and error_of_rows(got, expected) < tolerance
             zeros = packed(torch.zeros(2, width, dtype=dtype)).float()
             torch.testing.assert_close(
                 zeros, F.linear(torch.zeros(2, width), rounded, layer.bias), atol=1e-3, rtol=1e-2
