@@ -22,6 +22,7 @@ from common.inference import (
 )  # fmt: skip
 from common.lora import add_lora
 from common.pretrained import GPT2_CONV1D
+from common.runtime import pick_dtype
 from common.tokenizer import EOT, CharTokenizer
 from configurator import UserError
 from model import GPT, GPTConfig, KVCache, sample_next_token
@@ -312,3 +313,20 @@ def test_a_chat_prompt_keeps_the_latest_exchanges_that_fit():
     assert prompt(1000, eot=False) == (past[1:].replace("|", "\n") + "\nUser: e\nAssistant:", 2)
     assert prompt(1000, is_chat=False) == ("|ab\ncd\ne", 2)
     assert prompt(3, is_chat=False) == ("d\ne", 2)
+
+
+@pytest.mark.parametrize(
+    "instruction, amx, name, training, writing",
+    [
+        (True, False, "Intel Xeon", torch.float32, torch.bfloat16),
+        (True, True, "Intel Xeon", torch.bfloat16, torch.bfloat16),
+        (True, False, "AMD EPYC", torch.bfloat16, torch.bfloat16),
+        (False, False, "AMD EPYC", torch.float32, torch.float32),
+    ],
+)
+def test_auto_takes_bfloat16_on_a_cpu_where_it_is_faster(monkeypatch, instruction, amx, name, training, writing):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instruction)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    assert pick_dtype("auto", CPU) == training and pick_dtype("auto", CPU, writing=True) == writing
+    assert pick_dtype("float16", CPU) == torch.float16
