@@ -224,7 +224,8 @@ def packed_linear_is_available(device: torch.device, dtype: torch.dtype) -> bool
 class Int8Linear(nn.Module):
     """A linear layer with 8-bit weights and one scale per output row, widened for the product, which saves memory only.
 
-    Symmetric rounding to 255 levels, as LLM.int8()'s vector-wise weights (https://arxiv.org/abs/2208.07339).
+    x (..., in) -> (..., out) in x's dtype. Symmetric rounding to 255 levels, as LLM.int8()'s vector-wise weights
+    (https://arxiv.org/abs/2208.07339).
     """
 
     def __init__(self, layer: nn.Linear):
@@ -243,7 +244,7 @@ class PackedInt8Linear(nn.Module):
     """The same for a CPU with 8-bit products (VNNI): each row of x becomes two rows of 8-bit numbers, as exact as 16 bits.
 
     The first is 127 x / max|x| + 128, rounded (the instruction multiplies unsigned by signed numbers), the second what
-    rounding left over, 254 times finer. One row alone costs SmolLM2 0.04 nats (BENCHMARKS.md). The result has x's dtype.
+    rounding left over, 254 times finer. One row alone costs SmolLM2 0.04 nats (BENCHMARKS.md).
     """
 
     def __init__(self, layer: nn.Linear):
@@ -262,9 +263,8 @@ class PackedInt8Linear(nn.Module):
         y = torch.ops.onednn.qlinear_pointwise(
             rows, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        y = torch.add(y[0], y[1], alpha=1 / 254)
-        y = y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale)
-        return y.to(x.dtype)
+        y = y[0].add_(y[1], alpha=1 / 254).mul_(scale)  # in place: of a vocabulary's logits there are two already
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
 
 def int8_products_are_available(device: torch.device) -> bool:

@@ -158,6 +158,8 @@ def main() -> None:
         check_writable("output", output)
     if weights == "int8" and "transformers" in chosen:
         chosen.remove("transformers")
+    if not chosen:
+        raise UserError("--engines=transformers: it has no 8-bit weights on a CPU")
     names = {engine: name_of(engine) for engine in chosen}
     found: dict[str, list[float]] = {engine: [] for engine in chosen}
     with tempfile.TemporaryDirectory() as name:

@@ -193,9 +193,8 @@ def test_isoflop_parabolas_agree_with_the_law_behind_the_points():
         b["best_tokens"] == pytest.approx(b["flops"] / 6 / b["best_params"], rel=1e-6) for b in law_found["budgets"]
     )
     low, high = law_found["interval"]
-    assert (
-        low - 1e-9 <= law_found["exponent_of_N"] <= high + 1e-9 < low + 0.1
-    )  # points on one line: no interval but rounding
+    # The points lie on one line, so the interval is no wider than rounding.
+    assert low - 1e-9 <= law_found["exponent_of_N"] <= high + 1e-9 < low + 0.1
     assert (
         "2 budgets with four sizes and a minimum, a trend needs 3"
         in laws.fit_isoflop(points(around, [1e18, 1e19]))["refused"]
@@ -732,3 +731,5 @@ def test_decode_peers_runs_the_engines_in_turn_on_one_export(tmp_path, gpt2_voca
     wrong |= {"--engines=llama_cpp": "llama_cpp"}
     for key, message in wrong.items():
         assert message in run_research("decode_peers.py", "--model=m", key, cwd=tmp_path, code=2)
+    eight_bits = ["--model=m", "--weights=int8", "--engines=transformers"]
+    assert "no 8-bit weights on a CPU" in run_research("decode_peers.py", *eight_bits, cwd=tmp_path, code=2)
