@@ -164,7 +164,7 @@ class Logger:
             expected = step + round(left * (step - self.first_step))
             self.total_steps = min(expected, config["max_iters"] or expected)
         tokens_per_sec = self.tokens_per_step * n_steps / seconds
-        self.speed = tokens_per_sec if not self.speed else 0.9 * self.speed + 0.1 * tokens_per_sec
+        self.speed = tokens_per_sec if not self.speed else 0.7 * self.speed + 0.3 * tokens_per_sec
         mfu = tokens_per_sec * self.flops_per_token / self.run.world_size / self.peak if self.peak else None
         eta = format_duration((self.total_steps - step) * self.tokens_per_step / self.speed)
         self.record(

@@ -10,9 +10,9 @@
 out_dir = "out/modern_cpu"
 dataset = "tinystories"
 
-n_layer = 4
-n_head = 4
-n_embd = 256
+n_layer = 6
+n_head = 2
+n_embd = 128
 block_size = 256
 norm = "rmsnorm"
 mlp = "relu2"

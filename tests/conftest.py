@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,24 @@ class Script:
 def call(*argv, timeout=240, **options) -> Script:
     """Run a script to its end; the result has returncode, stdout and stderr."""
     return Script(*argv, **options).wait(timeout)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def two_ranks(*arguments, cwds, ranks=(0, 1), world=2) -> list[Script]:
+    """The environment that torchrun sets, without it."""
+    where = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": world}
+    scripts = [
+        Script(
+            "train.py", *arguments, cwd=cwd, env={k: str(v) for k, v in {**where, "RANK": r, "LOCAL_RANK": r}.items()}
+        )
+        for r, cwd in zip(ranks, cwds)
+    ]
+    return [script.wait() for script in scripts]
 
 
 def call_on_terminal(*argv, typed=(), timeout=60, **options) -> tuple[Script, str]:

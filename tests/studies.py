@@ -1,12 +1,9 @@
 """What the tests of research/ share: its scripts as commands, small studies, and their results."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, call
 
 TINY = (
     "--dataset=chars --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=1 "
@@ -16,10 +13,7 @@ STUDIES = sorted((ROOT / "config" / "sweep").glob("*.py"))
 
 
 def run_research(script: str, *arguments, cwd: Path, code=0) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "research" / script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400, check=False,
-    )  # fmt: skip
+    done = call(f"research/{script}", *arguments, cwd=cwd, timeout=400)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

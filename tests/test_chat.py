@@ -20,7 +20,7 @@ import pytest
 import transformers
 from test_export import run_example
 from test_tokenizer import foreign_tokenizer
-from test_train import losses, metrics, torchrun
+from test_train import losses, metrics, train_on_two_ranks
 
 TALK = [
     {"role": "system", "content": "Be kind."},
@@ -408,7 +408,7 @@ def test_unequal_targets_in_micro_batches_and_ranks_give_the_step_of_one_large_b
     small = ("--batch_size=2", "--gradient_accumulation_steps=4", "--eval_iters=8")
     run("train.py", *common, "--batch_size=8", "--out_dir=whole")
     run("train.py", *common, *small, "--out_dir=parts")
-    torchrun(2, *common, *small, "--out_dir=ranks", cwd=chats)
+    train_on_two_ranks(*common, *small, "--out_dir=ranks", cwd=chats)
     whole, parts, ranks = (losses(chats / name) for name in ("whole", "parts", "ranks"))
     assert list(whole) == list(parts) == list(ranks) == list(range(1, 11)) and whole[10] < whole[1] - 0.5
     assert max(abs(whole[s] - other[s]) for s in whole for other in (parts, ranks)) < 1e-5

@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from conftest import ROOT, SMALL, Script, call, readme_block
+from conftest import ROOT, SMALL, Script, call, free_port, readme_block, two_ranks
 
 from common.checkpoint import load_checkpoint
 
@@ -27,24 +27,6 @@ def losses(out: Path) -> list[float]:
     found = [m for m in found if "train_loss" in m]
     assert [m["step"] for m in found] == list(range(1, len(found) + 1))
     return [m["train_loss"] for m in found]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def two_ranks(*arguments, cwds, ranks=(0, 1), world=2) -> list[Script]:
-    """The environment that torchrun sets, without it."""
-    where = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": world}
-    scripts = [
-        Script(
-            "train.py", *arguments, cwd=cwd, env={k: str(v) for k, v in {**where, "RANK": r, "LOCAL_RANK": r}.items()}
-        )
-        for r, cwd in zip(ranks, cwds)
-    ]
-    return [script.wait() for script in scripts]
 
 
 @contextmanager

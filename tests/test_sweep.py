@@ -2,16 +2,13 @@
 
 import csv
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import sweep
-from conftest import ROOT, call_on_terminal
+from conftest import Script, call_on_terminal
 from studies import STUDIES, TINY, read_jsonl, run_research, write_study
 
 from common.files import file_sha256
@@ -58,15 +55,13 @@ def test_every_key_of_an_arm_reaches_its_run_and_nothing_else_changes(chars):
 def test_a_killed_sweep_keeps_its_finished_runs_and_resumes(chars):
     base = TINY.replace("max_iters=3", "max_iters=60")
     path = write_study(chars, axes={"dropout": [0.0, 0.1, 0.2]}, seeds=[1], base=base)
-    command = [sys.executable, str(ROOT / "research" / "sweep.py"), str(path), "--interval=0.1"]
     first = chars / "out" / "study" / "runs" / "dropout=0.0-seed1" / "results.json"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=chars, stdout=subprocess.DEVNULL, env=env)
+    process = Script("research/sweep.py", path, "--interval=0.1", cwd=chars)
     deadline = time.monotonic() + 100
     while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)  # the second run has started
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     before = first.stat().st_mtime_ns
     output = run_research("sweep.py", path, "--interval=0.1", cwd=chars)
@@ -159,10 +154,9 @@ def test_two_workers_share_a_study_and_take_over_from_one_that_is_killed(chars):
     path = write_study(
         chars, axes={"dropout": [0.0, 0.1, 0.2]}, seeds=[1, 2], base=TINY.replace("max_iters=3", "max_iters=60")
     )
-    command = [sys.executable, str(ROOT / "research" / "sweep.py"), str(path), "--interval=0.1"]
-    start = dict(cwd=chars, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    workers = [subprocess.Popen(command, **start) for _ in range(2)]
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    command = ["research/sweep.py", path, "--interval=0.1"]
+    workers = [Script(*command, cwd=chars) for _ in range(2)]
+    outputs = [worker.wait().stdout for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     ended = [re.findall(r"\d+/6  (dropout=\S+, seed \d)", output) for output in outputs]
     assert len(ended[0]) + len(ended[1]) == 6 == len({*ended[0], *ended[1]}) and ended[0] and ended[1]  # each run once
@@ -174,15 +168,15 @@ def test_two_workers_share_a_study_and_take_over_from_one_that_is_killed(chars):
     longer = write_study(
         chars, axes={"dropout": [0.0, 0.1]}, seeds=[3], base=TINY.replace("max_iters=3", "max_iters=1500")
     )
-    killed = subprocess.Popen(command, **start)
+    killed = Script(*command, cwd=chars)
     running = chars / "out" / "study" / "runs" / "dropout=0.0-seed3"
     deadline = time.monotonic() + 100
     while not (running / "log.txt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    other = subprocess.Popen(command, **start)
+    other = Script(*command, cwd=chars)
     killed.kill()
-    killed.communicate()
-    output = other.communicate(timeout=300)[0]
+    killed.wait()
+    output = other.wait().stdout
     assert other.returncode == 0 and "FAILED" not in output and longer.exists()
     assert len(read_jsonl(chars / "out" / "study")) == 2
 
@@ -197,21 +191,19 @@ def test_a_terminal_shows_the_running_runs(chars):
 
 
 def test_a_stopped_sweep_stops_its_runs_and_resumes_them(chars):
-    path = write_study(chars, arms={"long": {}}, seeds=[1], base=TINY.replace("max_iters=3", "max_iters=4000"))
-    command = [sys.executable, str(ROOT / "research" / "sweep.py"), str(path), "--interval=0.1"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=chars, stdout=subprocess.PIPE, text=True, env=env)
+    path = write_study(chars, arms={"long": {}}, seeds=[1], base=TINY.replace("max_iters=3", "max_iters=1500"))
+    process = Script("research/sweep.py", path, "--interval=0.1", cwd=chars)
     log = chars / "out" / "study" / "runs" / "long-seed1" / "log.txt"
     deadline = time.monotonic() + 100
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert "stopped with 0 of 1 runs done" in process.communicate()[0] and process.returncode == 143
+    process.kill(signal.SIGTERM)
+    assert "stopped with 0 of 1 runs done" in process.wait().stdout and process.returncode == 143
     steps = len(log.read_text().splitlines())
     assert "FAILED" not in run_research("sweep.py", path, "--interval=0.1", cwd=chars)
     text = (log.parent / "train.log").read_text()
-    assert len(re.findall(r"^ *1/4,000 ", text, re.M)) == 1 and 0 < steps < 4000  # it did not start again
-    assert len([line for line in log.read_text().splitlines() if " train " in line]) == 4000
+    assert len(re.findall(r"^ *1/1,500 ", text, re.M)) == 1 and 0 < steps < 1500  # it did not start again
+    assert len([line for line in log.read_text().splitlines() if " train " in line]) == 1500
 
 
 def test_failed_runs_are_reported_and_retried_on_request(chars):

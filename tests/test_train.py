@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars
+from conftest import ROOT, SMALL, TEXT, Script, call, call_on_terminal, make_nanogpt_chars, two_ranks
 
 import train
 from common import setup
@@ -35,14 +35,11 @@ def losses(folder: Path) -> dict[int, float]:
     return {m["step"]: m["train_loss"] for m in metrics(folder) if "train_loss" in m}
 
 
-def torchrun(ranks: int, *arguments, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*command, str(ROOT / "train.py"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def train_on_two_ranks(*arguments, cwd) -> str:
+    """What rank 0 prints."""
+    ranks = two_ranks(*arguments, cwds=(cwd, cwd))
+    assert all(rank.returncode == 0 for rank in ranks), [rank.stderr for rank in ranks]
+    return ranks[0].stdout
 
 
 def test_a_run_writes_its_files(run, chars):
@@ -144,7 +141,7 @@ def test_two_ranks_train_the_same_run_as_one(chars, micro_batches):
     common.append(f"--gradient_accumulation_steps={micro_batches}")
     one = call("train.py", *common, "--out_dir=one", cwd=chars)
     assert one.returncode == 0, one.stderr
-    torchrun(2, *common, "--out_dir=two", cwd=chars)
+    train_on_two_ranks(*common, "--out_dir=two", cwd=chars)
     a, b = losses(chars / "one"), losses(chars / "two")
     assert list(a) == list(b) == list(range(1, 21))
     assert max(abs(a[s] - b[s]) for s in a) < 1e-4
@@ -189,8 +186,8 @@ def test_validation_loss_is_the_mean_over_the_whole_split(run, chars):
 
 
 def test_compiled_training_equals_eager(run, chars):
-    run("train.py", *SMALL, "--dataset=chars", "--out_dir=eager")
-    run("train.py", *SMALL, "--dataset=chars", "--out_dir=compiled", "--compile=True")
+    run("train.py", *SMALL, "--dataset=chars", "--n_layer=1", "--out_dir=eager")
+    run("train.py", *SMALL, "--dataset=chars", "--n_layer=1", "--out_dir=compiled", "--compile=True")
     a, b = losses(chars / "eager"), losses(chars / "compiled")
     assert max(abs(a[s] - b[s]) for s in a) < 1e-4
     names = torch.load(chars / "compiled" / "ckpt.pt", weights_only=True)["model"]
@@ -289,9 +286,8 @@ def test_the_clock_ends_the_run_and_the_schedule_lands_with_it(run, chars):
 
 
 def test_two_ranks_stop_by_one_clock(chars):
-    torchrun(
-        2, *SMALL, "--dataset=chars", "--max_minutes=0.2", "--max_iters=0", "--gradient_accumulation_steps=2", cwd=chars
-    )
+    keys = ["--max_minutes=0.1", "--max_iters=0", "--gradient_accumulation_steps=2"]
+    train_on_two_ranks(*SMALL, "--dataset=chars", *keys, cwd=chars)
     results = json.loads((chars / "out" / "results.json").read_text())
     assert results["total_steps"] == metrics(chars / "out")[-1]["step"] > 5
 
@@ -306,8 +302,8 @@ def test_patience_ends_a_run_whose_loss_no_longer_falls(run, chars):
 
 def test_patience_counts_alike_on_all_ranks_after_a_resume(chars):
     keys = [*SMALL, "--dataset=chars", "--gradient_accumulation_steps=2", "--learning_rate=1e-2", "--patience=1"]
-    torchrun(2, *keys, cwd=chars)
-    printed = torchrun(2, *keys, "--max_iters=9", "--resume", cwd=chars)
+    train_on_two_ranks(*keys, cwd=chars)
+    printed = train_on_two_ranks(*keys, "--max_iters=9", "--resume", cwd=chars)
     assert "stopping at step 6" not in printed
     assert json.loads((chars / "out" / "results.json").read_text())["total_steps"] == 9
 

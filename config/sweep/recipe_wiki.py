@@ -3,7 +3,7 @@
 #     python research/sweep.py config/sweep/recipe_wiki.py
 name = "recipe_wiki"
 base = (
-    "config/modern_cpu.py --dataset=wiki --n_layer=5 --n_embd=128 --block_size=128 --max_iters=500 "
+    "config/modern_cpu.py --dataset=wiki --n_layer=5 --n_head=4 --n_embd=128 --block_size=128 --max_iters=500 "
     "--eval_interval=0 --always_save_checkpoint=False --final_eval_tokens=98304 --sample_prompt="
 )
 arms = {
