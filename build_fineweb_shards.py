@@ -143,15 +143,27 @@ def build(folder: Path, files: list[Path]) -> None:
     def make_tokenizer() -> Tokenizer:
         return learn_tokenizer(tokenizer, 0, lambda: ())
 
-    writer = DatasetWriter(folder, arguments, make_tokenizer, overwrite, name, shard_tokens, name_of)
+    def goes_on(old: dict, sources: dict) -> bool:
+        """Files that were not read yet may have changed since: a damaged one is replaced or removed."""
+        n, row, _, part = sources.get("all", {}).get("position") or (0, 0, 0, 0)
+        n += row + part > 0
+        read, before = (a.get("files", [])[worker::num_workers][:n] for a in (arguments, old))
+        return read == before and {**old, "files": 0} == {**arguments, "files": 0}
+
+    options = dict(shard_tokens=shard_tokens, name_of=name_of, goes_on=goes_on if files else None)
+    writer = DatasetWriter(folder, arguments, make_tokenizer, overwrite, name, **options)
     writer.write(documents, "all", max_tokens=max_tokens)
-    tokens = writer.finish(source or f"{HUB_ID} {sample}")
+    if num_workers == 1 and writer.tokens <= shard_tokens:
+        writer.discard()
+        raise UserError(
+            f"all {writer.tokens:,} tokens fit into the validation shard: set --shard_tokens to a hundredth of that, or use "
+            "prepare_text.py, which divides any amount of text"
+        )
+    writer.finish(source or f"{HUB_ID} {sample}")
     print(writer.summary)
     last = writer.writers["all"].shards[-1] if writer.writers else {"tokens": shard_tokens}
     if last["tokens"] < shard_tokens and not max_tokens:
         print(f"the last shard, {last['file']}, is shorter than the others; training uses it like them")
-    if worker == 0 and not tokens["train"]:
-        print("all text fits into the validation shard: lower --shard_tokens to get training shards")
 
 
 def fetch_pretokenized(folder: Path) -> None:

@@ -206,8 +206,8 @@ class Overrides:
         return decisions
 
     def clear_alternatives(self, group: tuple[str, ...]) -> None:
-        """Keep the keys with the highest level; the others become 0."""
-        highest = max(self.levels.get(key, 0.0) for key in group)
+        """Of the keys that are not 0, keep those with the highest level; the others become 0."""
+        highest = max((self.levels.get(key, 0.0) for key in group if self.namespace[key]), default=0.0)
         for key in group:
             if self.levels.get(key, 0.0) < highest:
                 self.namespace[key] = type(self.defaults[key])(0)
@@ -224,7 +224,7 @@ def configure(
 
     dial: a key and a function derive(all keys, explicit keys) -> [(sentence, dict of keys that follow)].
     one_of: groups of numeric keys that set the same quantity. The one set last wins (a config file over the defaults, the
-    command line over the file) and the others become 0; keys set together all stay.
+    command line over the file) and the others become 0; keys set together all stay. A key set to 0 is off and wins nothing.
     aliases: old spelling -> key.
     part_of: a key -> the key it belongs to: {"sample_prompt": "dataset"} resets a config file's prompt for another dataset.
     `--help` prints every key with its default and comment, and exits.

@@ -170,6 +170,8 @@ def evaluate(name: str, target: torch.device, amp) -> Iterator[dict]:
     path = name if is_pretrained(name) else str(find_checkpoint(name))
     tokenizer = find_tokenizer(checkpoint, data_dir)
     data_name = dataset or checkpoint.get("config", {}).get("dataset", "")
+    if "," not in data_name:
+        data_name = data_name.partition(":")[0]  # a single dataset may have a weight too
     if not data_name and not tasks:
         raise UserError(f"{path} does not say what it was trained on: --dataset=NAME")
     if "," in data_name and not tasks:

@@ -267,6 +267,8 @@ def export_torch(model: GPT, checkpoint: dict, tokenizer: Tokenizer, folder: Pat
     kept = {k: checkpoint[k] for k in ("model_args", "config", "step", "is_chat") if k in checkpoint}
     path = folder / "model.pt"
     save_checkpoint(path, {"model": weights, **kept, "tokenizer": tokenizer.to_dict()})
+    for name in FILES - {path.name}:  # of an earlier export, with other weights
+        (folder / name).unlink(missing_ok=True)
     print(f"{path}: {model.num_params():,} parameters in {dtype}, loaded by --init_from={path}")
 
 

@@ -100,16 +100,16 @@ def file_documents(files: Iterable[Path], field: str) -> Iterator[str]:
     """The non-empty documents of the files, in order. Raises UserError that names the file and line with an error."""
     for path in files:
         if is_jsonl(path):
-            for number, row in json_rows(path):
-                yield from corpus.split_long(text_of(row, field, f"{path}, line {number}"))
+            for where, row in json_rows(path):
+                yield from corpus.split_long(text_of(row, field, where))
         elif tokenizer == "ids":  # a line is a document
             yield from filter(None, (line.strip() for text, _ in corpus.split_text(path) for line in text.splitlines()))
         else:
             yield from (text for text, _ in corpus.split_text(path))
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, object) of a file with an object per line, or with one array of objects."""
+def json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, object) of a file with an object per line, or with one array of objects."""
     with open(path, "rb") as f:
         start = next((line.strip() for line in f if line.strip()), b"")
         f.seek(0)
@@ -124,7 +124,10 @@ def json_rows(path: Path) -> Iterator[tuple[int, object]]:
                 raise corpus.not_utf8(path, e, f.tell()) from None
             except ValueError as e:
                 raise UserError(f"{path}, line {number}: not JSON ({e})") from None
-            yield from ((number, row) for row in (rows if is_array else [rows]))
+            if is_array:
+                yield from ((f"{path}, object {n}", row) for n, row in enumerate(rows, 1))
+            else:
+                yield f"{path}, line {number}", rows
 
 
 def read_blocks(path: Path) -> Iterator[str]:
@@ -321,8 +324,7 @@ def file_conversations(files: list[Path]) -> Iterator[str]:
             raise UserError(
                 f"--inputs: {files[0]} holds conversations and {path} text: prepare two datasets and mix them"
             )
-        for number, row in json_rows(path):
-            where = f"{path}, line {number}"
+        for where, row in json_rows(path):
             messages = chat.check_messages(row.get("messages") if isinstance(row, dict) else None, where)
             if any(message["role"] == "assistant" for message in messages):
                 yield json.dumps(messages, ensure_ascii=False)
@@ -451,7 +453,7 @@ def prepare(
     preset = "config/train_chat.py" if is_chat else "config/quickstart.py"
     preset += f" --out_dir=out/{folder.name}" * (folder.name != "chat")  # the run of the chat preset itself is out/chat
     place = f" --data_dir={shlex.quote(data_dir)}" if data_dir != "data" else ""
-    print(f"Train on it: python train.py {preset} --dataset={folder.name}{place}")
+    print(f"Train on it: python train.py {preset} --dataset={os.path.relpath(folder, data_dir)}{place}")
 
 
 def warn_if_small(tokens: dict[str, int], chosen: bool) -> None:
@@ -541,9 +543,8 @@ def main() -> None:
         if preview and dataset:
             return show_batches(dataset)
         raise UserError("give --inputs=FILE (or set LOCAL_TEXT_DATA_PATH) or --source=NAME (see --list_sources)")
-    default = (
-        Path(os.path.abspath(paths.split(",")[0])).stem if paths else re.sub(r"\W+", "_", source.split("/", 1)[-1])
-    )
+    stem, kept = (Path(os.path.abspath(paths.split(",")[0])).stem, ".+-") if paths else (source.split("/", 1)[-1], "")
+    default = re.sub(rf"[^\w{kept}]+", "_", stem)
     folder = Path(data_dir) / (dataset or default)
     if paths:
         prepare_files(folder, paths)
@@ -559,7 +560,7 @@ def main() -> None:
     else:
         prepare_corpus(folder, source)
     if preview:
-        show_batches(folder.name)
+        show_batches(os.path.relpath(folder, data_dir))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def write_explained(sampler: Sampler, prompt: str, ids: list[int]) -> None:
         new.append(i)
         if stop and stop in tokenizer.decode(new):
             break
-    print(prompt + tokenizer.decode(new))
+    print(prompt + "".join(until(text_pieces(tokenizer, new), stop)))
 
 
 def complete_file(sampler: Sampler) -> None:
@@ -233,6 +233,7 @@ class Chat:
         self.sampler, self.system = sampler, system
         self.history = []  # exchanges (message, answer) in the model's context
         self.transcript = []  # the whole conversation: messages, or the documents of a model that continues texts
+        self.conversations = []  # those that /reset ended, each with its system text
         self.is_chat = bool(checkpoint.get("is_chat")) if turns == "auto" else turns
 
     def run(self) -> None:
@@ -314,6 +315,9 @@ class Chat:
             self.system = value
         elif name == "reset":
             self.history.clear()
+            if self.is_chat and self.transcript:
+                self.conversations.append(self.with_system())
+                self.transcript = []
         elif name == "save":
             self.save(value)
         elif name == "help":
@@ -321,16 +325,20 @@ class Chat:
         else:
             raise UserError(f"/{name} is not a command; /help lists them")
 
+    def with_system(self) -> list[dict]:
+        """The messages of the conversation, after the system text."""
+        return [{"role": "system", "content": self.system}] * bool(self.system) + self.transcript
+
     def save(self, name: str) -> None:
         if not name:
             raise UserError("/save FILE: the file name is missing")
         if Path(name).exists():
             raise UserError(f"/save {name}: the file exists already")
-        if not self.transcript:
+        if not self.transcript and not self.conversations:
             raise UserError("there is no conversation yet")
         if self.is_chat:
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            text = json.dumps({"messages": system + self.transcript}, ensure_ascii=False) + "\n"
+            conversations = self.conversations + [self.with_system()] * bool(self.transcript)
+            text = "".join(json.dumps({"messages": c}, ensure_ascii=False) + "\n" for c in conversations)
         else:
             text = f"\n{EOT}\n".join([self.system] * bool(self.system) + self.transcript) + "\n"
         atomic_write(Path(name), text)

@@ -371,7 +371,7 @@ def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
 def is_finished(state: State, minutes: float) -> bool:
     """The first limit reached ends the run."""
     out_of_steps = 0 < max_iters <= state.step
-    out_of_time = 0 < max_minutes <= minutes
+    out_of_time = 0 < max_minutes <= minutes and state.step > 0  # a start-up that takes the whole time leaves one step
     return out_of_steps or out_of_time or 0 < patience <= state.evals_since_best
 
 
@@ -426,7 +426,7 @@ def main(config: dict) -> None:
     if hellaswag_interval:
         questions = load_classic(hellaswag_data, data_dir, hellaswag_limit, datasets[0][0].tokenizer, block_size)
     config |= {key: value for key, value in asdict(model.config).items() if key in config}
-    log = logger.Logger(run, config, datasets[0][0], state, resuming) if master else logger.NullLogger()
+    log = logger.Logger(run, config, datasets, state, resuming) if master else logger.NullLogger()
     saver = checkpoint.CheckpointSaver(run, config, requested, datasets, eval_windows, log.tokenizer_dict)
     gc.collect()
     gc.freeze()  # objects that live for the whole run are never searched for garbage again

@@ -94,12 +94,13 @@ class DatasetWriter:
     the documents so far. A finished dataset stays in place until the one that replaces it is complete.
     name: prefix of the shard files (default: the folder's name). name_of(split, number): the name of a shard file.
     encode(tokenizer, texts): gives ids with the flags of a mask above bit 32, which then becomes a file of its own.
+    goes_on(old arguments, sources): whether to resume a dataset with other arguments, whose sources were read so far.
     """
 
     def __init__(
         self, folder: Path, arguments: dict, make_tokenizer: Callable[[], Tokenizer], overwrite: bool = False,
         name: str = "", shard_tokens: int = CHUNK, name_of: Callable[[str, int], str] | None = None,
-        encode: Callable | None = None,
+        encode: Callable | None = None, goes_on: Callable[[dict, dict], bool] | None = None,
     ):  # fmt: skip
         if not re.fullmatch(r"\w[\w.+-]*", folder.name):
             raise UserError(f"--dataset={folder.name}: use only letters, digits and _ . + - in a name")
@@ -119,13 +120,15 @@ class DatasetWriter:
         try:
             if self.progress_file.exists():
                 progress = parse_json(self.progress_file.read_text(encoding="utf-8"))
-            resumable = progress.get("arguments") == self.arguments
-        except (ValueError, AttributeError):
+            old, sources = progress.get("arguments"), progress.get("sources")
+            resumable = old == self.arguments or bool(progress and goes_on and goes_on(old, sources))
+            empty = not any(split["shards"] or split["filled"] for split in progress.get("splits", {}).values())
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{self.progress_file} is damaged: remove {self.folder} to start again") from None
         if resumable:
             return self.resume(progress)
-        if not overwrite and (progress or own_shards(self.folder, self.name)):
-            advice = "finish it with those, choose another --dataset, or set --overwrite=True"
+        if not overwrite and (own_shards(self.folder, self.name) or not empty):
+            advice = "finish it with those, choose another --dataset, or set --overwrite=True to start again"
             raise UserError(f"{self.folder} holds an unfinished dataset with other settings: {advice}")
         self.tokenizer = make_tokenizer()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,8 @@ class LineFile:
 class Logger:
     """Everything rank 0 writes about a run, except checkpoints. run, state: train.py's Run and State."""
 
-    def __init__(self, run, config: dict, dataset, state, resuming: bool):
+    def __init__(self, run, config: dict, datasets: list, state, resuming: bool):
+        dataset = datasets[0][0]
         summary_writer = import_summary_writer() if config["tensorboard"] else None
         self.run, self.config, self.state = run, config, state
         self.tokens_per_step = config["gradient_accumulation_steps"] * config["batch_size"] * config["block_size"]
@@ -70,7 +71,7 @@ class Logger:
         self.plotted = time.monotonic()  # a run of seconds draws once, at its end
         self.peak = peak_flops(run.device, config["peak_tflops"])
         self.flops_per_token = flops_per_token(run.model, config["block_size"])
-        self.is_chat = dataset.is_chat
+        self.is_chat = any(each.is_chat for each, _ in datasets)
         self.tokenizer, self.prompt = load_tokenizer(dataset, config["sample_prompt"])
         self.tokenizer_dict = self.tokenizer.to_dict() if self.tokenizer else dataset.tokenizer
         with self.writable():

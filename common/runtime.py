@@ -390,5 +390,5 @@ def bad_step_error(run, stats: StepStats) -> UserError:
     where = "; ".join(filter(None, everyone)) or "no single micro-batch, their sum overflows"
     return UserError(
         f"step {stats.step:,}: loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g}. It comes from {where}. The update "
-        "was skipped. Lower --learning_rate or --grad_clip, or try --dtype=float32; --resume continues from the last checkpoint"
+        "was skipped. Lower --learning_rate, set --grad_clip=1.0 or less, or try --dtype=float32; --resume continues from the last checkpoint"
     )

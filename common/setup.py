@@ -104,13 +104,15 @@ def check_keys(keys: dict, optimizers, schedules) -> None:
         at_least_0="depth learning_rate embedding_lr head_lr vector_lr min_lr weight_decay warmup_iters momentum_warmup "
         "grad_clip norm_eps patience max_iters max_epochs max_flops max_minutes total_batch_tokens gradient_accumulation_steps eval_interval "
         "final_eval_tokens lr_decay_iters sample_interval sample_temperature checkpoint_interval keep_checkpoints hellaswag_interval "
-        "hellaswag_limit seed peak_tflops",
+        "hellaswag_limit seed peak_tflops lora_rank",
         below_1="beta1 beta2 momentum label_smoothing",
     )
     if keys["seed"] >= 2**63:
         raise UserError(f"--seed={keys['seed']}: must be less than 2^63")
     if not keys["learning_rate"] and (keys["embedding_lr"] or keys["head_lr"] or keys["vector_lr"]):
         raise UserError("--learning_rate=0: the other learning rates are multiples of it")
+    if keys["lora_alpha"] <= 0:
+        raise UserError(f"--lora_alpha={keys['lora_alpha']}: must be above 0")
     if not 0 <= keys["decay_fraction"] <= 1:
         raise UserError(f"--decay_fraction={keys['decay_fraction']}: must be between 0 and 1")
     if keys["hellaswag_interval"] and keys["hellaswag_data"] and not Path(keys["hellaswag_data"]).is_file():
@@ -200,20 +202,21 @@ def resolve_limits(keys: dict, state, windows, model: GPT, world_size: int) -> N
     if accumulation % world_size:
         raise UserError(f"--gradient_accumulation_steps={accumulation} is not divisible by the {world_size} ranks")
     sequences_per_step = accumulation * keys["batch_size"]
-    goals = []  # total sequences at which to stop
+    goals = {}  # total sequences at which to stop
     if keys["max_epochs"] and windows:
-        goals.append(keys["max_epochs"] * windows.per_epoch)
+        goals["max_epochs"] = keys["max_epochs"] * windows.per_epoch
     if keys["max_flops"]:
-        goals.append(keys["max_flops"] / (flops_per_token(model, keys["block_size"]) * keys["block_size"]))
-    limits = [max(1, state.step + round((goal - state.sequences) / sequences_per_step)) for goal in goals]
+        goals["max_flops"] = keys["max_flops"] / (flops_per_token(model, keys["block_size"]) * keys["block_size"])
+    limits = {k: max(1, state.step + round((goal - state.sequences) / sequences_per_step)) for k, goal in goals.items()}
     if keys["max_iters"]:
-        limits.append(keys["max_iters"])
+        limits["max_iters"] = keys["max_iters"]
     endless = not limits and not keys["max_minutes"] and not keys["max_epochs"]  # epochs of a dataset that is not there
     if endless and not keys["eval_only"]:
         raise UserError("--max_iters=0: give --max_iters, --max_epochs, --max_flops or --max_minutes")
-    keys["max_iters"] = min(limits, default=0)
-    if 0 < keys["max_iters"] < state.step and not keys["eval_only"]:
-        raise UserError(f"--max_iters={keys['max_iters']}: the run to resume is at step {state.step:,} already")
+    first = min(limits, key=limits.get, default=None)
+    if first and limits[first] < state.step and not keys["eval_only"]:
+        raise UserError(f"--{first}={keys[first]:g}: the run to resume is at step {state.step:,} already")
+    keys["max_iters"] = limits[first] if first else 0
 
 
 def compile_and_wrap(run, compile: bool | str, label_smoothing: float) -> torch.nn.Module:

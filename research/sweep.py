@@ -147,7 +147,7 @@ class Run:
     def last_line(self, pattern: str) -> str:
         """The last line of the run's output that starts with a pattern."""
         log = self.folder / "train.log"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
         return next((line.strip() for line in reversed(lines) if re.match(pattern, line)), "")
 
     def outcome(self) -> str:

@@ -420,7 +420,8 @@ def test_conversations_and_text_mix_and_the_model_chats(run, chats):
     (chats / "book.txt").write_text(TEXT)
     run("prepare_text.py", "--inputs=book.txt", "--tokenizer=data/chats")
     common = [*SMALL, "--block_size=96", "--max_iters=150", "--learning_rate=1e-2", "--eval_interval=0", "--pos=rope"]
-    run("train.py", *common, "--dataset=book:0.2,chats:0.8", "--norm=rmsnorm", "--mlp=swiglu", "--bias=False")
+    trained = run("train.py", *common, "--dataset=book:0.2,chats:0.8", "--norm=rmsnorm", "--mlp=swiglu", "--bias=False")
+    assert "python sample.py --out_dir=out --chat" in trained
     model, checkpoint = load_model(chats / "out")
     assert checkpoint["is_chat"] and tokenizer_from_dict(checkpoint["tokenizer"]).chat_template
     text = run(

@@ -205,7 +205,8 @@ LIMITS = (("max_iters", "max_epochs"),)
         ("max_iters = 50\nmax_epochs = 2.0\n", [], (50, 2.0)),  # set together, all stay
         ("", ["--max_epochs=2", "--max_iters=50"], (50, 2.0)),
         ("max_iters = 50\nmax_epochs = 2.0\n", ["--max_epochs=3"], (0, 3.0)),
-        ("", ["--max_epochs=0"], (0, 0.0)),  # set to nothing, it still replaces the default
+        ("", ["--max_epochs=0"], (100, 0.0)),  # set to nothing, it replaces nothing
+        ("max_epochs = 2.0\n", ["--max_epochs=0"], (100, 0.0)),
     ],
 )
 def test_of_alternative_keys_those_set_last_win(namespace, tmp_path, text, arguments, expected):

@@ -200,6 +200,8 @@ def test_character_models_bfloat16_and_torch_files_are_exported(run, refused, ch
     before = (chars / "half" / "model.safetensors").read_bytes()
     run("export.py", "--dtype=float32", "--output_dir=half", "--overwrite=True")
     assert len((chars / "half" / "model.safetensors").read_bytes()) > len(before) and not list(chars.glob("*.part"))
+    run("export.py", "--output_format=torch", "--output_dir=half", "--overwrite=True")
+    assert [p.name for p in (chars / "half").iterdir()] == ["model.pt"]  # nothing of the weights before
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,9 @@ def test_resume_keeps_the_model_and_the_validation_windows(run, refused, chars):
     again = ["train.py", *SMALL, "--dataset=chars", "--resume", "--max_iters=8"]
     for key in ("n_layer=3", "mlp=swiglu", "bias=True"):
         assert f"--{key}: the run to resume had" in refused(*again, f"--{key}")
-    assert "is at step 6 already" in refused(*again, "--max_iters=3")
+    assert "--max_iters=3: the run to resume is at step 6 already" in refused(*again, "--max_iters=3")
+    message = refused(*again[:-1], "--max_iters=0", "--max_epochs=0.01")
+    assert "--max_epochs=0.01: the run to resume is at step 6 already" in message
     before = [m["val_loss"] for m in metrics(chars / "out") if "val_loss" in m][-1]
     printed = run(*again, "--batch_size=2", "--gradient_accumulation_steps=2", "--eval_interval=6")
     line = next(line for line in printed.splitlines() if line.strip().startswith("6/8  val"))

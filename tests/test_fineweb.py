@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 
 from conftest import SMALL, TEXT, Script, call
@@ -10,6 +11,7 @@ import build_fineweb_shards
 from common import corpus as corpus_module
 from common.shards import HEADERS, load_dataset
 from common.tokenizer import tokenizer_from_dict
+from configurator import UserError
 
 import numpy as np
 import pytest
@@ -86,7 +88,7 @@ def test_max_tokens_gives_the_first_shards_of_the_whole_dataset(run, corpus, tmp
     run("build_fineweb_shards.py", *keys, "--dataset=whole")
     whole = tmp_path / "data" / "whole"
     parts = tmp_path / "data" / "parts"
-    for shard in range(1, 5):
+    for shard in range(2, 5):
         run("build_fineweb_shards.py", *keys, "--dataset=parts", f"--max_tokens={shard * 30000}", "--overwrite=True")
         assert len(list(parts.glob("*.npy"))) == shard
         for path in parts.glob("*.npy"):
@@ -180,6 +182,40 @@ def test_bad_documents_are_skipped_counted_and_bounded_and_bad_files_named(run, 
     assert "c/a.jsonl, document 5" in message and "--max_bad=2" in message
     (tmp_path / "c" / "c.parquet").write_bytes(b"PAR1 and nothing else PAR1")
     assert "c/c.parquet is damaged" in refused("build_fineweb_shards.py", "--source=c", "--dataset=damaged")
+
+
+@pytest.mark.parametrize("then", ["replaced", "removed", "another changed"])
+def test_a_damaged_file_is_replaced_or_removed_and_the_build_goes_on(corpus, tmp_path, monkeypatch, capsys, then):
+    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr(build_fineweb_shards, "shard_tokens", 50_000)
+    monkeypatch.setattr(build_fineweb_shards, "source", "parquet")
+    folder, last = tmp_path / "data" / "d", tmp_path / "parquet" / "004.parquet"
+    good = last.read_bytes()
+    last.write_bytes(good[: len(good) // 2])
+
+    def build() -> None:
+        build_fineweb_shards.build(folder, sorted((tmp_path / "parquet").iterdir()))
+
+    with pytest.raises(UserError, match="004.parquet is damaged"):
+        build()
+    assert list(folder.glob("*_train_*.npy"))
+    last.unlink()
+    if then == "another changed":
+        (tmp_path / "parquet" / "000.parquet").write_bytes(good)
+        with pytest.raises(UserError, match="holds an unfinished dataset with other settings"):
+            build()
+        return
+    if then == "replaced":
+        last.write_bytes(good)
+    build()
+    assert re.search(r"resuming after [1-9][\d,]* tokens", capsys.readouterr().out)
+    assert documents(folder) == [t for n, file in enumerate(corpus) if n != 4 or then == "replaced" for t in file]
+
+
+def test_a_corpus_below_one_shard_is_refused_and_leaves_nothing(refused, corpus, tmp_path):
+    message = refused("build_fineweb_shards.py", "--source=jsonl")
+    assert "fit into the validation shard: set --shard_tokens" in message and "prepare_text.py" in message
+    assert not list((tmp_path / "data").glob("*/*"))
 
 
 def test_a_long_document_in_parts_resumes_within_it(tmp_path, monkeypatch):

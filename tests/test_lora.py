@@ -84,3 +84,5 @@ def test_a_lora_run_trains_the_additions_only_resumes_samples_and_exports(run, r
 
 def test_lora_without_a_base_model_is_refused(refused, chars):
     assert "--lora_rank=4 is for fine-tuning" in refused("train.py", *SMALL, "--dataset=chars", "--lora_rank=4")
+    for wrong in ("--lora_rank=-1: must be at least 0", "--lora_alpha=0.0: must be above 0"):
+        assert wrong in refused("train.py", *TUNE, wrong.split(":")[0])

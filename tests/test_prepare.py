@@ -198,6 +198,19 @@ def test_the_printed_command_works_though_the_presets_prompt_cannot_be_encoded(r
     assert re.search(r"sample.py --out_dir=\S+ --start='c d e'", printed)
 
 
+def test_an_error_in_an_array_names_the_object(refused, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}] * 30 + [{"body": "two"}]))
+    assert "a.json, object 31: " in refused("prepare_text.py", "--inputs=a.json", "--tokenizer=char")
+
+
+def test_the_next_command_names_the_dataset_as_train_finds_it(run, tmp_path):
+    (tmp_path / "my book.txt").write_text(TEXT)
+    assert " --dataset=my_book\n" in run("prepare_text.py", "--inputs=my book.txt", "--tokenizer=char")
+    printed = run("prepare_text.py", "--inputs=my book.txt", "--dataset=sub/mine", "--tokenizer=char", "--preview=1")
+    assert " --dataset=sub/mine\n" in printed
+    run("train.py", *SMALL, "--dataset=sub/mine", "--max_iters=1")
+
+
 def test_an_error_in_a_jsonl_file_names_the_line(refused, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"txt": "no"}\n')
     message = refused("prepare_text.py", "--inputs=a.jsonl", "--tokenizer=char")
@@ -513,6 +526,7 @@ def test_a_killed_preparation_resumes_without_a_repeated_or_missing_story(run, t
 def test_an_unfinished_dataset_with_other_settings_is_not_resumed(tmp_path):
     tokenizer = word_tokenizer(TEXT, 500)
     folder = tmp_path / "d"
+    DatasetWriter(folder, {"a": 0}, lambda: tokenizer)  # has written nothing, so there is nothing to lose
     first = DatasetWriter(folder, {"a": 1}, lambda: tokenizer)
     first.write(lambda position: [("one two", 1)], "val")
     again = DatasetWriter(folder, {"a": 1}, lambda: pytest.fail("the tokenizer is made again"))

@@ -299,7 +299,8 @@ def test_a_chat_model_answers_in_turns_remembers_and_saves_the_conversation(chat
     saved = json.loads((chatty / "talk.jsonl").read_text())["messages"]
     asked = ["Is 12 even?", "Is\n7 even?", "Is \n31 even?"]  # the whole conversation, not only what fits the context
     assert [m["content"] for m in saved[::2]] == asked and saved[1]["content"] == ANSWERS[0]
-    two = json.loads((chatty / "two.jsonl").read_text())["messages"]
+    before, two = (json.loads(line)["messages"] for line in (chatty / "two.jsonl").read_text().splitlines())
+    assert before == saved and len(two) == 3  # what /reset ended is a conversation of its own
     assert two[0] == {"role": "system", "content": "It is so."} and two[-2]["content"] == "Is 44 even?"
 
 
@@ -347,7 +348,7 @@ def test_ctrl_c_keeps_the_completions_that_are_done(trained, tmp_path):
 
 def test_stop_applies_to_explain_and_chat(trained, chatty):
     explained = sample(trained, "--start=abc", "--explain", "--temperature=0", "--stop=f", "--max_new_tokens=9")
-    assert explained.endswith("\nabcdef\n")
+    assert explained.endswith("\nabcde\n") and "'f'  <- sampled" in explained
     talk = ("--chat", "--turns=True", "--temperature=0", "--stop=,", "--max_new_tokens=20")
     assert "assistant> Yes\n" in sample(chatty, *talk, stdin="Is 12 even?\n/quit\n")
 

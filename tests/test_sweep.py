@@ -206,6 +206,13 @@ def test_a_stopped_sweep_stops_its_runs_and_resumes_them(chars):
     assert len([line for line in log.read_text().splitlines() if " train " in line]) == 1500
 
 
+def test_a_log_that_is_not_utf_8_is_read(chars):
+    run = object.__new__(sweep.Run)
+    run.folder = chars
+    (chars / "train.log").write_bytes(b"a sample: caf\xe9\nerror: no memory\n")
+    assert run.last_line("error: ") == "error: no memory"
+
+
 def test_failed_runs_are_reported_and_retried_on_request(chars):
     path = write_study(chars, arms={"good": {}, "bad": {"n_head": 3}}, seeds=[1])
     output = run_research("sweep.py", path, cwd=chars, code=1)

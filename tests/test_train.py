@@ -285,6 +285,11 @@ def test_the_clock_ends_the_run_and_the_schedule_lands_with_it(run, chars):
     assert json.loads((chars / "out" / "results.json").read_text())["total_steps"] == results["total_steps"]
 
 
+def test_minutes_that_the_start_uses_up_leave_one_step_and_a_checkpoint(run, chars):
+    printed = run("train.py", *SMALL, "--dataset=chars", "--max_minutes=0.0001", "--max_iters=0")
+    assert "after 128 tokens" in printed and (chars / "out" / "ckpt.pt").exists()
+
+
 def test_two_ranks_stop_by_one_clock(chars):
     keys = ["--max_minutes=0.1", "--max_iters=0", "--gradient_accumulation_steps=2"]
     train_on_two_ranks(*SMALL, "--dataset=chars", *keys, cwd=chars)
