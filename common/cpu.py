@@ -126,9 +126,10 @@ def fused_linear_cross_entropy(x, weight, targets, vocab_size: int, label_smooth
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """Computes loss and gradients together, in chunks of 2048 rows, so the (N, V) logits are never materialised.
+    """Computes loss and gradients together, in chunks of rows, so the (N, V) logits are never materialised.
 
-    Within a chunk the logits become their softmax and then their gradient in place.
+    Within a chunk the logits become their softmax and then their gradient in place. In bfloat16 the gradient of the weight is
+    fastest as its transpose, which a copy turns for each chunk; in float32 it is added in place, so chunks may be smaller.
     """
 
     CHUNK = 2048
@@ -146,13 +147,14 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, targets, vocab_size: int, smoothing: float):
-        CHUNK, buffer = FusedLinearCrossEntropy.CHUNK, FusedLinearCrossEntropy.buffer
+        buffer, in_place = FusedLinearCrossEntropy.buffer, x.dtype == torch.float32
+        CHUNK = max(512, 2**17 // x.size(1)) if in_place else FusedLinearCrossEntropy.CHUNK
         w = weight[:vocab_size].to(x.dtype)  # (V, C)
         valid = targets >= 0
         loss_sum = torch.zeros((), dtype=torch.float64)
         dx, dw = torch.empty_like(x), weight.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
         logits_buffer = buffer("logits", x.dtype, min(CHUNK, len(x)), vocab_size)
-        dw_buffer = buffer("dw", x.dtype, x.size(1), vocab_size)  # (C, V)
+        dw_buffer = None if in_place else buffer("dw", x.dtype, x.size(1), vocab_size)  # (C, V)
         for start in range(0, len(x), CHUNK):
             chunk = slice(start, start + CHUNK)
             rows, mask = x[chunk], valid[chunk]
@@ -176,7 +178,9 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 p[~mask] = 0
             loss_sum += losses.where(mask, 0).sum()
             torch.mm(p, w, out=dx[chunk])
-            if dw is not None:
+            if dw is not None and in_place:
+                dw[:vocab_size].addmm_(p.t(), rows, beta=float(start > 0))
+            elif dw is not None:
                 torch.mm(rows.t(), p, out=dw_buffer)
                 if start:
                     dw[:vocab_size] += dw_buffer.t()
