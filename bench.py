@@ -14,6 +14,7 @@ product in the run's dtype, and the bandwidth of a copy. Figures are medians, wi
 """
 
 import copy
+import gc
 import json
 import math
 import os
@@ -263,6 +264,7 @@ def bench_batches() -> dict:
     print(f"{'micro-batch':>12} {'tokens/s':>12} {'ms per step':>12} {'MiB':>8}")
     while slower < 2:
         train.batch_size, train.gradient_accumulation_steps, train.total_batch_tokens = rows, 1, 0
+        gc.collect()  # the run before
         try:
             seconds = Measured(time_steps(make_run()))
         except Exception as e:

@@ -15,9 +15,11 @@ A config file is ordinary Python and may compute from the values set before it. 
 """
 
 import ast
+import atexit
 import contextlib
 import difflib
 import errno
+import gc
 import importlib.util
 import os
 import shutil
@@ -32,9 +34,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = Path(sys.argv[0])  # one of this folder, or a program that may have no torch, such as Airflow
-if SCRIPT.suffix == ".py" and SCRIPT.resolve().parent == HERE and importlib.util.find_spec("torch") is None:
-    print(f"error: {sys.executable} has no torch: activate your environment, or pip install -e .", file=sys.stderr)
-    raise SystemExit(2)  # a forgotten `activate` is one line: the scripts import this file before torch
+if SCRIPT.suffix == ".py" and SCRIPT.resolve().parent == HERE:
+    # The scripts import this file before torch.
+    if importlib.util.find_spec("torch") is None:  # a forgotten `activate` is one line
+        print(f"error: {sys.executable} has no torch: activate your environment, or pip install -e .", file=sys.stderr)
+        raise SystemExit(2)
+    # Modules stay until the end: searching them for garbage again and again is a fifth of a short run (BENCHMARKS.md).
+    gc.set_threshold(100_000)  # new objects between two searches, not 700
+    atexit.register(gc.freeze)  # nothing is searched at exit
 TEXTS = {"start", "stop", "system", "sample_prompt"}  # keys whose value is no path
 
 

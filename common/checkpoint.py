@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.files import atomic_file
 from common.lora import add_lora
-from common.pretrained import MOST, is_pretrained, read_pretrained, to_our_names
+from common.pretrained import MOST, NothingDrawn, is_pretrained, read_pretrained, to_our_names
 from common.runtime import all_reduce, broadcast_object, is_master, is_out_of_memory
 from common.shards import Dataset, load_dataset
 from common.tokenizer import Tokenizer, read_tokenizer, same_vocabulary, tokenizer_from_dict
@@ -368,9 +368,10 @@ def build_model(checkpoint: dict) -> GPT:
         raise UserError(
             f"the weights do not fit this model: they have {max(layers, default=0)} layers of {config.n_layer}"
         )
-    with torch.device("meta"):  # sizes that are wrong must not take memory
-        shapes = new_model(config)
-    weights, model = check_weights(shapes, weights), new_model(config)
+    with NothingDrawn():
+        with torch.device("meta"):  # sizes that are wrong must not take memory
+            shapes = new_model(config)
+        weights, model = check_weights(shapes, weights), new_model(config)
     model.load_state_dict(weights)
     return model
 

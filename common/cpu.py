@@ -132,7 +132,6 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     fastest as its transpose, which a copy turns for each chunk; in float32 it is added in place, so chunks may be smaller.
     """
 
-    CHUNK = 2048
     buffers: dict[str, torch.Tensor] = {}
 
     @staticmethod
@@ -148,15 +147,15 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, targets, vocab_size: int, smoothing: float):
         buffer, in_place = FusedLinearCrossEntropy.buffer, x.dtype == torch.float32
-        CHUNK = max(512, 2**17 // x.size(1)) if in_place else FusedLinearCrossEntropy.CHUNK
+        chunk_rows = max(512, 2**17 // x.size(1)) if in_place else 2048
         w = weight[:vocab_size].to(x.dtype)  # (V, C)
         valid = targets >= 0
         loss_sum = torch.zeros((), dtype=torch.float64)
         dx, dw = torch.empty_like(x), weight.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
-        logits_buffer = buffer("logits", x.dtype, min(CHUNK, len(x)), vocab_size)
+        logits_buffer = buffer("logits", x.dtype, min(chunk_rows, len(x)), vocab_size)
         dw_buffer = None if in_place else buffer("dw", x.dtype, x.size(1), vocab_size)  # (C, V)
-        for start in range(0, len(x), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        for start in range(0, len(x), chunk_rows):
+            chunk = slice(start, start + chunk_rows)
             rows, mask = x[chunk], valid[chunk]
             at_target = torch.arange(len(rows)), targets[chunk].clamp(min=0)
             p = torch.mm(rows, w.t(), out=logits_buffer[: len(rows)])  # (chunk, V)

@@ -19,6 +19,7 @@ from model import GATED, GPT, GPTConfig
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -300,9 +301,21 @@ def rope_arguments(theirs: dict, kind: str, context: int, where: str) -> dict:
     return found
 
 
+class NothingDrawn(TorchFunctionMode):
+    """A context in which torch.nn.init leaves tensors as they are, because weights are loaded into them next.
+
+    On the meta device its normal_ would do nothing but import torch._dynamo, which takes as long as importing torch.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs or {})
+
+
 def block_names(arguments: dict) -> dict[str, tuple[str, ...]]:
     """Our names of a block's weights -> theirs, for a Llama-like model of GPTConfig's arguments."""
-    with torch.device("meta"):
+    with torch.device("meta"), NothingDrawn():
         names = GPT(GPTConfig(**arguments | {"n_layer": 1})).transformer.h[0].state_dict()
     is_apertus = arguments["mlp"] == "relu2" and arguments.get("qk_norm")
     modules = LLAMA_BLOCK | (APERTUS_NORMS if is_apertus else {})

@@ -33,9 +33,10 @@ def check_scaling(c) -> None:
 
 def rotary_table(c) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the angle of each position and pair of channels, float32 (block_size, D/2) each."""
-    frequency, scale = frequencies(c)
-    angle = torch.outer(torch.arange(c.block_size, dtype=torch.float64), frequency)
-    return (angle.cos() * scale).float(), (angle.sin() * scale).float()
+    with torch.device("cpu"):  # also for a model without memory: on the meta device these would import torch._dynamo
+        frequency, scale = frequencies(c)
+        angle = torch.outer(torch.arange(c.block_size, dtype=torch.float64), frequency)
+        return (angle.cos() * scale).float(), (angle.sin() * scale).float()
 
 
 def frequencies(c) -> tuple[torch.Tensor, float]:

@@ -691,13 +691,22 @@ def test_the_seconds_of_steps_without_a_log_line_are_counted(run, chars):
     assert results["total_steps"] == 5 and results["train_seconds"] > 0
 
 
+SAYS_THE_COMPILER = (  # runs the script that is its first argument
+    "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+    "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+)
+
+
+def run_and_say_the_compiler(*command: str) -> str:
+    """The modules of the compiler that a script imported. A process of its own: the one that tests fork from is not fresh."""
+    done = subprocess.run([sys.executable, "-c", SAYS_THE_COMPILER, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adam", "sgd", "adafactor"])
 def test_training_that_is_not_compiled_never_imports_the_compiler(chars, optimizer):
-    """It would take as long as importing torch. A process of its own: the one that tests fork from is not fresh."""
-    code = (
-        "import runpy, sys; sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__'); "
-        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
-    )
+    """It would take as long as importing torch."""
     keys = [
         *SMALL,
         f"--optimizer={optimizer}",
@@ -705,8 +714,17 @@ def test_training_that_is_not_compiled_never_imports_the_compiler(chars, optimiz
         "--dataset=chars",
         f"--out_dir={chars / optimizer}",
     ]
-    done = subprocess.run([sys.executable, "-c", code, *keys], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert run_and_say_the_compiler("train.py", *keys) == "[]"
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_sampling_and_evaluation_never_import_the_compiler(run, chars, rope):
+    modern = ["--pos=rope", "--norm=rmsnorm"] if rope else []
+    run("train.py", *SMALL, "--dataset=chars", "--max_iters=2", *modern)
+    assert run_and_say_the_compiler("sample.py", f"--out_dir={chars / 'out'}", "--max_new_tokens=2", "--seed=1") == "[]"
+    keys = [f"--checkpoints={chars / 'out'}", f"--data_dir={chars / 'data'}", "--num_samples=1", "--eval_tokens=100"]
+    keys += [f"--output_dir={chars / 'evaluation'}"]
+    assert run_and_say_the_compiler("evaluate.py", *keys) == "[]"
 
 
 def test_what_the_version_before_left_resumes_samples_and_evaluates(run, tmp_path):

@@ -3,9 +3,6 @@
 #     python prepare_text.py --source=shakespeare --dataset=shakespeare_char --tokenizer=char
 #     python research/sweep.py config/sweep/isoflop.py --max_parallel=2
 name = "isoflop"
-base = (
-    "config/race_shakespeare.py --n_layer=3 --n_head=2 --batch_size=16 --max_iters=0 --sample_prompt= "
-    "--mlp=relu2 --init=zero_proj --rope_base=10000 --learning_rate=0.02 --momentum=0.9 --beta2=0.95 --schedule=linear --eval_iters=20"
-)
+base = "config/study_shakespeare.py --n_layer=3 --n_head=2 --batch_size=16 --max_iters=0"
 axes = {"max_flops": [6e10, 1.2e11, 2.4e11, 4.8e11], "n_embd": [16, 24, 32, 48, 64]}
 seeds = [1, 2]

@@ -2,10 +2,7 @@
 #     python prepare_text.py --source=shakespeare --dataset=shakespeare_char --tokenizer=char
 #     python research/sweep.py config/sweep/lr_width.py
 name = "lr_width"
-base = (
-    "config/race_shakespeare.py --max_iters=150 --batch_size=32 --sample_prompt= "
-    "--mlp=relu2 --init=zero_proj --rope_base=10000 --learning_rate=0.02 --momentum=0.9 --beta2=0.95 --schedule=linear --eval_iters=20"
-)
+base = "config/study_shakespeare.py --max_iters=150"
 axes = {"n_embd": [32, 64, 128, 256], "learning_rate": [0.005, 0.01, 0.02, 0.04, 0.08]}
 nuisance = ["learning_rate"]
 seeds = [1, 2]

@@ -2,10 +2,7 @@
 #     python prepare_text.py --source=shakespeare --dataset=shakespeare_char --tokenizer=char
 #     python research/sweep.py config/sweep/recipe.py
 name = "recipe"
-base = (
-    "config/race_shakespeare.py --max_iters=400 --batch_size=32 --sample_prompt= "
-    "--mlp=relu2 --init=zero_proj --rope_base=10000 --learning_rate=0.02 --momentum=0.9 --beta2=0.95 --schedule=linear --eval_iters=20"
-)
+base = "config/study_shakespeare.py"
 _one_rate = {"embedding_lr": 0.0, "head_lr": 0.0, "vector_lr": 0.0}
 arms = {
     "the recipe": {},
