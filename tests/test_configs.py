@@ -10,7 +10,7 @@ import pytest
 import torch
 
 CONFIGS = sorted((Path(__file__).parent.parent / "config").glob("*.py"))
-WORDS = r"(\d+) layers, (\d+) heads, width (\d+)"
+WORDS = r"(\d+) layers?, (\d+) heads, width (\d+)"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
