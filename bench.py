@@ -304,7 +304,8 @@ def bench_decode() -> dict:
 
     def seconds_per_token(batch: int) -> float:
         idx = torch.zeros(batch, 16, dtype=torch.long, device=device)
-        stream = model.generate(idx, tokens, top_k=min(200, model.config.vocab_size), make_step=make_step)
+        settings = dict(temperature=train.sample_temperature, top_k=min(200, model.config.vocab_size))
+        stream = model.generate(idx, tokens, **settings, make_step=make_step)
         start, counted = time.perf_counter(), tokens
         for n, _ in enumerate(inference.one_ahead(stream) if cuda else stream):
             if n == 2 and cuda:  # the graph is captured by now

@@ -6,7 +6,7 @@
     python research/decode_peers.py --model=out/mine/export --weights=int8 --batch=16 --engines=flatgpt,ctranslate2
 
 Each measurement is a process of its own, with the same threads: a prompt of 16 tokens is read and --tokens more are written,
-once to warm up and three times for the median; greedily, flatgpt from the 200 most likely. --llama_cpp is llama.cpp's folder, whose converter writes its file.
+once to warm up and three times for the median; greedily. --llama_cpp is llama.cpp's folder, whose converter writes its file.
 8 bits are in llama.cpp Q8_0, in CTranslate2 int8 with float32 between the products; transformers has none on a CPU.
 """
 
@@ -132,7 +132,7 @@ def rate_of(engine: str, path: Path) -> float:
     if engine == "flatgpt":
         keys = ["--dtype=bfloat16", f"--quantize={'int8' if weights == 'int8' else ''}", f"--decode_batch={batch}"]
         command = [sys.executable, str(ROOT / "bench.py"), "--mode=decode", f"--init_from={path}", *keys]
-        command += [f"--tokens={tokens}", "--repeat=3"]
+        command += [f"--tokens={tokens}", "--repeat=3", "--sample_temperature=0"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
