@@ -16,6 +16,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     ).stdout.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests run beside it
     notebook = nbformat.read(tmp_path / "docs" / "colab.ipynb", as_version=4)
     for cell in notebook.cells:
         cell.source = re.sub(r"(?m)^STEPS = \d+$", "STEPS = 50", cell.source)
