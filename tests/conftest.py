@@ -28,14 +28,6 @@ SMALL = (
 ).split()
 
 
-LONGEST = "test_notebook test_airflow test_ranks test_faults test_demo test_harness test_lora test_research".split()
-
-
-def pytest_collection_modifyitems(items):
-    """The files that take longest go first, so that no worker is left alone with one of them at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-
-
 class Script:
     """A running script of the repository, forked from a process that has imported torch already (warm.py).
 
