@@ -29,7 +29,7 @@ from pathlib import Path
 
 import train
 from common import checkpoint, corpus, inference, runtime, setup, shards
-from common.cpu import manual_attention_is_faster
+from common.cpu import block_attention_is_faster
 from common.files import atomic_write, check_writable, parse_json
 from common.scoring import Question, ending_losses
 from common.tokenizer import EOT, gpt2_tokenizer
@@ -176,7 +176,9 @@ def time_steps(run: train.Run) -> list[float]:
 def attention_kernel(run: train.Run) -> str:
     c, T = run.model.config, train.block_size
     q = torch.zeros(1, c.n_head, T, c.head_size, device=run.device, dtype=run.dtype, requires_grad=True)
-    if c.attn == "manual" or manual_attention_is_faster(q, T, training=True):
+    if c.attn == "sdpa" and block_attention_is_faster(q, q, c.dropout):
+        return "blocks"
+    if c.attn == "manual":
         return "manual"
     choice = torch._fused_sdp_choice(q, q, q, None, c.dropout, True)
     return torch.nn.attention.SDPBackend(choice).name.lower().removesuffix("_attention")

@@ -116,6 +116,13 @@ BOUNDS = (
 )
 
 
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        if self.training and self.p and cpu.trains_on_cpu(x):
+            return x * cpu.dropout_mask(x, self.p) * (1 / (1 - self.p))
+        return super().forward(x)
+
+
 class RMSNorm(nn.RMSNorm):
     """torch's, with its weight in the dtype of x: under autocast the two differ, and torch then takes a slow path."""
 
@@ -188,15 +195,13 @@ class CausalSelfAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(D, config.norm_eps, config.qk_norm_weight)
             self.k_norm = RMSNorm(D, config.norm_eps, config.qk_norm_weight)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, rotary, cache: KVCache | None = None):
         c, (B, T, _) = self.config, x.shape
         H, K, D = c.n_head, c.n_kv_head, c.head_size
-        q, k, v = self.c_attn(x).split((H * D, K * D, K * D), dim=2)
-        q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
-        v = v.view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
+        qkv = self.c_attn(x).view(B, T, H + 2 * K, D).transpose(1, 2)
+        q, k, v = qkv.split((H, K, K), dim=1)  # (B, H, T, D), (B, K, T, D), (B, K, T, D)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
@@ -216,7 +221,9 @@ class CausalSelfAttention(nn.Module):
         """
         T, S = q.size(2), k.size(2)
         dropout = self.config.dropout if self.training else 0.0
-        manual = self.config.attn == "manual" or cpu.manual_attention_is_faster(q, S, self.training)
+        if self.config.attn == "sdpa" and mask is None and cpu.block_attention_is_faster(q, k, dropout):
+            return cpu.BlockAttention.apply(q, k, v, dropout)
+        manual = self.config.attn == "manual" or cpu.manual_attention_is_faster(q, S)
         if mask is None and T > 1 and (manual or S > T):
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         if manual:
@@ -232,7 +239,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.activation = ACTIVATIONS[config.mlp]
         self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
@@ -264,7 +271,7 @@ class GPT(nn.Module):
             cos, sin = rotary_table(config)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-        self.transformer["drop"] = nn.Dropout(config.dropout)
+        self.transformer["drop"] = Dropout(config.dropout)
         self.transformer["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer["ln_f"] = make_norm(config)
         self.lm_head = nn.Linear(C, V, bias=False)

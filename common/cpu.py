@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 
 import torch
 import torch.nn as nn
@@ -26,9 +27,81 @@ def manual_attention(q, k, v, mask, dropout: float):
     return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).view(B, H, T, D)
 
 
-def manual_attention_is_faster(q, S: int, training: bool) -> bool:
-    """Whether to write attention out: in bfloat16 the fused kernel's backward pass is slow up to 512 positions (BENCHMARKS.md)."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) and S <= (512 if training else 256)
+def dropout_mask(x, p: float):
+    """0 with probability p, else 1, of x's shape and dtype.
+
+    It compares 16 random bits, so p is rounded to 1/65,536; torch's bernoulli_ takes three times as long.
+    """
+    n = x.numel()
+    bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n].view(x.shape)
+    return torch.ge(bits, min(round(p * 2**16) - 2**15, 2**15 - 1), out=torch.empty(x.shape, dtype=x.dtype))
+
+
+class BlockAttention(torch.autograd.Function):
+    """Causal attention of T queries to T keys in blocks of rows, without the products of a block with the keys after it.
+
+    q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D). Keeps the softmax of each block, about half of (B, H, T, T), and with
+    dropout as much again.
+    """
+
+    ROWS = 128  # in a block
+
+    @staticmethod
+    def forward(ctx, q, k, v, dropout: float):
+        (B, H, T, D), K = q.shape, k.size(1)
+        q = q.reshape(B * K, H // K, T, D)  # a row of query heads for each key/value head
+        k, v = k.reshape(B * K, T, D), v.reshape(B * K, T, D)
+        y, softmaxes, kept = torch.empty_like(q), [], []
+        for start in range(0, T, BlockAttention.ROWS):
+            rows = q[:, :, start : start + BlockAttention.ROWS]
+            n, stop = rows.size(2), start + rows.size(2)
+            scores = (rows.flatten(1, 2) @ k[:, :stop].mT).mul_(D**-0.5)  # (B K, H/K n, stop)
+            scores[:, :, start:] += torch.full((n, n), float("-inf"), dtype=q.dtype).triu(1).repeat(H // K, 1)
+            p = scores.softmax(-1)
+            softmaxes.append(p)
+            if dropout:
+                kept.append(dropout_mask(p, dropout))
+                p = (p * kept[-1]).mul_(1 / (1 - dropout))
+            y[:, :, start:stop] = (p @ v[:, :stop]).view_as(rows)
+        ctx.save_for_backward(q, k, v, *softmaxes, *kept)
+        ctx.factor = 1 / (1 - dropout)
+        return y.view(B, H, T, D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, *saved = ctx.saved_tensors
+        blocks = -(-q.size(2) // BlockAttention.ROWS)
+        B, K = len(grad), len(k) // len(grad)
+        dy, dq, dk, dv = grad.reshape(q.shape), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        stop = 0
+        for p, mask in itertools.zip_longest(saved[:blocks], saved[blocks:]):
+            start, stop = stop, p.size(-1)
+            block = (slice(None), slice(None), slice(start, stop))
+            rows, dy_rows = q[block].flatten(1, 2), dy[block].flatten(1, 2)
+            dp = dy_rows @ v[:, :stop].mT
+            if mask is not None:
+                dp.mul_(mask).mul_(ctx.factor)
+            dv[:, :stop].baddbmm_((p if mask is None else p * mask).mT, dy_rows, alpha=ctx.factor)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dq[block] = (ds @ k[:, :stop]).view_as(dq[block])
+            dk[:, :stop].baddbmm_(ds.mT, rows)
+        scale, shape = q.size(-1) ** -0.5, (B, K, *k.shape[1:])
+        return dq.mul_(scale).view_as(grad), dk.mul_(scale).view(shape), dv.view(shape), None
+
+
+def block_attention_is_faster(q, k, dropout: float) -> bool:
+    """Whether to use BlockAttention: to train with dropout, or in bfloat16 on up to 512 positions (BENCHMARKS.md)."""
+    return (
+        trains_on_cpu(q)
+        and 1 < q.size(2) == k.size(2)
+        and (dropout > 0 or q.dtype == torch.bfloat16 and k.size(2) <= 512)
+    )
+
+
+def manual_attention_is_faster(q, S: int) -> bool:
+    """Whether to write attention out: without a gradient the fused kernel is slow in bfloat16 up to 256 positions."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) and S <= 256
 
 
 def trains_on_cpu(x) -> bool:

@@ -2,13 +2,13 @@ import itertools
 import math
 
 from common.checkpoint import load_weights
-from common.cpu import fused_linear_cross_entropy
+from common.cpu import BlockAttention, fused_linear_cross_entropy
 from common.pretrained import from_llama
 from common.rope import rotary_table
 from common.runtime import flops_per_token, peak_flops_of
 from common.scoring import token_losses
 from configurator import UserError
-from model import ACTIVATIONS, GPT, GPTConfig, KVCache, RMSNorm, rotate, sample_next_token
+from model import ACTIVATIONS, GPT, Dropout, GPTConfig, KVCache, RMSNorm, rotate, sample_next_token
 
 import pytest
 import torch
@@ -346,6 +346,63 @@ def test_kernels_of_cpu_training_equal_the_plain_formulas_in_float64(kernel, dty
         assert (ours - exact).norm() / exact.norm() < (1e-6 if dtype == torch.float32 else 2e-2)
     with torch.no_grad():
         torch.testing.assert_close(run(x, torch.nn.Parameter(weight)), outcomes[0][0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("heads, kv_heads, T", [(4, 4, 300), (4, 2, 256), (4, 1, 129), (2, 2, 7)])
+def test_block_attention_equals_the_fused_kernel_and_is_used_to_train_in_bfloat16(heads, kv_heads, T):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, T, 16, dtype=torch.float64) for n in (heads, kv_heads, kv_heads))
+    grad = torch.randn(2, heads, T, 16, dtype=torch.float64)
+    attention = small(n_head=heads, n_kv_head=kv_heads, block_size=T).train().transformer.h[0].attn
+
+    def run(attend, dtype):
+        leaves = [torch.nn.Parameter(x.to(dtype)) for x in (q, k, v)]
+        y = attend(*leaves)
+        y.backward(grad.to(dtype))
+        return type(y.grad_fn).__name__, [y.detach(), *(x.grad for x in leaves)]
+
+    kernel, exact = run(attention.attend, torch.float64)
+    assert "BlockAttention" not in kernel
+    for dtype, error in ((torch.float64, 1e-13), (torch.bfloat16, 2e-2)):
+        kernel, ours = run(lambda q, k, v: BlockAttention.apply(q, k, v, 0.0), dtype)
+        assert all((a - b).norm() / b.norm() < error for a, b in zip(ours, exact))
+    assert run(attention.attend, torch.bfloat16)[0] == kernel == "BlockAttentionBackward"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_scales_the_rest_and_repeats_with_the_seed(dtype):
+    x = torch.nn.Parameter(1 + torch.rand(7, 3000, 11, dtype=dtype))
+    dropout = Dropout(0.1)
+    torch.manual_seed(0)
+    y = dropout(x)
+    kept = y != 0
+    assert 0.098 < 1 - kept.double().mean() < 0.102
+    assert kept.double().mean(0).min() < 0.6 and kept.double().mean((0, 1)).min() > 0.89  # no pattern
+    torch.testing.assert_close(y[kept], x[kept] / 0.9)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, kept / x.new_tensor(0.9))
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_dropout_of_block_attention_and_its_gradients(monkeypatch):
+    def attend(q, k, v):
+        torch.manual_seed(3)
+        return BlockAttention.apply(q, k, v, 0.3)
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 300, 300)
+    v = torch.eye(300).expand(2, 300, 300)[None]  # so that the outputs are the weights
+    with_dropout, without = attend(q, k, v), BlockAttention.apply(q, k, v, 0.0)
+    dropped = with_dropout == 0
+    rows, columns = torch.tril_indices(300, 300)
+    assert 0.29 < dropped[:, :, rows, columns].double().mean() < 0.31
+    torch.testing.assert_close(with_dropout[~dropped], without[~dropped] / 0.7)
+
+    monkeypatch.setattr(BlockAttention, "ROWS", 4)
+    q, k, v = (torch.randn(2, n, 6, 3, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
+    torch.autograd.gradcheck(attend, (q, k, v))
 
 
 def test_fused_loss_is_accurate_for_confident_predictions_in_bfloat16():
