@@ -13,6 +13,12 @@ from torch.autograd.function import once_differentiable
 # Training
 
 
+def trains_on_cpu(x) -> bool:
+    """Whether x is part of a training step on a CPU, where this file's functions replace torch's chains of small kernels."""
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and eager and x.dtype in (torch.float32, torch.bfloat16)
+
+
 def manual_attention(q, k, v, mask, dropout: float):
     """softmax(q k^T / sqrt(D)) v written out. q (B, H, T, D), k and v (B, K, S, D), mask bool (T, S) or None."""
     (B, H, T, D), K, S = q.shape, k.size(1), k.size(2)
@@ -75,14 +81,14 @@ class BlockAttention(torch.autograd.Function):
         B, K = len(grad), len(k) // len(grad)
         dy, dq, dk, dv = grad.reshape(q.shape), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         stop = 0
-        for p, mask in itertools.zip_longest(saved[:blocks], saved[blocks:]):
+        for p, kept in itertools.zip_longest(saved[:blocks], saved[blocks:]):
             start, stop = stop, p.size(-1)
             block = (slice(None), slice(None), slice(start, stop))
             rows, dy_rows = q[block].flatten(1, 2), dy[block].flatten(1, 2)
             dp = dy_rows @ v[:, :stop].mT
-            if mask is not None:
-                dp.mul_(mask).mul_(ctx.factor)
-            dv[:, :stop].baddbmm_((p if mask is None else p * mask).mT, dy_rows, alpha=ctx.factor)
+            if kept is not None:
+                dp.mul_(kept).mul_(ctx.factor)
+            dv[:, :stop].baddbmm_((p if kept is None else p * kept).mT, dy_rows, alpha=ctx.factor)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             dq[block] = (ds @ k[:, :stop]).view_as(dq[block])
             dk[:, :stop].baddbmm_(ds.mT, rows)
@@ -102,15 +108,6 @@ def block_attention_is_faster(q, k, dropout: float) -> bool:
 def manual_attention_is_faster(q, S: int) -> bool:
     """Whether to write attention out: without a gradient the fused kernel is slow in bfloat16 up to 256 positions."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) and S <= 256
-
-
-def trains_on_cpu(x) -> bool:
-    """Whether x is part of a training step on a CPU, where the functions below replace torch's chains of small kernels.
-
-    A step of the quickstart takes 0.95 to 0.97 of the time with them (BENCHMARKS.md).
-    """
-    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return x.device.type == "cpu" and eager and x.dtype in (torch.float32, torch.bfloat16)
 
 
 class ReluSquared(torch.autograd.Function):

@@ -115,7 +115,7 @@ def interrupted_runs(folder: Path, setting: str, count: int, dice: random.Random
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_resume_after_kill_9_is_bitwise_equal(chars, setting):
-    for _, out in interrupted_runs(chars, setting, 3, random.Random(setting)):
+    for _, out in interrupted_runs(chars, setting, 2, random.Random(setting)):
         assert_same_run(out, chars / "whole")
 
 
@@ -159,17 +159,23 @@ def test_a_second_ctrl_c_leaves_at_once(chars):
     assert (chars / "parts" / "ckpt.pt").read_bytes() == before
 
 
-def test_sigterm_while_compiling_leaves_at_once_and_harms_nothing(chars):
-    run = [*SMALL, "--dataset=chars", "--compile=True", "--n_layer=1", "--out_dir=parts"]
+def test_sigterm_while_compiling_leaves_at_once_and_compiled_training_equals_eager(chars):
+    run = [*SMALL, "--dataset=chars", "--n_layer=1"]
+    compiled = [*run, "--compile=True", "--out_dir=compiled"]
     fresh = {"TORCHINDUCTOR_CACHE_DIR": str(chars / "cache")}
-    script = Script("train.py", *run, cwd=chars, env=fresh)
+    script = Script("train.py", *compiled, cwd=chars, env=fresh)
     wait_for(lambda: "step: " in script.stdout)
     time.sleep(1)
     script.kill(signal.SIGTERM)
     start = time.monotonic()
     assert script.wait().returncode == -signal.SIGTERM and time.monotonic() - start < 5
-    assert not (chars / "parts").exists()
-    assert call("train.py", *run, "--resume", cwd=chars, env=fresh).returncode == 0
+    assert not (chars / "compiled").exists()
+    # The next run finds a compiler's cache that was cut off, and trains as the model that is not compiled.
+    assert call("train.py", *compiled, "--resume", cwd=chars, env=fresh).returncode == 0
+    assert call("train.py", *run, "--out_dir=eager", cwd=chars).returncode == 0
+    a, b = ([m["train_loss"] for m in metrics(chars / d) if "train_loss" in m] for d in ("compiled", "eager"))
+    assert len(a) == 6 and a == pytest.approx(b, abs=1e-4)
+    assert not any("_orig_mod" in name for name in load_checkpoint(chars / "compiled" / "ckpt.pt")["model"])
 
 
 def test_sigterm_during_a_save_and_an_evaluation_loses_nothing(run, chars):
@@ -269,7 +275,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(run, refused, chars)
     big = [*SMALL, "--dataset=chars", "--n_embd=1024", "--max_iters=2", "--eval_interval=1", "--final_eval_tokens=512"]
     run("train.py", *big)
     before = sorted(p.name for p in (chars / "out").iterdir())
-    for limit in (2200, 2600, 3000):
+    for limit in (2200, 2700):
         done = call("train.py", *big, "--max_iters=3", "--resume", cwd=chars, limits={"RLIMIT_AS": limit * 2**20})
         if done.returncode:
             assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

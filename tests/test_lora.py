@@ -46,10 +46,20 @@ def test_lora_starts_as_the_base_model_and_merging_keeps_the_output(options):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_lora_run_trains_the_additions_only_resumes_samples_and_exports(run, refused, chars, optimizer):
+def test_muon_trains_the_additions_only_and_resumes(run, chars):
     run("train.py", *SMALL, "--dataset=chars", "--out_dir=base", *LLAMA)
-    tune = [*TUNE, f"--optimizer={optimizer}", "--max_iters=20", "--eval_interval=10"]
+    tune = [*TUNE, "--optimizer=muon", "--max_iters=20", "--lr_decay_iters=20"]
+    run("train.py", *tune, "--out_dir=tuned")
+    run("train.py", *tune, "--out_dir=parts", "--max_iters=7")
+    run("train.py", *tune, "--out_dir=parts", "--resume")
+    base, tuned, parts = (load_checkpoint(chars / d / "ckpt.pt")["model"] for d in ("base", "tuned", "parts"))
+    assert all(torch.equal(base[n], tuned[n]) for n in base) and len(tuned) == len(base) + 16
+    assert all(torch.equal(parts[n], tuned[n]) and tuned[n].any() for n in tuned)
+
+
+def test_a_lora_run_trains_the_additions_only_resumes_samples_and_exports(run, refused, chars):
+    run("train.py", *SMALL, "--dataset=chars", "--out_dir=base", *LLAMA)
+    tune = [*TUNE, "--optimizer=adamw", "--max_iters=20", "--eval_interval=10"]
     printed = run("train.py", *tune, "--out_dir=tuned")
     assert "LoRA: trains 2,928 of the parameters" in printed
     base, tuned = (load_checkpoint(chars / d / "ckpt.pt") for d in ("base", "tuned"))

@@ -44,7 +44,9 @@ def train_on_two_ranks(*arguments, cwd) -> str:
 
 def test_a_run_writes_its_files(run, chars):
     printed = run(
-        "train.py", *SMALL, "--dataset=chars", "--sample_interval=2", "--checkpoint_interval=2", "--keep_checkpoints=2"
+        "train.py",
+        *[*SMALL, "--dataset=chars", "--sample_interval=2", "--checkpoint_interval=2", "--keep_checkpoints=2"],
+        env={"DRAW": "1"},
     )
     out = chars / "out"
     names = {p.name for p in out.iterdir()}
@@ -183,15 +185,6 @@ def test_validation_loss_is_the_mean_over_the_whole_split(run, chars):
     assert results["final_val_loss"] == pytest.approx(loss.item(), abs=1e-5)
     right = (logits.argmax(-1).view(-1) == ids[1 : n + 1]).float().mean().item()
     assert results["final_val_accuracy"] == pytest.approx(right, abs=1e-6)
-
-
-def test_compiled_training_equals_eager(run, chars):
-    run("train.py", *SMALL, "--dataset=chars", "--n_layer=1", "--out_dir=eager")
-    run("train.py", *SMALL, "--dataset=chars", "--n_layer=1", "--out_dir=compiled", "--compile=True")
-    a, b = losses(chars / "eager"), losses(chars / "compiled")
-    assert max(abs(a[s] - b[s]) for s in a) < 1e-4
-    names = torch.load(chars / "compiled" / "ckpt.pt", weights_only=True)["model"]
-    assert not any("_orig_mod" in n for n in names)
 
 
 def test_compile_that_fails_falls_back_under_auto_and_raises_under_true(monkeypatch, capsys):
