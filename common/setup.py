@@ -79,7 +79,7 @@ def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
         (f"12 tokens for each of {weights:,} weights in matrices and head, {tokens:,} tokens", {"max_iters": steps}),
         (
             "Muon's rate suits any width, the head's falls as 1 / width",
-            {"optimizer": "muon", "momentum_warmup": 300} | rates | schedule,
+            {"optimizer": "muon", "momentum_warmup": 300, "beta1": 0.8} | rates | schedule,
         ),
         ("weight decay, 1 / (rate x steps)", {"weight_decay": 1 / (given("learning_rate", 0.02) * steps)}),
     ]

@@ -1,9 +1,9 @@
 # TinyStories on a laptop without a GPU, with the modern recipe, in a size that suits twenty minutes.
 # 6 layers, 2 heads, width 128, vocabulary 50,257: 14,047,104 parameters (1.2 million of them in the blocks).
 # Time: twenty minutes by the clock. --max_minutes sets another time, and the learning rate still falls to its end.
-# Loss: not measured on TinyStories. On Wikipedia text, after 20 minutes on one core of an Intel Xeon without AMX, 5.83 to 5.89,
-# and 6.13 to 6.18 with 4 layers of width 256 and the recipe before (BENCHMARKS.md). For hours, a wider model may be better: not
-# measured.
+# Loss: not measured on TinyStories. On Wikipedia text, after 20 minutes on one core of an Intel Xeon without AMX, 5.83 to 5.89
+# (still with beta1=0.9), and 6.13 to 6.18 with 4 layers of width 256 and the recipe before (BENCHMARKS.md). For hours, a wider
+# model may be better: not measured.
 #
 #     python prepare_tinystories.py
 #     python train.py config/modern_cpu.py
@@ -30,6 +30,7 @@ embedding_lr = 0.7
 head_lr = 0.01
 vector_lr = 0.01
 momentum_warmup = 300
+beta1 = 0.8
 weight_decay = 0.0
 schedule = "wsd"
 decay_fraction = 0.6

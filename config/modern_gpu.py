@@ -27,6 +27,7 @@ embedding_lr = 0.3
 head_lr = 0.005
 vector_lr = 0.01
 momentum_warmup = 300
+beta1 = 0.8
 weight_decay = 0.01
 schedule = "wsd"
 decay_fraction = 0.5

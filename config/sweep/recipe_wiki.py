@@ -16,7 +16,7 @@ arms = {
     "Muon's rate 0.015": {"learning_rate": 0.015},
     "momentum 0.95 throughout": {"momentum_warmup": 0},
     "momentum 0.9 throughout": {"momentum": 0.9, "momentum_warmup": 0},
-    "Adam's beta1 0.8": {"beta1": 0.8},
+    "Adam's beta1 0.9": {"beta1": 0.9},
     "SwiGLU": {"mlp": "swiglu"},
     "softcap 15": {"logit_softcap": 15.0},
     "heads of 64": {"n_head": 2},
@@ -24,3 +24,4 @@ arms = {
     "decay over the last 0.7": {"decay_fraction": 0.7},
     "no warmup": {"warmup_iters": 0},
 }
+seeds = [1, 2, 3]
