@@ -737,7 +737,8 @@ def test_what_the_version_before_left_resumes_samples_and_evaluates(run, tmp_pat
         want = {(m["step"], "val_loss" in m): m[key] for m in whole if key in m}
         found = {(m["step"], "val_loss" in m): m[key] for m in metrics(tmp_path) if key in m}
         found.pop((3, True), None)  # an evaluation where the short run ended
-        assert found == pytest.approx(want, abs=1e-5), key
+        # Dropout draws other numbers than that version; other batches would differ by more.
+        assert found == pytest.approx(want, abs=4e-3 if key.endswith("loss") else 1e-9), key
 
 
 def test_a_run_from_other_weights_says_that_they_set_the_model_keys_and_resumes(run, chars):
