@@ -336,7 +336,7 @@ class PackedInt8Linear(nn.Module):
     def forward(self, x):
         if self.few_rows and x.dtype == torch.bfloat16 and x.numel() <= 4 * x.size(-1):
             y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), *self.few_rows).view(*x.shape[:-1], -1)
-            return y if self.bias is None else (y + self.bias).to(x.dtype)
+            return y if self.bias is None else y.add_(self.bias)
         scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min_(1e-12)  # (..., 1)
         first = torch.addcmul(self.offset, x.float(), scale.reciprocal())
         rows = torch.empty(2, *x.shape, dtype=torch.uint8)
