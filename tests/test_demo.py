@@ -283,6 +283,7 @@ def test_the_next_token_tab_shows_the_likely_tokens_and_marks_the_one_that_was_t
 
 
 def say(page, text):
+    page.locator("#message").get_by_role("button", name="Send").wait_for()  # until then Enter keeps what is typed
     page.locator("#message textarea").fill(text)
     page.keyboard.press("Enter")
 
