@@ -117,6 +117,8 @@ BOUNDS = (
 
 
 class Dropout(nn.Dropout):
+    """torch's, with a faster way to draw the mask on a CPU."""
+
     def forward(self, x):
         if self.training and self.p and cpu.trains_on_cpu(x):
             return x * cpu.dropout_mask(x, self.p) * (1 / (1 - self.p))

@@ -106,7 +106,10 @@ def block_attention_is_faster(q, k, dropout: float) -> bool:
 
 
 def manual_attention_is_faster(q, S: int) -> bool:
-    """Whether to write attention out: without a gradient the fused kernel is slow in bfloat16 up to 256 positions."""
+    """Whether to write attention out for queries q (B, H, T, D) and S positions, where block_attention_is_faster says no.
+
+    Without a gradient the fused kernel is slow in bfloat16 up to 256 positions (BENCHMARKS.md).
+    """
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.size(2) and S <= 256
 
 
@@ -315,11 +318,11 @@ class Int8Linear(nn.Module):
 
 
 class PackedInt8Linear(nn.Module):
-    """The same for a CPU with 8-bit products (VNNI): each row of x becomes two rows of 8-bit numbers, as exact as 16 bits.
+    """The same for a CPU that multiplies 8-bit numbers (VNNI): each row of x becomes two 8-bit rows, as exact as 16 bits.
 
-    Up to four rows in bfloat16 are fastest in a kernel that widens the weights as it reads them, from a second copy; not for a
-    vocabulary. Of two rows the first is 127 x / max|x| + 128, rounded (the instruction multiplies unsigned by signed numbers), the second what
-    rounding left over, 254 times finer. One row alone costs SmolLM2 0.04 nats (BENCHMARKS.md).
+    The first is 127 x / max|x| + 128, rounded: the instruction multiplies unsigned by signed numbers. The second is what rounding
+    left over, 254 times finer. One row alone costs SmolLM2 0.04 nats (BENCHMARKS.md).
+    Up to four rows in bfloat16 are faster in a kernel that reads a second copy of the weights and widens it, except in the head.
     """
 
     def __init__(self, layer: nn.Linear):
@@ -330,7 +333,7 @@ class PackedInt8Linear(nn.Module):
         self.offset = torch.tensor(128.5)  # half a step more, because the conversion to integers rounds down
         self.bias = None if layer.bias is None else layer.bias.detach().float()
         out_features, in_features = plain.weight.shape
-        fits = out_features < 2**14 and in_features % 64 == 0  # the kernel reads past the end of a row of odd length
+        fits = out_features < 2**14 and in_features % 64 == 0  # where 16 does not divide in_features, it crashes
         self.few_rows = (plain.weight, plain.scale.bfloat16()) if fits else None
 
     def forward(self, x):

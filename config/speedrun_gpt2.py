@@ -3,8 +3,8 @@
 # Time and loss: not measured. The goal is 3.28 on FineWeb's validation tokens. The public logs of modded-nanogpt (track 1,
 # 2024-11-06, one seed) have 3.3274 after 3,200 and 3.2762 after 4,578 steps of 524,288 tokens for a model with the same
 # parts: RoPE, QK-norm, ReLU squared, zero-initialised projections, untied head and Muon. Its later records add value
-# residuals, shortcuts and a softcap, which this model lacks, and a momentum warmup, which it has. Rates, beta1, warmup
-# and weight decay here are this repository's. The shards are the ones of that record.
+# residuals, shortcuts and a softcap, which this model lacks, and a momentum warmup, which it has. Rates, warmup and
+# weight decay here are this repository's, beta1 is nanochat's. The shards are the ones of that record.
 #
 #     python build_fineweb_shards.py --pretokenized=fineweb10B --max_tokens=2_600_000_000
 #     torchrun --standalone --nproc_per_node=8 train.py config/speedrun_gpt2.py

@@ -1,4 +1,5 @@
-# What each part of the modern recipe is worth on real text: each arm changes one part. Four minutes a run on one core.
+# What each part of the modern recipe is worth on real text: each arm changes one part. Two to four minutes a run on
+# one core.
 #     python prepare_text.py --inputs=wiki.txt --dataset=wiki --tokenizer=bpe --vocab_size=8192
 #     python research/sweep.py config/sweep/recipe_wiki.py
 name = "recipe_wiki"
@@ -6,6 +7,7 @@ base = (
     "config/modern_cpu.py --dataset=wiki --n_layer=5 --n_head=4 --n_embd=128 --block_size=128 --max_iters=500 "
     "--eval_interval=0 --always_save_checkpoint=False --final_eval_tokens=98304 --sample_prompt="
 )
+seeds = [1, 2, 3]
 arms = {
     "the recipe": {},
     "embedding rate 0.1": {"embedding_lr": 0.1},
@@ -24,4 +26,3 @@ arms = {
     "decay over the last 0.7": {"decay_fraction": 0.7},
     "no warmup": {"warmup_iters": 0},
 }
-seeds = [1, 2, 3]
