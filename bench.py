@@ -29,11 +29,12 @@ from pathlib import Path
 
 import train
 from common import checkpoint, corpus, inference, runtime, setup, shards
+from common.checkpoint import State
 from common.cpu import block_attention_is_faster
 from common.files import atomic_write, check_writable, parse_json
 from common.scoring import Question, ending_losses
 from common.tokenizer import EOT, gpt2_tokenizer
-from common.windows import TrainingWindows
+from common.windows import Batches, TrainingWindows
 from configurator import UserError, check_bounds, check_choice, configure, error_in, read_keys, short_errors
 from eval_hellaswag import classic_question, load_examples
 from model import GPT
@@ -159,8 +160,9 @@ def make_run() -> train.Run:
     loaded = None if train.init_from == "scratch" else checkpoint.read_model(train.init_from)
     model = setup.make_model(KEYS, datasets[0][0], loaded).to(device).train()
     windows = setup.make_windows(KEYS, datasets) if real_data else SyntheticWindows(model.config.vocab_size)
-    setup.resolve_limits(KEYS, train.State(), None, model, world_size)
-    batches, accum = train.Batches(windows, device, rank, world_size), train.gradient_accumulation_steps // world_size
+    setup.resolve_limits(KEYS, State(), None, model, world_size)
+    batches = Batches(windows, train.batch_size, device, rank, world_size)
+    accum = train.gradient_accumulation_steps // world_size
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers = train.make_optimizers(model, dtype)
     run = train.Run(model, model, optimizers, scaler, batches, device, dtype, accum, rank, world_size)
@@ -169,7 +171,7 @@ def make_run() -> train.Run:
 
 
 def time_steps(run: train.Run) -> list[float]:
-    step = partial(train.train_step, run, train.State(), train.learning_rate)
+    step = partial(train.train_step, run, State(), train.learning_rate)
     return seconds_of(step, device=run.device, times=steps, warmup=3)[0]
 
 
@@ -223,7 +225,7 @@ def bench_train() -> dict:
     print(f"roofline: {bound}: the step takes {seconds / (products + traffic):.1f} times that")
     if profile:
         with torch.profiler.profile() as trace:
-            seconds_of(partial(train.train_step, run, train.State(), 0.0), device=device, times=3, warmup=0)
+            seconds_of(partial(train.train_step, run, State(), 0.0), device=device, times=3, warmup=0)
         file = "trace.json" if profile is True else profile
         trace.export_chrome_trace(file)
         print(f"{file}: open it in chrome://tracing or ui.perfetto.dev")

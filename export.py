@@ -101,13 +101,17 @@ def model_card(name: str, model: GPT, checkpoint: dict, results: dict, target: s
     command = shlex.join(f"--{key}={config[key]}" for key in dict.fromkeys(keys))
     prompt = config.get("sample_prompt") or "The"
     inputs = CHAT_INPUTS if checkpoint.get("is_chat") else TEXT_INPUTS.format(prompt=prompt)
+    c = model.config
+    sizes = (
+        f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}, vocabulary {c.vocab_size:,}"
+    )
     sections = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}",
-        f"A GPT of {model.num_params():,} parameters ({model.describe()}), {origin} with flatgpt. transformers loads it as "
-        f"its class {target}.",
+        f"A GPT of {model.num_params():,} parameters ({sizes}), {origin} with flatgpt. transformers loads it as its class "
+        f"{target}.",
         "\n".join(["| | |", "|---|---|", *rows]) if rows else "",
         f"```sh\npython train.py {command}\n```" if command else "",
-        EXAMPLE.format(name=name, inputs=inputs, length=min(100, model.config.block_size // 2)),
+        EXAMPLE.format(name=name, inputs=inputs, length=min(100, c.block_size // 2)),
     ]
     return "\n\n".join(filter(None, sections))
 

@@ -116,15 +116,6 @@ BOUNDS = (
 )
 
 
-class Dropout(nn.Dropout):
-    """torch's, with a faster way to draw the mask on a CPU."""
-
-    def forward(self, x):
-        if self.training and self.p and cpu.trains_on_cpu(x):
-            return x * cpu.dropout_mask(x, self.p) * (1 / (1 - self.p))
-        return super().forward(x)
-
-
 class RMSNorm(nn.RMSNorm):
     """torch's, with its weight in the dtype of x: under autocast the two differ, and torch then takes a slow path."""
 
@@ -197,7 +188,7 @@ class CausalSelfAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(D, config.norm_eps, config.qk_norm_weight)
             self.k_norm = RMSNorm(D, config.norm_eps, config.qk_norm_weight)
-        self.resid_dropout = Dropout(config.dropout)
+        self.resid_dropout = cpu.Dropout(config.dropout)
 
     def forward(self, x, rotary, cache: KVCache | None = None):
         c, (B, T, _) = self.config, x.shape
@@ -241,7 +232,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.activation = ACTIVATIONS[config.mlp]
         self.c_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = cpu.Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
@@ -273,7 +264,7 @@ class GPT(nn.Module):
             cos, sin = rotary_table(config)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-        self.transformer["drop"] = Dropout(config.dropout)
+        self.transformer["drop"] = cpu.Dropout(config.dropout)
         self.transformer["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer["ln_f"] = make_norm(config)
         self.lm_head = nn.Linear(C, V, bias=False)
@@ -449,11 +440,6 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return torch.float32 if device == "cpu" else self.transformer.wte.weight.dtype
-
-    def describe(self) -> str:
-        c = self.config
-        sizes = f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}"
-        return f"{sizes}, context {c.block_size}, vocabulary {c.vocab_size:,}"
 
     def num_params(self) -> int:
         """Number of parameters, without the rows that pad the vocabulary."""

@@ -13,6 +13,7 @@ binds names, pronouns, things, colors and places anew, so a model has to learn w
 
 import functools
 import random
+import re
 import shlex
 from collections.abc import Iterator
 from functools import partial
@@ -129,9 +130,10 @@ def make_synthetic(folder: Path, count=12_000, val_fraction=0.05, vocab_size=204
     print(f"{writer.summary}, {len(texts):,} stories")
 
 
-def ensure_synthetic(folder: Path) -> None:
-    """Make the dataset of synthetic stories if it is missing. Safe to call from several processes at once."""
-    if (folder / "meta.json").exists():
+def make_missing_stories(keys: dict) -> None:
+    """Make the synthetic stories if --dataset names them and they are not there. Several processes may call it at once."""
+    folder = Path(keys["data_dir"]) / "tinystories_synthetic"
+    if folder.name not in re.split("[:,]", keys["dataset"]) or (folder / "meta.json").exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):

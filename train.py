@@ -10,20 +10,20 @@ Leaves in out_dir: ckpt.pt (latest), best.pt, config.json, metrics.jsonl, log.tx
 
 import gc
 import math
-import re
 import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common import checkpoint, logger, muon, runtime, setup
+from common.checkpoint import State
 from common.files import lock_run
 from common.scoring import sum_losses
-from common.windows import MixedWindows, PackedRows, TrainingWindows, validation_batches, validation_windows
+from common.windows import Batches, validation_batches, validation_windows
 from configurator import add_keys, configure, short_errors
 from eval_hellaswag import classic_accuracy, load_classic
 from model import GPT, GPTConfig
-from prepare_tinystories import ensure_synthetic
+from prepare_tinystories import make_missing_stories
 
 import numpy as np
 import torch
@@ -127,44 +127,7 @@ SCHEDULES = {  # fraction of the decay done, 0 to 1 -> fraction of the rate left
 }
 
 # -----------------------------------------------------------------------------
-# The state of a run and the batches it trains on
-
-
-@dataclass
-class State:
-    """Where a run stands. Checkpoints keep it, beside the weights and the optimizers."""
-
-    step: int = 0  # updates so far
-    sequences: int = 0  # training sequences seen: the position in the batch order
-    tokens: int = 0  # training tokens seen
-    best_val_loss: float = math.inf
-    evals_since_best: int = 0
-    train_seconds: float = 0.0  # spent in training steps
-    total_seconds: float = 0.0  # since the start, over all processes of the run
-    wandb_id: str | None = None
-
-
-class Batches:
-    """This rank's micro-batches. Sequence i depends only on (seed, i). In a step, micro-batches go to the ranks in turn."""
-
-    def __init__(
-        self, windows: TrainingWindows | PackedRows | MixedWindows, device: torch.device, rank: int, world_size: int
-    ):
-        self.windows, self.device, self.rank, self.world_size = windows, device, rank, world_size
-        self.prefetched = (-1, None)  # first sequence, batch
-
-    def first_sequence(self, position: int, micro: int = 0) -> int:
-        """The first sequence of this rank's micro-batch `micro`, in a step that starts at sequence `position`."""
-        return position + (micro * self.world_size + self.rank) * batch_size
-
-    def load(self, first: int) -> list[torch.Tensor]:
-        """Inputs and targets (batch_size, block_size), int64 on the device: the sequences from `first` on."""
-        if first == self.prefetched[0]:
-            return self.prefetched[1]
-        return runtime.to_device(self.device, *self.windows.batch(first, batch_size))
-
-    def prefetch(self, first: int) -> None:
-        self.prefetched = (first, self.load(first))
+# What a run consists of
 
 
 @dataclass
@@ -356,12 +319,6 @@ def evaluate(run: Run, datasets: list, n_windows: int, interrupted=lambda: False
 # Set-up and the loop
 
 
-def make_missing_stories(keys: dict) -> None:
-    """Make the quickstart's dataset if --dataset names it and it is not there."""
-    if "tinystories_synthetic" in re.split("[:,]", keys["dataset"]):
-        ensure_synthetic(Path(keys["data_dir"]) / "tinystories_synthetic")
-
-
 def from_depth(keys: dict, explicit: set[str]) -> list[tuple[str, dict]]:
     """setup.from_depth, with the dataset made before: its vocabulary enters the formulas."""
     make_missing_stories(keys)
@@ -405,7 +362,8 @@ def main(config: dict) -> None:
     if resuming and loaded.get("requested", {}).get("eval_iters") == eval_iters:
         eval_windows = loaded["eval_windows"]  # the same windows as before, also with another batch size
     scaler = torch.amp.GradScaler(run_device.type, enabled=amp_dtype == torch.float16)
-    batches, accum = Batches(windows, run_device, rank, world_size), gradient_accumulation_steps // world_size
+    batches = Batches(windows, batch_size, run_device, rank, world_size)
+    accum = gradient_accumulation_steps // world_size
     run = Run(model, model, [], scaler, batches, run_device, amp_dtype, accum, rank, world_size)
     if eval_only and not dry_run:
         result = evaluate(run, datasets, eval_windows)

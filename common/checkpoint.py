@@ -1,6 +1,6 @@
 """A run's folder: checkpoints saved whole or not at all, loaded without running code, found, and resumed from.
 
-A checkpoint is a dict of tensors and JSON-able values: model, model_args, optimizers, scaler, the fields of train.py's State
+A checkpoint is a dict of tensors and JSON-able values: model, model_args, optimizers, scaler, the fields of State
 (step, sequences, tokens, best_val_loss, ...), config (keys as resolved), requested (keys as given), tokenizer, is_chat.
 nanoGPT's ckpt.pt loads as well.
 """
@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from common.files import atomic_file
@@ -29,6 +29,20 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 PREVIOUS = "ckpt_previous.pt"  # the checkpoint before ckpt.pt, for when that is damaged
+
+
+@dataclass
+class State:
+    """Where a run stands. Checkpoints keep it, beside the weights and the optimizers."""
+
+    step: int = 0  # updates so far
+    sequences: int = 0  # training sequences seen: the position in the batch order
+    tokens: int = 0  # training tokens seen
+    best_val_loss: float = math.inf
+    evals_since_best: int = 0
+    train_seconds: float = 0.0  # spent in training steps
+    total_seconds: float = 0.0  # since the start, over all processes of the run
+    wandb_id: str | None = None
 
 
 class DamagedCheckpoint(UserError):

@@ -267,7 +267,7 @@ class StepMonitor:
         self.mark = time.perf_counter()
 
     def submit(self, state, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """state: train.py's State, after the step."""
+        """state: a checkpoint.State, after the step."""
         minutes = (time.perf_counter() - self.start_time) / 60 if is_master() else 0.0
         local = [torch.full((), float(value), device=self.device) for value in (self.signals.is_set(), minutes)]
         numbers = all_reduce(torch.stack((loss.float(), grad_norm.float(), *local)))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from common.runtime import to_device
 from common.shards import BEGINS, CHUNK, CUT, LEARNED, Shard
 from configurator import UserError
 
@@ -140,7 +141,8 @@ class PackedRows:
 
     Best fit: the longest first, each into the row that it fills best. A row begins with a conversation; what is left of it
     is padding. A conversation that is longer than a row loses its first exchanges, system message included, and begins with
-    its first token all the same; one whose last exchange alone is longer is left out. Row i of training depends on the seed and i alone; each epoch has a new order.
+    its first token all the same; one whose last exchange alone is longer is left out. Row i of training depends on the seed and
+    i alone; each epoch has a new order.
     """
 
     def __init__(self, shards: list[Shard], block_size: int, vocab_size=2**32, seed: int = 1337, fraction: float = 1.0):
@@ -209,6 +211,30 @@ class PackedRows:
         places = [(self.shards[n], start) for row in self.locate(first, count) for n, start, *_ in self.rows[row]]
         offsets = [f"{s.path.name} at byte {s.offset + i * np.dtype(s.dtype).itemsize:,}" for s, i in places]
         return ", ".join(offsets[:4]) + (f" and {len(offsets) - 4} more conversations" if len(offsets) > 4 else "")
+
+
+class Batches:
+    """A rank's micro-batches on its device. In a step, micro-batches go to the ranks in turn."""
+
+    def __init__(
+        self, windows: TrainingWindows | PackedRows | MixedWindows, batch_size: int, device, rank: int, world_size: int
+    ):
+        self.windows, self.batch_size, self.device = windows, batch_size, device
+        self.rank, self.world_size = rank, world_size
+        self.prefetched = (-1, None)  # first sequence, batch
+
+    def first_sequence(self, position: int, micro: int = 0) -> int:
+        """The first sequence of this rank's micro-batch `micro`, in a step that starts at sequence `position`."""
+        return position + (micro * self.world_size + self.rank) * self.batch_size
+
+    def load(self, first: int) -> list:
+        """Inputs and targets, int64 tensors (batch_size, block_size) on the device: the sequences from `first` on."""
+        if first == self.prefetched[0]:
+            return self.prefetched[1]
+        return to_device(self.device, *self.windows.batch(first, self.batch_size))
+
+    def prefetch(self, first: int) -> None:
+        self.prefetched = (first, self.load(first))
 
 
 def pack(pieces: list[tuple], room: int) -> list[list[tuple]]:

@@ -100,37 +100,54 @@ def offset_intervals(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
     def fit(fixed: int | None = None, value: float = 0.0, start=best) -> tuple[float, np.ndarray]:
         free = [n for n in range(3) if n != fixed]
 
-        def residuals(parameters):
+        def whole(parameters) -> np.ndarray:
             theta = np.full(3, value)
             theta[free] = parameters
-            return np.log(power_law(x, math.exp(theta[0]), theta[1], theta[2]) / y)
+            return theta
+
+        def residuals(parameters):
+            log_a, b, c = whole(parameters)
+            return np.log(power_law(x, math.exp(log_a), b, c) / y)
+
+        def gradients(parameters):
+            log_a, b, c = whole(parameters)
+            falling = power_law(x, math.exp(log_a), b, 0.0)
+            return (np.stack((falling, -falling * np.log(x), np.ones_like(x))) / (falling + c))[free].T
 
         inside = np.clip(start[free], lowest[free] + 1e-9, highest[free] - 1e-9)
-        found = least_squares(residuals, inside, bounds=(lowest[free], highest[free]), x_scale=abs(inside) + 1e-2)
-        theta = np.full(3, value)
-        theta[free] = found.x
-        return 2 * found.cost, theta
+        bounds = (lowest[free], highest[free])
+        found = least_squares(residuals, inside, gradients, bounds, x_scale=abs(inside) + 1e-2)
+        return 2 * found.cost, whole(found.x)
 
     smallest, best = fit()
     limit = smallest * (1 + f.ppf(0.95, 1, len(x) - 3) / (len(x) - 3))
     intervals = {}
     for n, name in enumerate("abc"):
-        ends = []
-        for bound in (lowest[n], highest[n]):
-            inside, outside, start = best[n], bound, best
-            if fit(n, bound)[0] <= limit:
-                inside = bound
-            else:
-                for _ in range(18):  # log a to 0.002, b and c more closely
-                    middle = (inside + outside) / 2
-                    cost, theta = fit(n, middle, start)
-                    if cost <= limit:
-                        inside, start = middle, theta
-                    else:
-                        outside = middle
-            ends.append(float(math.exp(inside) if name == "a" else inside))
-        intervals[name] = ends
+        ends = [profile_end(fit, n, best, bound, limit) for bound in (lowest[n], highest[n])]
+        intervals[name] = [float(math.exp(end) if name == "a" else end) for end in ends]
     return intervals
+
+
+def profile_end(fit, n: int, best: np.ndarray, bound: float, limit: float) -> float:
+    """The value of parameter n between the best and the bound with which the best fit has `limit` as its sum of squares.
+
+    fit(n, value, start): that sum and the parameters. The bound, where even there the sum is smaller.
+    """
+    from scipy.optimize import brentq
+
+    starts = [best]  # the fits inside so far: the next one starts from the last
+
+    def excess(value: float) -> float:
+        cost, theta = fit(n, value, starts[-1])
+        if cost <= limit:
+            starts.append(theta)
+        return math.log((cost + 1e-30) / (limit + 1e-30))
+
+    if fit(n, bound, best)[0] <= limit:
+        return bound
+    if excess(best[n]) >= 0:  # all points lie on the curve
+        return best[n]
+    return brentq(excess, best[n], bound, xtol=1e-4)
 
 
 def frontier_exponent(points: list[dict]) -> float:

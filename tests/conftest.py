@@ -31,12 +31,12 @@ SMALL = (
 class Script:
     """A running script of the repository, forked from a process that has imported torch already (warm.py).
 
-    root: a copy of the repository to run instead, with its own tests/warm.py.
+    preload: what else to import there, for many scripts that need it. root: a copy of the repository to run instead, with its own tests/warm.py.
     """
 
     servers: dict[Path, subprocess.Popen] = {}
 
-    def __init__(self, *argv, cwd, env=None, limits=None, stdin="", terminal=None, out=None, root=ROOT):
+    def __init__(self, *argv, cwd, env=None, limits=None, preload=(), stdin="", terminal=None, out=None, root=ROOT):
         self.root = root
         if root not in Script.servers or Script.servers[root].poll() is not None:
             Script.servers[root] = subprocess.Popen(
@@ -46,6 +46,7 @@ class Script:
         self.files = [tempfile.NamedTemporaryFile("r", encoding="utf-8", newline="") for _ in range(2)]
         full = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUTF8": "1", **(env or {})}
         request = dict(argv=[str(root / argv[0]), *map(str, argv[1:])], cwd=str(cwd), env=full, limits=limits or {})
+        request["preload"] = preload
         self.input = tempfile.NamedTemporaryFile("w", encoding="utf-8")
         self.input.write(stdin)
         self.input.flush()

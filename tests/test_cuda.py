@@ -95,7 +95,7 @@ def test_a_training_step_never_syncs_with_the_gpu(chars, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # StepMonitor would take pytest's signals
     dataset, device = load_dataset("chars", chars / "data"), torch.device("cuda", 0)
     model = GPT(GPTConfig(block_size=32, vocab_size=dataset.vocab_size, n_layer=2, n_head=2, n_embd=32)).to(device)
-    batches = train.Batches(TrainingWindows(dataset.train, 32, dataset.vocab_size), device, 0, 1)
+    batches = train.Batches(TrainingWindows(dataset.train, 32, dataset.vocab_size), 4, device, 0, 1)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     run = train.Run(model, model, train.make_optimizers(model), scaler, batches, device, torch.bfloat16, 2)
     state, monitor = train.State(), StepMonitor(device, 1, time.perf_counter())

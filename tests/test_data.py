@@ -4,11 +4,10 @@ import struct
 
 from conftest import TEXT, make_nanogpt_chars
 
-import train
 from common.corpus import DatasetWriter, check_replaceable
 from common.shards import ShardWriter, load_dataset, load_mixture, open_shard
 from common.tokenizer import tokenizer_from_dict, word_tokenizer
-from common.windows import MixedWindows, TrainingWindows, split_shards, validation_batches, validation_windows
+from common.windows import Batches, MixedWindows, TrainingWindows, split_shards, validation_batches, validation_windows
 from configurator import UserError
 
 import numpy as np
@@ -208,16 +207,14 @@ def test_an_epoch_visits_every_window_of_its_grid_once_and_each_epoch_has_anothe
     assert len(covered) > 490
 
 
-def test_any_number_of_ranks_reads_the_same_sequences_in_a_step(tmp_path, monkeypatch):
+def test_any_number_of_ranks_reads_the_same_sequences_in_a_step(tmp_path):
     windows = numbered(tmp_path, (3000,))
-
-    monkeypatch.setattr(train, "batch_size", 2)
 
     def step(world_size, grad_accum_steps, position=5 * 16):
         rows = []
         for micro in range(grad_accum_steps):
             for rank in range(world_size):
-                batches = train.Batches(windows, torch.device("cpu"), rank, world_size)
+                batches = Batches(windows, 2, torch.device("cpu"), rank, world_size)
                 rows.append(batches.load(batches.first_sequence(position, micro))[0].numpy())
         return np.concatenate(rows)
 
@@ -226,9 +223,8 @@ def test_any_number_of_ranks_reads_the_same_sequences_in_a_step(tmp_path, monkey
         assert np.array_equal(step(world_size, grad_accum_steps), step(1, 8))
 
 
-def test_a_prefetched_batch_is_the_one_that_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "batch_size", 2)
-    batches = train.Batches(numbered(tmp_path, (3000,)), torch.device("cpu"), 0, 1)
+def test_a_prefetched_batch_is_the_one_that_is_taken(tmp_path):
+    batches = Batches(numbered(tmp_path, (3000,)), 2, torch.device("cpu"), 0, 1)
     expected = {first: batches.load(first) for first in (4, 6)}
     batches.prefetch(4)
     prefetched = batches.prefetched[1]

@@ -16,6 +16,7 @@ from conftest import SMALL, Script, call, make_nanogpt_chars
 
 import pytest
 
+GRADIO = ["gradio"]  # its import takes longer than these scripts
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -42,7 +43,7 @@ class Demo:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.script = Script("demo.py", f"--port={self.port}", "--device=cpu", *arguments, cwd=folder)
+        self.script = Script("demo.py", f"--port={self.port}", "--device=cpu", *arguments, cwd=folder, preload=GRADIO)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and "shows the page" not in self.script.stdout:
             time.sleep(0.1)
@@ -79,7 +80,7 @@ def browser():
 
 
 def open_page(browser, demo):
-    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page = browser.new_page(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
     page.requests = []
     page.on("request", lambda r: page.requests.append(r.url))
     page.goto(demo.url)
@@ -87,11 +88,21 @@ def open_page(browser, demo):
     return page
 
 
-@pytest.fixture
-def page(browser, demo):
+@pytest.fixture(scope="module")
+def opened(browser, demo):
     opened = open_page(browser, demo)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def page(opened):
+    """The same page for many tests, because opening it takes seconds. Settings stay as they are."""
+    opened.get_by_role("tab", name="Chat").click()
+    opened.locator("#new_chat").click()
+    opened.locator("#message textarea").fill("")
+    opened.get_by_role("tab", name="Write").click()
+    return opened
 
 
 def set_value(page, name, value):
@@ -174,6 +185,7 @@ def test_sliders_and_seed_change_the_text(page):
     assert written() != text
     set_value(page, "top_p", 0)
     assert written() == letters_after("abc", 10)
+    set_value(page, "top_p", 1)
 
 
 def test_stop_ends_the_text(browser, slow):
@@ -408,6 +420,7 @@ def test_an_invalid_seed_is_reported(page):
         set_value(page, "seed", seed)
         page.get_by_role("button", name="Generate").click()
         page.get_by_text(f"The seed {seed} is not a whole number").first.wait_for()
+    set_value(page, "seed", 5)
 
 
 def test_the_loss_tab_shows_several_runs_and_follows_one_that_trains(browser, trained):
@@ -476,9 +489,9 @@ def test_it_listens_on_its_address_only(demo, refused):
         return True
 
     assert answers("127.0.0.1") and not answers("127.0.0.2")  # a server on all addresses would answer on both
-    assert f"--port={demo.port}: cannot listen there" in refused("demo.py", f"--port={demo.port}")
-    assert "--port=70000: must be between 1 and 65535" in refused("demo.py", "--port=70000")
-    assert "there is no checkpoint gone" in refused("demo.py", "--out_dir=gone")
+    assert f"--port={demo.port}: cannot listen there" in refused("demo.py", f"--port={demo.port}", preload=GRADIO)
+    assert "--port=70000: must be between 1 and 65535" in refused("demo.py", "--port=70000", preload=GRADIO)
+    assert "there is no checkpoint gone" in refused("demo.py", "--out_dir=gone", preload=GRADIO)
 
 
 def post(url: str, data, **headers):
@@ -518,7 +531,7 @@ def test_a_name_and_a_password_can_be_asked_for(trained, refused):
     assert post(f"{served.url}/login", b"username=me&password=wrong", **form)[0] == 400
     assert post(f"{served.url}/login", b"username=me&password=secret%3Aword", **form)[0] == 200
     served.end()
-    assert "--auth: give a name and a password" in refused("demo.py", "--auth=me")
+    assert "--auth: give a name and a password" in refused("demo.py", "--auth=me", preload=GRADIO)
 
 
 def test_ctrl_c_ends_the_page_while_it_is_open_in_a_browser(trained, browser):

@@ -17,6 +17,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+HARNESS = ["lm_eval", "lm_eval.tasks", "lm_eval.models.utils", "lm_eval.api.model"]
 TASKS = {
     "choices": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{label}}'\ndoc_to_choice: '{{choices}}'\n"
     "metric_list:\n  - metric: acc\n  - metric: acc_norm\n",
@@ -130,7 +131,7 @@ def test_scores_stand_beside_the_loss(run, refused, folder):
         "--limit=8",
         "--device=cpu",
     )
-    printed = run("evaluate.py", *arguments, cwd=folder)
+    printed = run("evaluate.py", *arguments, cwd=folder, preload=HARNESS)
     row = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())[0]
     assert (
         0 <= row["choices_acc"] <= 1 and "choices_acc_norm" in row and "written_exact_match" in row and row["loss"] > 0
@@ -147,5 +148,7 @@ def test_unknown_tasks_and_sums_of_a_model_that_cannot_chat_are_refused(folder):
         ("nonsense", "has no task nonsense"),
         ("sums", "it is for a model that was trained on conversations"),
     ):
-        done = call("evaluate.py", "--checkpoints=out/ckpt.pt", f"--task={task}", "--device=cpu", cwd=folder)
+        done = call(
+            "evaluate.py", "--checkpoints=out/ckpt.pt", f"--task={task}", "--device=cpu", cwd=folder, preload=HARNESS
+        )
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

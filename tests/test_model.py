@@ -2,13 +2,13 @@ import itertools
 import math
 
 from common.checkpoint import load_weights
-from common.cpu import BlockAttention, fused_linear_cross_entropy
+from common.cpu import BlockAttention, Dropout, fused_linear_cross_entropy
 from common.pretrained import from_llama
 from common.rope import rotary_table
 from common.runtime import flops_per_token, peak_flops_of
 from common.scoring import token_losses
 from configurator import UserError
-from model import ACTIVATIONS, GPT, Dropout, GPTConfig, KVCache, RMSNorm, rotate, sample_next_token
+from model import ACTIVATIONS, GPT, GPTConfig, KVCache, RMSNorm, rotate, sample_next_token
 
 import pytest
 import torch

@@ -320,7 +320,9 @@ def test_the_default_stories_never_change(tmp_path):
 def test_missing_synthetic_stories_are_made_once(tmp_path, capsys):
     folder = tmp_path / "data" / "tinystories_synthetic"
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(prepare_tinystories.ensure_synthetic, [folder] * 3))
+        list(
+            pool.map(prepare_tinystories.make_missing_stories, [dict(dataset=folder.name, data_dir=folder.parent)] * 3)
+        )
     assert capsys.readouterr().out.count("does not exist: writing its stories") == 1
     load_dataset(folder.name, folder.parent, verify=True)
 
