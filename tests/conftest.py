@@ -55,11 +55,12 @@ class Script:
         self.pid = self.ask(request | dict(zip(("in", "out", "err"), names)))
         self.returncode = None
 
-    def ask(self, request: dict) -> int:
+    def ask(self, request: dict) -> int | None:
         server = Script.servers[self.root]
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        return int(server.stdout.readline())
+        answer = server.stdout.readline().strip()
+        return None if answer == "running" else int(answer)
 
     @property
     def stdout(self) -> str:
@@ -72,7 +73,15 @@ class Script:
     def kill(self, number=signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        if self.returncode is None:
+            self.returncode = self.ask({"poll": self.pid})
+        return self.returncode
+
     def wait(self, timeout=240) -> "Script":
+        if self.returncode is not None:
+            return self
         timer = threading.Timer(timeout, self.kill)
         timer.start()
         self.returncode = self.ask({"wait": self.pid})

@@ -30,8 +30,24 @@ def losses(out: Path) -> list[float]:
 
 
 @contextmanager
+def warm_torchrun(*arguments, cwd: Path, options=("--standalone", "--nproc_per_node=2"), env=None):
+    """A torchrun job whose processes need not import torch (warm.py); all of it is gone at the end."""
+    (cwd / "torchrun.py").write_text("import os\n\nfrom torch.distributed.run import main\n\nos.dup2(1, 2)\nmain()\n")
+    job = Script(
+        cwd / "torchrun.py", *options, ROOT / "train.py", *arguments, cwd=cwd, env=env, out=cwd / "torchrun.log"
+    )
+    job.log = cwd / "torchrun.log"
+    try:
+        yield job
+    finally:
+        for pid in family(job.pid):
+            kill(pid)
+        job.wait()
+
+
+@contextmanager
 def torchrun(*arguments, cwd: Path, options=("--standalone", "--nproc_per_node=2"), prefix=(), env=None):
-    """A torchrun job, in a session of its own, with what it prints in cwd/NAME; all of it is gone at the end."""
+    """The same in processes of its own, each with what it prints in cwd/NAME."""
     log = open(cwd / f"torchrun-{len(list(cwd.glob('torchrun-*')))}.log", "w+")
     job = subprocess.Popen(
         [*prefix, sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py"), *arguments], cwd=cwd,
@@ -64,11 +80,9 @@ def kill(pid: int) -> None:
 
 def worker_of_rank(job, rank: int) -> int | None:
     for pid in family(job.pid):
-        try:
-            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text() == f"rank {rank}\n":
                 return pid
-        except OSError:
-            pass
     return None
 
 
@@ -112,8 +126,8 @@ def test_compiled_ranks_reduce_during_the_backward_pass(chars, accumulation):
     sizes = ["--n_embd=160", "--n_layer=2", f"--gradient_accumulation_steps={2 * accumulation}", "--max_iters=3"]
     keys = [*JOB, *sizes, "--sample_prompt=", "--final_eval_tokens=64"]
     logged = {"TORCH_LOGS": "ddp_graphs"}
-    with torchrun(*keys, "--compile=True", "--out_dir=compiled", cwd=chars, env=logged) as job:
-        assert job.wait(timeout=120) == 0, job.log.read_text()[-3000:]
+    with warm_torchrun(*keys, "--compile=True", "--out_dir=compiled", cwd=chars, env=logged) as job:
+        assert job.wait(timeout=120).returncode == 0, job.log.read_text()[-3000:]
         # The graph is cut at DDP's buckets: one is reduced before all are there.
         assert "submod_1" in job.log.read_text()
     plain, _ = two_ranks(*keys, "--compile=False", "--out_dir=plain", cwds=(chars, chars))
@@ -156,11 +170,11 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(chars):
 
 
 def test_a_rank_that_dies_ends_the_job_with_its_error(chars):
-    with torchrun(*JOB, "--max_iters=100000", cwd=chars) as job:
+    with warm_torchrun(*JOB, "--max_iters=100000", cwd=chars) as job:
         wait_for(lambda: logged(chars / "out") > 5, job)
         start = time.monotonic()
         kill(worker_of_rank(job, 1))
-        assert job.wait(60) != 0 and time.monotonic() - start < 30
+        assert job.wait(60).returncode != 0 and time.monotonic() - start < 30
         printed = job.log.read_text()
     assert "Signal 9 (SIGKILL)" in printed and "rank      : 1" in printed
     assert "rank 0: another rank is gone" in printed or "rank      : 0" in printed
@@ -175,14 +189,14 @@ def test_torchrun_restarts_continue_from_the_last_checkpoint(chars):
     # A checkpoint of another job is there: the new one must put it aside, and go on with its own alone.
     assert call("train.py", *JOB, "--max_iters=4", "--out_dir=parts", cwd=chars).returncode == 0
     options = ("--standalone", "--nproc_per_node=2", "--max-restarts=2")
-    with torchrun(*keys, "--out_dir=parts", cwd=chars, options=options) as job:
+    with warm_torchrun(*keys, "--out_dir=parts", cwd=chars, options=options) as job:
         for step in (20, 70):
             wait_for(
                 lambda step=step: (chars / "parts" / "previous-1").exists() and logged(chars / "parts") > step, job
             )
             kill(worker_of_rank(job, int(step == 70)))
             wait_for(lambda: worker_of_rank(job, 0) is None, job, 30) if step == 20 else None
-        assert job.wait(90) == 0, job.log.read_text()[-3000:]
+        assert job.wait(90).returncode == 0, job.log.read_text()[-3000:]
     assert losses(chars / "parts") == losses(chars / "whole")
     a, b = (load_checkpoint(chars / d / "ckpt.pt")["model"] for d in ("parts", "whole"))
     assert all(torch.equal(a[n], b[n]) for n in a)

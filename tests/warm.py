@@ -1,7 +1,8 @@
 """Runs scripts in forks of a process that has imported torch already, which saves seconds per script.
 
 Reads one JSON request per line from stdin and answers each with one line. {"argv", "cwd", "env", "limits", "preload", "in",
-"out", "err"} starts a script, after the import of the modules in "preload": its pid. {"wait": pid}: its exit status. A script behaves as under `python script ...`, including its exit
+"out", "err"} starts a script, after the import of the modules in "preload": its pid. {"wait": pid}: its exit status;
+{"poll": pid}: the same, or "running". A script behaves as under `python script ...`, including its exit
 code, exit handlers and threads. The Python scripts that it starts are forked from it in turn. One difference: loss.png, a fifth
 of the time of a small run, is drawn only with DRAW in its environment.
 """
@@ -52,6 +53,10 @@ def run_script(argv: list[str], env: dict[str, str]) -> None:
         if env is not os.environ:
             os.environ.clear()
             os.environ.update(env)
+        if "RANK" in env:  # /proc shows the environment of the first process only
+            Path("/proc/self/comm").write_text(f"rank {env['RANK']}")
+        if "TORCH_LOGS" in env:  # torch reads it when it is imported
+            sys.modules["torch"]._logging._init_logs()
         streams.extend((sys.stdin, sys.stdout, sys.stderr))
         sys.stdin, sys.stdout = (open(n, m, encoding="utf-8") for n, m in ((0, "r"), (1, "w")))
         sys.stderr = open(2, "w", encoding="utf-8", buffering=1)
@@ -75,6 +80,8 @@ class Popen(subprocess.Popen):
     """subprocess.Popen, where [sys.executable, script, ...] forks this process and runs the script there, without exec."""
 
     def __init__(self, args, *more, **options):
+        if isinstance(args, (list, tuple)):
+            args = [word for word in args if word != "-u"]
         if isinstance(args, list) and args[0] == sys.executable and str(args[1]).endswith(".py"):
             env = options.get("env") or os.environ
 
@@ -91,6 +98,7 @@ class Popen(subprocess.Popen):
 def main() -> None:
     root = Path(__file__).resolve().parent.parent
     sys.path[:0] = [str(root), str(root / "research")]
+    subprocess.Popen = Popen  # before the modules that import it by its name
     import build_fineweb_shards  # noqa: F401
     import prepare_text  # noqa: F401
     import prepare_tinystories  # noqa: F401
@@ -104,15 +112,18 @@ def main() -> None:
     import requests  # noqa: F401
     import scipy.optimize  # noqa: F401  (of research/)
     import scipy.stats  # noqa: F401
+    import torch.distributed.run  # noqa: F401
     import tqdm  # noqa: F401
 
-    subprocess.Popen = Popen
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()  # and frozen before each fork: the scripts search their own objects only
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        elif "poll" in request:
+            ended, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if ended else "running"
         else:
             for name in request["preload"]:
                 importlib.import_module(name)
