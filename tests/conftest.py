@@ -100,13 +100,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def two_ranks(*arguments, cwds, ranks=(0, 1), world=2) -> list[Script]:
+def two_ranks(*arguments, cwds, ranks=(0, 1), world=2, script="train.py") -> list[Script]:
     """The environment that torchrun sets, without it."""
     where = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": world}
     scripts = [
-        Script(
-            "train.py", *arguments, cwd=cwd, env={k: str(v) for k, v in {**where, "RANK": r, "LOCAL_RANK": r}.items()}
-        )
+        Script(script, *arguments, cwd=cwd, env={k: str(v) for k, v in {**where, "RANK": r, "LOCAL_RANK": r}.items()})
         for r, cwd in zip(ranks, cwds)
     ]
     return [script.wait() for script in scripts]

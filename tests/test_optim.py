@@ -1,9 +1,6 @@
 import math
-import os
-import subprocess
-import sys
 
-from conftest import ROOT
+from conftest import ROOT, two_ranks
 
 import train
 from common.muon import Muon, orthogonalise
@@ -202,13 +199,10 @@ assert not [t for t in threads if "gloo" in t], threads  # such a thread can abo
 
 def test_ranks_share_muons_work_and_make_the_same_step(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
-    for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run(
-            [*command, str(tmp_path / "ranks.py"), str(ROOT), str(tmp_path)],
-            capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    for world in (1, 2):
+        options = dict(cwds=[tmp_path] * world, ranks=range(world), world=world, script=tmp_path / "ranks.py")
+        for done in two_ranks(ROOT, tmp_path, **options):
+            assert done.returncode == 0, done.stderr
     alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     for name in alone:
         assert torch.equal(first[name], second[name])

@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -684,15 +682,24 @@ def test_the_seconds_of_steps_without_a_log_line_are_counted(run, chars):
     assert results["total_steps"] == 5 and results["train_seconds"] > 0
 
 
-SAYS_THE_COMPILER = (  # runs the script that is its first argument
-    "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-    "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
-)
+SAYS_THE_COMPILER = """
+import runpy, sys
+
+def imported():
+    return [name for name in ("torch._dynamo", "sympy") if name in sys.modules]
+
+assert not imported()
+del sys.argv[0]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(imported())
+"""
 
 
-def run_and_say_the_compiler(*command: str) -> str:
-    """The modules of the compiler that a script imported. A process of its own: the one that tests fork from is not fresh."""
-    done = subprocess.run([sys.executable, "-c", SAYS_THE_COMPILER, *command], cwd=ROOT, capture_output=True, text=True)
+def run_and_say_the_compiler(folder: Path, script: str, *keys: str) -> str:
+    """The modules of the compiler that a script imported."""
+    (folder / "says.py").write_text(SAYS_THE_COMPILER)
+    done = call(folder / "says.py", ROOT / script, *keys, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -700,24 +707,17 @@ def run_and_say_the_compiler(*command: str) -> str:
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adam", "sgd", "adafactor"])
 def test_training_that_is_not_compiled_never_imports_the_compiler(chars, optimizer):
     """It would take as long as importing torch."""
-    keys = [
-        *SMALL,
-        f"--optimizer={optimizer}",
-        f"--data_dir={chars / 'data'}",
-        "--dataset=chars",
-        f"--out_dir={chars / optimizer}",
-    ]
-    assert run_and_say_the_compiler("train.py", *keys) == "[]"
+    keys = [*SMALL, f"--optimizer={optimizer}", "--dataset=chars"]
+    assert run_and_say_the_compiler(chars, "train.py", *keys) == "[]"
 
 
 @pytest.mark.parametrize("rope", [False, True])
 def test_sampling_and_evaluation_never_import_the_compiler(run, chars, rope):
     modern = ["--pos=rope", "--norm=rmsnorm"] if rope else []
     run("train.py", *SMALL, "--dataset=chars", "--max_iters=2", *modern)
-    assert run_and_say_the_compiler("sample.py", f"--out_dir={chars / 'out'}", "--max_new_tokens=2", "--seed=1") == "[]"
-    keys = [f"--checkpoints={chars / 'out'}", f"--data_dir={chars / 'data'}", "--num_samples=1", "--eval_tokens=100"]
-    keys += [f"--output_dir={chars / 'evaluation'}"]
-    assert run_and_say_the_compiler("evaluate.py", *keys) == "[]"
+    assert run_and_say_the_compiler(chars, "sample.py", "--max_new_tokens=2", "--seed=1") == "[]"
+    keys = ["--checkpoints=out", "--num_samples=1", "--eval_tokens=100"]
+    assert run_and_say_the_compiler(chars, "evaluate.py", *keys) == "[]"
 
 
 def test_what_the_version_before_left_resumes_samples_and_evaluates(run, tmp_path):
