@@ -123,7 +123,7 @@ def test_ranks_check_the_network_train_one_run_and_only_rank_0_writes(chars, tmp
 
 @pytest.mark.parametrize("accumulation", [1, 2])  # micro-batches of a rank: with and without DDP's static graph
 def test_compiled_ranks_reduce_during_the_backward_pass(chars, accumulation):
-    sizes = ["--n_embd=160", "--n_layer=2", f"--gradient_accumulation_steps={2 * accumulation}", "--max_iters=3"]
+    sizes = ["--n_embd=256", "--n_layer=1", f"--gradient_accumulation_steps={2 * accumulation}", "--max_iters=3"]
     keys = [*JOB, *sizes, "--sample_prompt=", "--final_eval_tokens=64"]
     logged = {"TORCH_LOGS": "ddp_graphs"}
     with warm_torchrun(*keys, "--compile=True", "--out_dir=compiled", cwd=chars, env=logged) as job:
