@@ -30,6 +30,16 @@ def losses(out: Path) -> list[float]:
 
 
 @contextmanager
+def gone_at_the_end(job):
+    try:
+        yield
+    finally:
+        for pid in family(job.pid):
+            kill(pid)
+        job.wait()
+
+
+@contextmanager
 def warm_torchrun(*arguments, cwd: Path, options=("--standalone", "--nproc_per_node=2"), env=None):
     """A torchrun job whose processes need not import torch (warm.py); all of it is gone at the end."""
     (cwd / "torchrun.py").write_text("import os\n\nfrom torch.distributed.run import main\n\nos.dup2(1, 2)\nmain()\n")
@@ -37,12 +47,8 @@ def warm_torchrun(*arguments, cwd: Path, options=("--standalone", "--nproc_per_n
         cwd / "torchrun.py", *options, ROOT / "train.py", *arguments, cwd=cwd, env=env, out=cwd / "torchrun.log"
     )
     job.log = cwd / "torchrun.log"
-    try:
+    with gone_at_the_end(job):
         yield job
-    finally:
-        for pid in family(job.pid):
-            kill(pid)
-        job.wait()
 
 
 @contextmanager
@@ -55,12 +61,8 @@ def torchrun(*arguments, cwd: Path, options=("--standalone", "--nproc_per_node=2
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(env or {})},
     )  # fmt: skip
     job.log = Path(log.name)
-    try:
+    with gone_at_the_end(job):
         yield job
-    finally:
-        for pid in family(job.pid):
-            kill(pid)
-        job.wait()
 
 
 def family(pid: int) -> list[int]:
