@@ -132,8 +132,9 @@ def run_tasks(
 
     is_chat: questions that are answered by text are asked as turns.
     """
+    # Reading the harness's own tasks takes six seconds.
     manager = TaskManager(include_path=folder or None, include_defaults=not folder)
-    if folder and not set(tasks) <= set(manager.all_tasks):  # reading the harness's own takes six seconds
+    if folder and not set(tasks) <= set(manager.all_subtasks):  # not for a group: it may hold some of the harness's own
         manager = TaskManager(include_path=folder)
     known = set(manager.all_tasks)
     if unknown := [task for task in tasks if task not in known]:

@@ -31,7 +31,8 @@ SMALL = (
 class Script:
     """A running script of the repository, forked from a process that has imported torch already (warm.py).
 
-    preload: what else to import there, for many scripts that need it. root: a copy of the repository to run instead, with its own tests/warm.py.
+    preload: what else to import there, for many scripts that need it.
+    root: a copy of the repository to run instead, with its own tests/warm.py.
     """
 
     servers: dict[Path, subprocess.Popen] = {}

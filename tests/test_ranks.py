@@ -31,6 +31,7 @@ def losses(out: Path) -> list[float]:
 
 @contextmanager
 def gone_at_the_end(job):
+    """Kills a job and all that it started."""
     try:
         yield
     finally:

@@ -80,8 +80,8 @@ class Popen(subprocess.Popen):
     """subprocess.Popen, where [sys.executable, script, ...] forks this process and runs the script there, without exec."""
 
     def __init__(self, args, *more, **options):
-        if isinstance(args, (list, tuple)):
-            args = [word for word in args if word != "-u"]
+        if isinstance(args, (list, tuple)) and args[0] == sys.executable and args[1] == "-u":  # torchrun's ranks
+            args = [args[0], *args[2:]]
         if isinstance(args, list) and args[0] == sys.executable and str(args[1]).endswith(".py"):
             env = options.get("env") or os.environ
 
